@@ -252,14 +252,15 @@ class Log:
             print(text, flush=True)
 
 class Progress:
-    """One updating line with ETA on a terminal; silent elsewhere, so that log files stay clean."""
-    def __init__(self, label: str, total: float):
+    """One updating line with ETA on a terminal; silent elsewhere, and on all ranks but the first."""
+    def __init__(self, label: str, total: float, rank: int = 0):
         self.label, self.total, self.started, self.shown = label, total, time.perf_counter(), 0.0
+        self.enabled = rank == 0 and sys.stderr.isatty()
 
     def update(self, done: float, note: str = "") -> None:
         """Redraw at most five times a second; `done` counts in the unit of `total`."""
         now = time.perf_counter()
-        if sys.stderr.isatty() and (now - self.shown > 0.2 or done >= self.total):
+        if self.enabled and (now - self.shown > 0.2 or done >= self.total):
             self.shown, eta = now, (now - self.started) * max(self.total - done, 0) / max(done, 1e-9)
             line = f"{self.label} {done / max(self.total, 1e-9):4.0%} ETA {eta:.0f}s {note}"
             print(f"\r{line[:118]:<118}", end="\n" if done >= self.total else "", file=sys.stderr, flush=True)
@@ -927,7 +928,7 @@ def evaluate(model: nn.Module, val: ValData, hp: Hyperparameters, dist: Dist, st
     windows += [(0, 0, 0)] * (-len(windows) % batch_size)
     windows_3W1 = torch.tensor(windows, device=dist.device).view(len(windows), 3).T[..., None]
     sum_device = torch.device("cpu") if dist.device.type == "mps" else dist.device  # MPS has no float64
-    totals, progress = torch.zeros(3, dtype=torch.float64, device=sum_device), Progress(label, len(windows))
+    totals, progress = torch.zeros(3, dtype=torch.float64, device=sum_device), Progress(label, len(windows), dist.rank)
     for i in range(0, len(windows), batch_size):
         start, first, end = windows_3W1[:, i : i + batch_size]
         position_BT = start + torch.arange(seq_len, device=dist.device)
@@ -992,7 +993,7 @@ def train(hp: Hyperparameters, dist: Dist, log: Log, model: GPT, loader: TokenLo
     log(f"warmup_step:{hp.warmup_steps}/{hp.warmup_steps} random tokens, undone, {dist.synchronize() - started:.1f}s")
     weights, averaged = [p.detach() for p in model.parameters()], 0
     average = [p.clone() for p in weights]
-    progress, step, loss, started = Progress("train", 1.0), 0, math.nan, dist.synchronize()
+    progress, step, loss, started = Progress("train", 1.0, dist.rank), 0, math.nan, dist.synchronize()
     on_cpu = dist.device.type == "cpu"  # where reading the loss costs nothing
     while True:
         elapsed = dist.all_max(time.perf_counter() - started)
@@ -1020,7 +1021,7 @@ def train(hp: Hyperparameters, dist: Dist, log: Log, model: GPT, loader: TokenLo
             loss = device_loss.item()
             require(math.isfinite(loss), f"training loss is {loss} at step {step}: stopped, nothing exported")
         if logged:
-            log(f"step:{step}/{hp.iterations} train_loss:{loss:.4f} {timing} tok/s:{rate:.0f} lr_scale:{scale:.3f}")
+            log(f"step:{step}/{hp.iterations} train_loss:{loss:.4f} {timing} tok/s: {rate:.0f} lr_scale:{scale:.3f}")
         progress.update(frac, f"step {step} loss {loss:.3f} {rate:,.0f} tok/s")
     elapsed = dist.all_max(dist.synchronize() - started)
     if out_of_time:

@@ -1,0 +1,154 @@
+#!/usr/bin/env bash
+# Train, export and score in one command; prints one summary and exits non-zero if a stage fails.
+#
+#   bash run_8xh100.sh                    8 GPUs: the record profile, 600 s. 1, 2 or 4 GPUs: the same batch and compute
+#                                         by gradient accumulation. No GPU: the cpu profile, under 6 minutes on 2 cores.
+#   PROFILE=smoke bash run_8xh100.sh      the whole chain in under a minute on 2 cores
+#   SEED=42 MU=off bash run_8xh100.sh     any knob of train_gpt.py; what you set beats the profile
+#
+# DATA_PATH names a folder of shards; without it data/datasets/fineweb10B_sp<VOCAB_SIZE> is used if it exists, else a
+# sample made from the documentation of the installed packages. PROFILE=record|1gpu|cpu|smoke overrides the detection.
+set -euo pipefail
+
+die() { echo "error: $*" >&2; exit 2; }
+default() { [[ -n ${!1+set} ]] || export "$1=$2"; }  # the user's environment wins
+
+# Leaves in $PYTHON an interpreter that has everything the requirement files name; makes .venv, once, if there is none.
+setup() {
+  local modules=$1 skip='^$' flags=() stamp
+  shift
+  PYTHON=$(command -v python3 || command -v python) || die "no python3 on PATH"
+  "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || die "$PYTHON is older than Python 3.10"
+  if "$PYTHON" -c "import $modules" 2>/dev/null; then return; fi
+  # An installed torch, which may be the only one that fits the driver, is kept and completed.
+  if "$PYTHON" -c 'import torch' 2>/dev/null; then skip='^torch==' flags=(--system-site-packages); fi
+  stamp=.venv/installed-$(cat "$@" | cksum | cut -d ' ' -f 1)
+  if [[ ! -f $stamp ]]; then
+    echo "setting up .venv from $* (once)"
+    if [[ ! -x .venv/bin/pip ]]; then
+      "$PYTHON" -m venv --clear "${flags[@]}" .venv || die "cannot make .venv; on Debian: apt-get install python3-venv"
+    fi
+    cat "$@" | grep -v "$skip" | .venv/bin/python -m pip install --quiet --disable-pip-version-check -r /dev/stdin ||
+      die "pip could not install $*"
+    touch "$stamp"
+  fi
+  PYTHON=$PWD/.venv/bin/python
+}
+
+pick_profile() {
+  local gpus=0
+  if [[ ${DEVICE:-auto} != cpu ]]; then gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())'); fi
+  for NPROC in 8 4 2 1; do if ((NPROC <= gpus)); then break; fi; done
+  if ((NPROC == 8)); then default PROFILE record; elif ((gpus)); then default PROFILE 1gpu; else default PROFILE cpu; fi
+  case $PROFILE in
+    record) ;;  # the defaults of train_gpt.py
+    1gpu) default MAX_WALLCLOCK_SECONDS $((4800 / NPROC)) ;;  # the GPU-seconds of the record
+    cpu)
+      NPROC=1
+      default DTYPE float32  # bfloat16 is several times slower on CPUs without AMX
+      default NUM_LAYERS 3
+      default MODEL_DIM 128
+      default NUM_HEADS 4
+      default NUM_KV_HEADS 2
+      default SHARED_DIM 256
+      default EXPERT_DIM 64
+      default TRAIN_SEQ_LEN 256
+      default TRAIN_BATCH_TOKENS 2048
+      default MICRO_BATCH_TOKENS 8192
+      default MAX_WALLCLOCK_SECONDS 150
+      default QK_GAIN_INIT 2
+      default MATRIX_LR 0.03
+      default EMBED_LR 0.05
+      default MUON_MOMENTUM 0.95
+      default MUON_WEIGHT_DECAY 0.02
+      default EMBED_WEIGHT_DECAY 0
+      default GRAD_CLIP_NORM 1
+      default MIN_LR 0.05
+      default EMA_DECAY 0.99
+      default SCHEDULE linear
+      default WARMDOWN_FRAC 0.7
+      default MATRIX_CLIP 3  # the size is no limit here
+      default EMBED_CLIP 3
+      default EMBED_BITS 8
+      ;;
+    smoke)
+      NPROC=1
+      default COMPILE 0
+      default DTYPE float32
+      default NUM_LAYERS 2
+      default MODEL_DIM 64
+      default NUM_HEADS 4
+      default NUM_KV_HEADS 2
+      default SHARED_DIM 128
+      default EXPERT_DIM 32
+      default TRAIN_SEQ_LEN 128
+      default TRAIN_BATCH_TOKENS 1024
+      default MICRO_BATCH_TOKENS 8192
+      default ITERATIONS 40
+      default WARMUP_STEPS 0
+      default EVAL_STRIDE 64
+      ;;
+    *) die "PROFILE=$PROFILE: expected record, 1gpu, cpu or smoke" ;;
+  esac
+}
+
+pick_data() {
+  local name
+  if [[ -n ${DATA_PATH:-} ]]; then
+    name=$(basename "$DATA_PATH")
+    if [[ $name =~ _sp([0-9]+)$ ]]; then default VOCAB_SIZE "${BASH_REMATCH[1]}"; fi
+    name=$(dirname "$(dirname "$DATA_PATH")")/tokenizers/fineweb_${VOCAB_SIZE:-8192}_bpe.model
+    if [[ -f $name ]]; then default TOKENIZER_PATH "$name"; fi
+  elif [[ ! -d data/datasets/fineweb10B_sp${VOCAB_SIZE:-8192} ]]; then
+    [[ ${VOCAB_SIZE:-1024} == 1024 ]] || die "no data/datasets/fineweb10B_sp$VOCAB_SIZE, and the sample has VOCAB_SIZE=1024"
+    "$PYTHON" data/make_sample.py
+    export VOCAB_SIZE=1024 DATA_PATH=data/datasets/sample_sp1024
+    default TOKENIZER_PATH data/tokenizers/sample_1024_bpe.model
+    echo "************************************************************************************************"
+    echo "* NOT COMPARABLE with the leaderboard: trained and scored on the sample, package documentation *"
+    echo "************************************************************************************************"
+  fi
+}
+
+# One process needs no torchrun, and its errors then stay one line.
+launch() {
+  if ((NPROC == 1)); then "$PYTHON" "$@"; else "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$NPROC" "$@"; fi
+}
+
+summarize() {
+  "$PYTHON" - "$1" <<'PY'
+import json, sys
+
+events = {}
+with open(sys.argv[1], encoding="utf-8") as log:
+    for line in log:
+        if line.startswith('{"event": '):
+            event = json.loads(line)
+            events[event["event"]] = event
+train, slide = events["train_summary"], events["eval_summary"]
+show = lambda value: "PARTIAL, see the log" if value is None else f"{value:.4f}"
+print(f"""
+val_bpb before quantization   {show(train["val_bpb_float"])}
+val_bpb of the artifact       {show(train["val_bpb"])}
+val_bpb by sliding window     {show(slide["val_bpb"])}  (stride {slide["stride"]}, {slide["target_tokens"]:,} targets)
+code + model                  {train["bytes_code"]:,} + {train["bytes_model"]:,} = {train["bytes_total"]:,} of 16,000,000 bytes
+training, evaluation          {train["train_seconds"]:.1f} s in {train["steps"]:,} steps, {slide["eval_seconds"]:.1f} s
+log, artifact                 {sys.argv[1]}, {train["artifact_path"]}""")
+PY
+}
+
+main() {
+  if [[ -n ${DATA_PATH:-} ]]; then DATA_PATH=$(cd "$DATA_PATH" && pwd) || die "DATA_PATH=$DATA_PATH: no such folder"; fi
+  if [[ -n ${TOKENIZER_PATH:-} ]]; then TOKENIZER_PATH=$(cd "$(dirname "$TOKENIZER_PATH")" && pwd)/$(basename "$TOKENIZER_PATH"); fi
+  cd "$(dirname "${BASH_SOURCE[0]}")"
+  setup "torch, numpy, sentencepiece, zstandard, brotli, sympy, networkx" requirements.txt
+  pick_profile
+  pick_data
+  default RUN_ID "$(date +%Y%m%d_%H%M%S)_$PROFILE"
+  echo "profile $PROFILE, $NPROC process(es), data ${DATA_PATH:-data/datasets/fineweb10B_sp${VOCAB_SIZE:-8192}}, run $RUN_ID"
+  launch train_gpt.py
+  launch eval_sliding.py "logs/$RUN_ID.ptz"
+  summarize "logs/$RUN_ID.txt"
+}
+
+if [[ ${BASH_SOURCE[0]} == "$0" ]]; then main "$@"; fi

@@ -1,0 +1,117 @@
+"""House rules, and numbers in READMEs against the logs they cite.   python -m pytest tests/test_repo.py"""
+
+import ast
+import json
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+import train_gpt
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = [p for p in ROOT.rglob("*.py") if not {".venv", "logs"} & set(p.relative_to(ROOT).parts)]
+SHIPPED = [ROOT / "train_gpt.py", ROOT / "eval_sliding.py"]
+READMES = [ROOT / "README.md", *sorted((ROOT / "records").rglob("README.md"))]
+
+
+def events_of(log: Path) -> dict[str, dict]:
+    """The closing JSON lines of a log, by event."""
+    lines = log.read_text(encoding="utf-8").splitlines()
+    return {event["event"]: event for event in (json.loads(x) for x in lines if x.startswith('{"event": '))}
+
+
+def table_rows(readme: Path) -> list[dict[str, str]]:
+    """Rows of the tables of a README that have a column named `log`, by column name."""
+    rows, columns = [], None
+    for line in readme.read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
+        if not line.startswith("|"):
+            columns = None
+        elif columns is None:
+            columns = cells
+        elif "log" in columns and not set(line) <= set("|-: "):
+            rows.append(dict(zip(columns, cells, strict=True)))
+    return rows
+
+
+def mismatches(readme: Path) -> list[str]:
+    """Figures in the tables of a README that are not those of the log named in their row."""
+    wrong = []
+    for row in table_rows(readme):
+        log = readme.parent / re.search(r"\(([^)]+)\)", row["log"])[1]
+        events = events_of(log)
+        train, slide = events["train_summary"], events["eval_summary"]
+        measured = {
+            "float": f"{train['val_bpb_float']:.4f}",
+            "int6": f"{train['val_bpb']:.4f}",
+            "sliding": f"{slide['val_bpb']:.4f}",
+            "model bytes": f"{train['bytes_model']:,}",
+            "steps": f"{train['steps']:,}",
+            "train s": f"{train['train_seconds']:.0f}",
+        }
+        wrong += [f"{log.name} {name}: {row[name]} is {figure}" for name, figure in measured.items() if row[name] != figure]
+    return wrong
+
+
+@pytest.mark.parametrize("readme", READMES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_figure_in_a_results_table_is_the_one_in_its_log(readme):
+    assert mismatches(readme) == []
+
+
+def test_a_wrong_figure_in_a_table_is_found(tmp_path):
+    source = READMES[0]
+    rows = table_rows(source)
+    assert rows, "the README has a results table"
+    log = re.search(r"\(([^)]+)\)", rows[0]["log"])[1]
+    text = source.read_text(encoding="utf-8").replace(log, str(ROOT / log))
+    planted = tmp_path / "README.md"
+    planted.write_text(text.replace(rows[0]["sliding"], "1.0000"), encoding="utf-8")
+    assert any("1.0000" in line for line in mismatches(planted))
+
+
+def test_line_and_function_limits():
+    assert len((ROOT / "train_gpt.py").read_text().splitlines()) < 1100
+    assert len((ROOT / "eval_sliding.py").read_text().splitlines()) < 500
+    for path in SHIPPED:
+        functions = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef)]
+        long = [n.name for n in functions if n.end_lineno - n.lineno + 1 > (150 if n.name == "train" else 80)]
+        assert long == []
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_source_is_ascii_and_free_of_globals_and_getattr_defaults(path):
+    source = path.read_bytes().decode("ascii")
+    tree = ast.parse(source)
+    assert not any(isinstance(n, ast.Global) for n in ast.walk(tree))
+    calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)]
+    assert not [n.lineno for n in calls if n.func.id == "getattr" and len(n.args) > 2]
+
+
+def test_eval_sliding_defines_no_module_and_reads_the_environment_only_through_the_knobs():
+    tree = ast.parse((ROOT / "eval_sliding.py").read_text())
+    assert not any(isinstance(n, ast.ClassDef) for n in ast.walk(tree))
+    for path, allowed in zip(SHIPPED, ("from_torchrun", None), strict=True):
+        functions = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef)]
+        readers = {
+            f.name
+            for f in functions
+            for n in ast.walk(f)
+            if isinstance(n, ast.Attribute) and n.attr == "environ" and isinstance(n.value, ast.Name)
+        }
+        assert readers <= {"main", allowed}, readers
+
+
+def test_every_knob_is_read_somewhere():
+    text = "\n".join(path.read_text() for path in SHIPPED)
+    unused = [f.name for f in fields(train_gpt.Hyperparameters) if not re.search(rf"(hp|self)\.{f.name}\b", text)]
+    assert unused == []
+
+
+def test_the_launcher_sets_only_knobs():
+    names = re.findall(r"^\s+default ([A-Z_]+) ", (ROOT / "run_8xh100.sh").read_text(), re.M)
+    names += re.findall(r"\) default ([A-Z_]+) ", (ROOT / "run_8xh100.sh").read_text())
+    knobs = {f.name.upper() for f in fields(train_gpt.Hyperparameters)}
+    assert names
+    assert set(names) - knobs - {"PROFILE"} == set()
