@@ -8,7 +8,7 @@ the code stay under 16,000,000 bytes together; eval_sliding.py scores it.
     torchrun --standalone --nproc_per_node=8 train_gpt.py      # the record: 8xH100, 600 s
     ITERATIONS=10 TRAIN_BATCH_TOKENS=4096 TRAIN_SEQ_LEN=256 python train_gpt.py    # smoke
 
-Knobs are the fields of `Hyperparameters`; env var FOO sets field foo. run_8xh100.sh holds the hardware profiles.
+run_8xh100.sh holds the hardware profiles.
 """
 
 import copy
@@ -47,7 +47,6 @@ MAX_SUBMISSION_BYTES = 16_000_000  # code + compressed model, decimal
 class Refusal(Exception):
     """Bad input from the user, a file or the machine; entry points print it as one line and exit with status 2."""
 def require(condition: bool, message: str) -> None:
-    """Raise Refusal(message) unless `condition` holds."""
     if not condition:
         raise Refusal(message)
 
@@ -125,8 +124,8 @@ class Hyperparameters:
             try:
                 values[f.name] = {"0": False, "1": True}[text] if kind is bool else kind(text)
             except (KeyError, ValueError):
-                expected = "0 or 1" if kind is bool else kind.__name__
-                raise Refusal(f"{f.name.upper()}={text!r}: expected {expected}") from None
+                kind_name = "0 or 1" if kind is bool else kind.__name__
+                raise Refusal(f"{f.name.upper()}={text!r}: expected {kind_name}") from None
         hp = cls(**values)
         hp.validate()
         return hp
@@ -170,13 +169,12 @@ class Hyperparameters:
         check(re.fullmatch(r"[\w.+-]*", self.run_id) is not None, "run_id", "letters, digits and . _ + - only")
         check(self.model_dim % self.num_heads == 0, "model_dim num_heads", "the heads must divide the width")
         check(self.num_heads % self.num_kv_heads == 0, "num_heads num_kv_heads", "kv heads must divide the heads")
-        check(self.rope_dims % 2 == 0, "rope_dims", "must be even")
-        check(self.rope_dims <= self.head_dim, "rope_dims", f"above the head width {self.head_dim}")
+        check(self.rope_dims in range(0, self.head_dim + 1, 2), "rope_dims", f"must be even, at most {self.head_dim}")
         check(self.moe_start_layer < self.num_layers, "moe_start_layer num_layers", "leaves no layer to route")
         check(self.eval_stride <= window, "eval_stride", f"above the window of {window} tokens")
         check(not grouped or hasattr(F, "grouped_mm"), "dispatch", f"needs torch >= 2.10, this is {torch.__version__}")
-        aligned = self.expert_dim % 8 == self.model_dim % 8 == 0
-        check(not grouped or aligned, "expert_dim model_dim", "DISPATCH=grouped needs multiples of 8")
+        eights = (self.expert_dim | self.model_dim) % 8 == 0
+        check(not grouped or eights, "expert_dim model_dim", "DISPATCH=grouped needs multiples of 8")
         check(swa_fits, "swa_start_frac", f"must lie inside the last descent, {descent:.3f} to 1")
         self.grad_accum_steps(1)
 
@@ -186,6 +184,7 @@ CHOICES |= {"schedule": "sgdr linear", "average": "ema swa off", "codec": "auto 
 RANGES = {"vocab_size": (4, 65_536), "num_experts": (1, 256), "sgdr_cycles": (1, 16), "seed": (0, 2**63 - 1)}
 RANGES |= dict.fromkeys(["muon_momentum", "warmdown_frac", "min_lr", "ema_decay", "swa_start_frac"], (0, 1))
 RANGES |= dict.fromkeys(["warmup_steps", "val_loss_every", "val_max_tokens", "eval_seq_len"], (0, math.inf))
+RANGES |= dict.fromkeys(["model_dim", "expert_dim", "shared_dim", "mu_rank"], (1, 65_536)) | {"num_layers": (1, 1024)}
 RANGES |= {"rope_dims": (0, math.inf), "moe_start_layer": (0, math.inf), "matrix_bits": (2, 8), "embed_bits": (2, 8)}
 ALL_KNOBS = [f.name for f in fields(Hyperparameters)]
 MODEL_KNOBS = ALL_KNOBS[ALL_KNOBS.index("vocab_size") : ALL_KNOBS.index("mu_rank") + 1]
@@ -201,8 +200,8 @@ class Dist:
     @classmethod
     def from_torchrun(cls, device_name: str) -> "Dist":
         """Join the process group that torchrun announces in the environment. Raises Refusal."""
-        names = (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
-        rank, local_rank, world_size = (int(os.environ.get(name, alone)) for name, alone in names)
+        alone = (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+        rank, local_rank, world_size = (int(os.environ.get(*default)) for default in alone)
         require(8 % world_size == 0, f"WORLD_SIZE={world_size} does not divide 8")
         count = torch.cuda.device_count()
         available = {"cuda": local_rank < count, "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -243,11 +242,10 @@ class Log:
         path.parent.mkdir(parents=True, exist_ok=True)
 
     def __call__(self, text: str, echo: bool = True) -> None:
-        if not self.enabled:
-            return
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(text + "\n")
-        if echo:
+        if self.enabled:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(text + "\n")
+        if self.enabled and echo:
             print("\r\033[K" * sys.stderr.isatty(), end="", file=sys.stderr, flush=True)
             print(text, flush=True)
 
@@ -317,8 +315,7 @@ def load_data_shard(path: Path) -> np.ndarray:
     magic, version, count = map(int, np.fromfile(path, dtype="<i4", count=3))
     require(magic == SHARD_MAGIC, f"{path}: not a shard, magic is {magic} instead of {SHARD_MAGIC}")
     require(version == SHARD_VERSION, f"{path}: shard version {version}, expected {SHARD_VERSION}")
-    whole = count > 0 and size == header_bytes + 2 * count
-    require(whole, f"{path}: a header of {count} tokens does not fit a file of {size} bytes")
+    require(count > 0 and size == header_bytes + 2 * count, f"{path}: {count} tokens do not make {size} bytes")
     return np.memmap(path, dtype="<u2", mode="r", offset=header_bytes, shape=(count,))
 
 def check_vocab(tokens: np.ndarray, vocab_size: int, source: Path) -> np.ndarray:
@@ -333,9 +330,8 @@ class TokenLoader:
     def __init__(self, hp: Hyperparameters, dist: Dist):
         self.hp, self.dist, self.paths = hp, dist, list_shards(hp.dataset_dir, "train")
         self.shards = [load_data_shard(path) for path in self.paths]
-        # One window fewer than fits, so that every phase leaves the same number.
-        self.first_window = np.cumsum([0] + [max(len(s) // hp.train_seq_len - 1, 0) for s in self.shards])
-        self.num_windows = int(self.first_window[-1])
+        windows = [max(len(s) // hp.train_seq_len - 1, 0) for s in self.shards]  # one to spare for the random phase
+        self.first_window, self.num_windows = np.cumsum([0, *windows]), sum(windows)
         need = f"two sequences of TRAIN_SEQ_LEN={hp.train_seq_len}"
         require(self.num_windows > 0, f"{hp.dataset_dir}: no training shard holds {need}")
         micro_steps = dist.world_size * hp.grad_accum_steps(dist.world_size)
@@ -392,7 +388,7 @@ def load_tokenizer(hp: Hyperparameters) -> tuple[spm.SentencePieceProcessor, str
     path = Path(hp.tokenizer_path or f"data/tokenizers/fineweb_{hp.vocab_size}_bpe.model")
     require(path.is_file(), f"{path}: no such tokenizer (TOKENIZER_PATH)")
     try:
-        sp = spm.SentencePieceProcessor(model_proto=path.read_bytes())
+        sp = spm.SentencePieceProcessor(model_proto=path.read_bytes() or b"?")  # an empty file would pass for a model
     except RuntimeError as error:
         raise Refusal(f"{path} is not a SentencePiece model (TOKENIZER_PATH)") from error
     require(sp.vocab_size() == hp.vocab_size, f"{path} has {sp.vocab_size()} pieces, but VOCAB_SIZE={hp.vocab_size}")
@@ -437,24 +433,24 @@ def mix32(x: np.ndarray) -> np.ndarray:
 def zipf_assignment(token_counts: np.ndarray, num_experts: int, layer: int) -> np.ndarray:
     """Greedy bin packing: the next most frequent token goes to the least loaded expert. (V,) int64 -> (V,) uint8."""
     # Shuffled per layer within strata of similar frequency: balanced loads, and unrelated partitions in any two layers.
-    rng, ranked = np.random.default_rng(layer), np.argsort(-token_counts, kind="stable")
+    rng, seen = np.random.default_rng(layer), np.count_nonzero(token_counts)
+    ranked = np.argsort(-token_counts, kind="stable")[:seen]
     strata = np.split(ranked, range(4 * num_experts, len(ranked), 4 * num_experts))
     loads, assignment = np.zeros(num_experts, np.int64), np.empty(len(token_counts), np.uint8)
     for token in np.concatenate([rng.permutation(stratum) for stratum in strata]):
         assignment[token] = loads.argmin()
-        loads[assignment[token]] += token_counts[token] + 1  # or all unseen tokens would pile up on one expert
+        loads[assignment[token]] += token_counts[token]
+    unseen = rng.permutation(np.flatnonzero(token_counts == 0))  # by load, they would all go to the least loaded expert
+    assignment[unseen] = np.arange(len(unseen)) % num_experts
     return assignment
 
 def build_expert_table(hp: Hyperparameters, token_counts: np.ndarray) -> Tensor:
     """Expert of every token id in every routed layer, from training counts (V,) alone: (routed layers, V) uint8."""
-    ids = np.arange(hp.vocab_size, dtype=np.uint32)
-    table = np.zeros((len(hp.routed_layers), hp.vocab_size), np.uint8)
-    for row, layer in zip(table, hp.routed_layers, strict=True):
-        if hp.routing == "zipf":
-            row[:] = zipf_assignment(token_counts, hp.num_experts, layer)
-        else:
-            row[:] = (mix32(ids ^ mix32(np.uint32([layer + 1]))) if hp.routing == "hash" else ids) % hp.num_experts
-    return torch.from_numpy(table)
+    ids, E = np.arange(hp.vocab_size, dtype=np.uint32), hp.num_experts
+    row_of = {"modulo": lambda layer: ids % E, "hash": lambda layer: mix32(ids ^ mix32(np.uint32([layer + 1]))) % E}
+    row_of["zipf"] = lambda layer: zipf_assignment(token_counts, E, layer)
+    rows = [row_of[hp.routing](layer).astype(np.uint8) for layer in hp.routed_layers]
+    return torch.from_numpy(np.reshape(rows, (len(rows), hp.vocab_size)).astype(np.uint8))
 
 def expert_load(table: Tensor, token_counts: np.ndarray, num_experts: int) -> str:
     """Load of the busiest expert over the mean, per routed layer, when tokens occur `token_counts` (V,) times."""
@@ -619,6 +615,8 @@ class GPT(nn.Module):
                     nn.init.orthogonal_(matrix, generator=generator)
                 if re.search(r"\.(proj|down|expert_down|mu_read)\b", name):
                     p.zero_()
+        if self.hp.mu in ("lowrank", "full"):  # equal entries would get equal gradients, which the norm takes out
+            nn.init.normal_(self.mu_init, generator=generator)
 
     def routes(self, input_ids: Tensor) -> list[tuple[Tensor, ...]]:
         """Dispatch of every layer for this batch, from token ids alone: block masks, or permutations and offsets."""
@@ -696,8 +694,7 @@ class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised per matrix (kellerjordan.github.io/posts/muon); an expert of a 3-D tensor is a matrix.
     A group holds the matrices of one shape, orthogonalised in one batch of which every rank computes its share."""
     def __init__(self, params: list[Tensor], lr: float, weight_decay: float, dist: Dist, compiles: bool):
-        shapes = sorted({p.shape[-2:] for p in params})
-        groups = [{"params": [p for p in params if p.shape[-2:] == shape]} for shape in shapes]
+        groups = [{"params": [p for p in params if p.shape[-2:] == s]} for s in sorted({p.shape[-2:] for p in params})]
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": 0.0})
         self.dist, self.zeropower = dist, zeropower_via_newtonschulz5
         if compiles and dist.device.type == "cuda":  # on a CPU it is all GEMM, and not worth the compilation
@@ -819,13 +816,16 @@ def pack(hp: Hyperparameters, state: dict[str, Tensor], tokenizer_sha256: str) -
     return struct.pack("<I", len(text)) + text + tensors
 
 def import_codec(name: str) -> tuple:
-    """(compress, decompress, error class) of a codec, imported on use, since reading one must not need the other."""
+    """(compress, decompress up to about a size, error class) of a codec; imported on use, as reading needs only one."""
     try:
         if name == "zstd":
             import zstandard as zstd
-            return zstd.ZstdCompressor(22).compress, zstd.ZstdDecompressor().decompress, zstd.ZstdError
+            reader = zstd.ZstdDecompressor().stream_reader
+            return zstd.ZstdCompressor(22).compress, lambda data, size: reader(data).read(size), zstd.ZstdError
         import brotli
-        return partial(brotli.compress, quality=11, lgwin=24), lambda data, size: brotli.decompress(data), brotli.error
+        unpack = brotli.Decompressor().process
+        pack = partial(brotli.compress, quality=11, lgwin=24)
+        return pack, lambda data, size: unpack(data, output_buffer_limit=size), brotli.error
     except ImportError as error:
         raise Refusal(f"codec {name} needs the Python package {error.name}: pip install {error.name}") from None
 
@@ -847,22 +847,26 @@ def decompress(data: bytes, source: Path) -> bytes:
     require(intact, f"{source}: damaged artifact, the checksum does not match")
     _, unpacker, codec_error = import_codec(CODECS[codec])
     try:
-        payload = unpacker(packed, size)
+        payload = unpacker(packed, size + 1)
     except codec_error as error:
         raise Refusal(f"{source}: damaged artifact, {CODECS[codec]} says {error}") from error
+    require(len(payload) == size, f"{source}: damaged artifact, it does not unpack to the {size} bytes declared")
     return payload
 
 def load_artifact(path: Path, hp: Hyperparameters, device: torch.device) -> tuple[GPT, Hyperparameters, str]:
     """The only reader of artifacts: the model, `hp` with the artifact's model knobs, and its tokenizer's SHA-256."""
     require(path.is_file(), f"{path}: no such artifact")
+    payload = decompress(path.read_bytes(), path)
     try:
-        payload = decompress(path.read_bytes(), path)
         header_end = 4 + struct.unpack_from("<I", payload)[0]
         header = json.loads(payload[4:header_end])
+        tokenizer_sha256 = str(header["tokenizer_sha256"])
         hp = replace(hp, **{name: header["model"][name] for name in MODEL_KNOBS})
         hp = replace(hp, train_batch_tokens=hp.train_seq_len)  # the environment's need not fit, and is of no use here
         hp.validate()
-    except (ValueError, KeyError, TypeError) as error:
+    except Refusal as error:
+        raise Refusal(f"{path}: {error}") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise Refusal(f"{path}: damaged artifact, bad header ({error})") from error
     with torch.device("meta"):
         model = GPT(hp)
@@ -876,15 +880,14 @@ def load_artifact(path: Path, hp: Hyperparameters, device: torch.device) -> tupl
     state |= {name: t if t.dtype == torch.uint8 else t.float() for (name, part), t in parts.items() if part == "kept"}
     require(bool((state["expert_table"] < hp.num_experts).all()), f"{path}: damaged artifact, expert out of range")
     model.load_state_dict(state, strict=True, assign=True)
-    return model.to(device).eval(), hp, str(header["tokenizer_sha256"])
+    return model.to(device).eval(), hp, tokenizer_sha256
 
 def submission_bytes(hp: Hyperparameters, model_bytes: int, what: str) -> tuple[int, int]:
     """Bytes of the code (this file and eval_sliding.py beside it) and of code plus model. Raises Refusal at the cap."""
     here = Path(__file__).resolve()
     code = sum(path.stat().st_size for path in (here, here.with_name("eval_sliding.py")) if path.exists())
-    advice = f"lower MODEL_DIM={hp.model_dim} or raise MATRIX_CLIP={hp.matrix_clip}"
-    over = f"{what}: {code:,} bytes of code + {model_bytes:,} of model, the cap is {MAX_SUBMISSION_BYTES:,}; {advice}"
-    require(code + model_bytes < MAX_SUBMISSION_BYTES, over)
+    cap = f"the cap is {MAX_SUBMISSION_BYTES:,}; lower MODEL_DIM={hp.model_dim} or raise MATRIX_CLIP={hp.matrix_clip}"
+    require(code + model_bytes < MAX_SUBMISSION_BYTES, f"{what}: {code:,} bytes of code + {model_bytes:,}, {cap}")
     return code, code + model_bytes
 
 def dry_run_bytes(hp: Hyperparameters, model: GPT) -> int:
@@ -1073,8 +1076,7 @@ def main() -> None:
     log(f"step:{steps}/{hp.iterations} {before} train_time:{1000 * seconds:.0f}ms")
     log(f"pre-quantization post-{hp.average} {before} eval_time:{1000 * before.seconds:.0f}ms")
     export(hp, dist, log, model, val.tokenizer_sha256, path)
-    model, _, _ = load_artifact(path, hp, dist.device)
-    after = evaluate(model, val, hp, dist, hp.train_seq_len, "validate the artifact")
+    after = evaluate(load_artifact(path, hp, dist.device)[0], val, hp, dist, hp.train_seq_len, "validate the artifact")
     log(f"quantized {after} eval_time:{1000 * after.seconds:.0f}ms\nfinal_roundtrip_exact {after}")
     code, total = submission_bytes(hp, path.stat().st_size, "artifact")
     result = {"event": "train_summary", "run_id": hp.run_id, "artifact_path": str(path), "partial": val.partial}

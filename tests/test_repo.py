@@ -51,7 +51,7 @@ def mismatches(readme: Path) -> list[str]:
             "steps": f"{train['steps']:,}",
             "train s": f"{train['train_seconds']:.0f}",
         }
-        wrong += [f"{log.name} {name}: {row[name]} is {figure}" for name, figure in measured.items() if row[name] != figure]
+        wrong += [f"{log.name} {name}: {row[name]} is {x}" for name, x in measured.items() if row[name] != x]
     return wrong
 
 

@@ -1,0 +1,438 @@
+"""Properties of shards, the training loader, tokenizers and byte tables.   pytest tests/test_data.py"""
+import io
+import itertools
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+from helpers_cli import (
+    ALONE,
+    BOS,
+    CPU,
+    SHARED,
+    VOCAB_SIZE,
+    cli_env,
+    make_sentences,
+    tiny_tokenizer,
+    tokenize_docs,
+    write_dataset,
+    write_shard,
+)
+
+import train_gpt
+from train_gpt import Dist, Hyperparameters, Refusal, TokenLoader, ValData
+
+T = 8
+LENGTHS = (83, 257, 16)  # of three shards; windows of T + 1 at any phase: 9, 31 and 1
+WINDOWS_PER_EPOCH = 9 + 31 + 1
+TOKENIZERS = sorted((SHARED / "tokenizers").glob("*.model"))
+TEXTS = {
+    "empty": "",
+    "space": " ",
+    "word": "hello",
+    "leading_space": " hello",
+    "multiple_spaces": "  two   spaces \t\n here  ",
+    "digits": "in 1999, 12345 of 7",
+    "accents": "na\u00efve caf\u00e9 \u00c5ngstr\u00f6m",
+    "cjk": "\u4e2d\u6587\u6587\u672c and \ud55c\uad6d\uc5b4 \u65e5\u672c\u8a9e",
+    "emoji": "ok \U0001f600\U0001f468\u200d\U0001f469 \U0001f1eb\U0001f1f7 ok",
+    "space_mark": "a \u2581 b\u2581c",
+    "sentence": make_sentences(3, 1)[0],
+    "long": "The quick brown fox, 42 dogs; \u00abquoted\u00bb \u2014 and so on. " * 20,
+}
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Three shards of which no two tokens are equal, so that a token tells its shard and place."""
+    start = 0
+    for i, length in enumerate(LENGTHS):
+        write_shard(tmp_path / f"fineweb_train_{i:06d}.bin", range(start, start + length))
+        start += length
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def tokenizer_path(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("tokenizer") / "tiny.model"
+    path.write_bytes(tiny_tokenizer())
+    return path
+
+
+def knobs(folder: Path, **changes) -> Hyperparameters:
+    base = {"data_path": str(folder), "vocab_size": 1000, "train_seq_len": T, "train_batch_tokens": 8 * T}
+    return Hyperparameters(**{**base, "micro_batch_tokens": 8 * T, **changes})
+
+
+def windows(hp: Hyperparameters, count: int, dist: Dist = ALONE) -> list[tuple[int, ...]]:
+    """The next `count` windows of T + 1 tokens that one rank gets."""
+    loader, result = TokenLoader(hp, dist), []
+    while len(result) < count:
+        inputs, targets = loader.next_batch()
+        assert inputs.shape == targets.shape == (loader.num_sequences, hp.train_seq_len)
+        assert inputs.dtype == targets.dtype == torch.int64
+        assert torch.equal(inputs[:, 1:], targets[:, :-1])
+        result += [(*row, int(last)) for row, last in zip(inputs.tolist(), targets[:, -1], strict=True)]
+    return result[:count]
+
+
+def val_hp(folder: Path, tokenizer: Path, **changes) -> Hyperparameters:
+    return Hyperparameters(data_path=str(folder), tokenizer_path=str(tokenizer), vocab_size=VOCAB_SIZE, **changes)
+
+
+# ---- Loader
+
+
+def test_targets_are_the_tokens_that_follow_the_inputs(folder):
+    for window in windows(knobs(folder), 100):
+        assert window == tuple(range(window[0], window[0] + T + 1))
+
+
+def test_an_epoch_uses_every_training_token_once_up_to_less_than_two_windows_per_shard(folder):
+    for epoch in range(5):
+        inputs = [window[:-1] for window in windows(knobs(folder), (epoch + 1) * WINDOWS_PER_EPOCH)]
+        used = sorted(token for window in inputs[epoch * WINDOWS_PER_EPOCH :] for token in window)
+        assert len(set(used)) == len(used) == WINDOWS_PER_EPOCH * T
+        shard_start = 0
+        for length in LENGTHS:
+            here = [token for token in used if shard_start <= token < shard_start + length]
+            assert here == list(range(here[0], here[0] + len(here)))
+            assert length - 2 * T < len(here) < length
+            shard_start += length
+
+
+def test_no_window_crosses_from_one_shard_into_the_next(folder):
+    edges = np.cumsum(LENGTHS)
+    for window in windows(knobs(folder), 3 * WINDOWS_PER_EPOCH):
+        assert np.searchsorted(edges, window[0], side="right") == np.searchsorted(edges, window[-1], side="right")
+
+
+def test_the_next_epoch_has_another_phase_and_another_order(folder):
+    hp = knobs(folder)
+    stream = windows(hp, 6 * WINDOWS_PER_EPOCH)
+    epochs = [stream[i * WINDOWS_PER_EPOCH : (i + 1) * WINDOWS_PER_EPOCH] for i in range(6)]
+    assert len({min(window[0] for window in epoch) for epoch in epochs}) > 1
+    ranks = [np.argsort([window[0] for window in epoch]).tolist() for epoch in epochs]
+    assert all(ranks[0] != other for other in ranks[1:])
+    assert ranks[0] != sorted(ranks[0])
+
+
+def test_the_order_is_a_function_of_the_seed_alone(folder):
+    stream = windows(knobs(folder), 120)
+    assert windows(knobs(folder), 120) == stream
+    assert windows(knobs(folder, train_batch_tokens=2 * T, micro_batch_tokens=T), 120) == stream
+    assert windows(knobs(folder, num_layers=3, matrix_lr=0.5), 120) == stream
+    assert windows(knobs(folder, seed=1), 120) != stream
+
+
+@pytest.mark.parametrize("micro_batch_tokens", [T, 2 * T, 8 * T, 1000 * T])
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+def test_every_step_has_the_same_content_at_any_world_size_and_accumulation(folder, world_size, micro_batch_tokens):
+    steps, per_step = 12, 16  # more than an epoch
+    hp = knobs(folder, train_batch_tokens=per_step * T, micro_batch_tokens=micro_batch_tokens)
+    expected = windows(knobs(folder), steps * per_step)
+    per_rank = per_step // world_size
+    streams = [windows(hp, steps * per_rank, Dist(rank, world_size, CPU)) for rank in range(world_size)]
+    for step in range(steps):
+        parts = [stream[step * per_rank : (step + 1) * per_rank] for stream in streams]
+        together = sorted(window for part in parts for window in part)
+        assert together == sorted(expected[step * per_step : (step + 1) * per_step])
+    assert hp.grad_accum_steps(world_size) == max(1, -(-per_rank * T // micro_batch_tokens))
+
+
+def test_shards_are_memory_mapped(folder):
+    loader = TokenLoader(knobs(folder), ALONE)
+    assert all(isinstance(shard, np.memmap) for shard in loader.shards)
+    assert [len(shard) for shard in loader.shards] == list(LENGTHS)
+
+
+def test_the_loader_counts_the_inputs_it_hands_out(folder):
+    loader, counts = TokenLoader(knobs(folder), ALONE), np.zeros(1000, np.int64)
+    for _ in range(9):
+        np.add.at(counts, loader.next_batch()[0].numpy().ravel(), 1)
+    assert loader.token_counts.tolist() == counts.tolist()
+    assert counts.sum() == 9 * 8 * T
+
+
+@pytest.mark.parametrize("max_tokens", [1, 83, 84, 200, 355, 356, 10_000])
+def test_token_counts_cover_exactly_the_first_training_tokens(folder, max_tokens):
+    counts = TokenLoader(knobs(folder), ALONE).count_tokens(max_tokens)
+    expected = [1] * min(max_tokens, sum(LENGTHS)) + [0] * (1000 - min(max_tokens, sum(LENGTHS)))
+    assert counts.tolist() == expected
+
+
+def test_train_and_val_take_their_own_shards_and_no_byte_sidecar(tmp_path):
+    names = ("train_000001", "train_000000", "val_000001", "val_000000", "val_bytes_000000", "test_000000")
+    for name in names:
+        write_shard(tmp_path / f"fineweb_{name}.bin", range(50))
+    (tmp_path / "fineweb_train_000002.bin.tmp").write_bytes(b"half")
+    for split in ("train", "val"):
+        stems = [path.stem for path in train_gpt.list_shards(tmp_path, split)]
+        assert stems == [f"fineweb_{split}_000000", f"fineweb_{split}_000001"]
+
+
+def test_validation_joins_its_shards_in_order_without_sidecars(tmp_path, tokenizer_path):
+    write_shard(tmp_path / "fineweb_val_000001.bin", [7, 8])
+    write_shard(tmp_path / "fineweb_val_000000.bin", [4, 5, 6])
+    write_shard(tmp_path / "fineweb_val_bytes_000000.bin", [60_000] * 9)
+    write_shard(tmp_path / "fineweb_train_000000.bin", [60_000] * 9)
+    assert ValData.load(val_hp(tmp_path, tokenizer_path), CPU).tokens.tolist() == [4, 5, 6, 7, 8]
+
+
+# ---- Token ids outside the vocabulary
+
+
+def test_a_token_outside_the_vocabulary_is_refused_by_counting(folder):
+    inside, outside = (TokenLoader(knobs(folder, vocab_size=v), ALONE) for v in (sum(LENGTHS), sum(LENGTHS) - 1))
+    assert inside.count_tokens().sum() == sum(LENGTHS)
+    with pytest.raises(Refusal, match=r"fineweb_train_000002\.bin: token id 355 is outside VOCAB_SIZE=355"):
+        outside.count_tokens()
+
+
+def test_a_token_outside_the_vocabulary_is_refused_mid_stream_beyond_the_counted_tokens(tmp_path):
+    write_shard(tmp_path / "fineweb_train_000000.bin", range(99))
+    write_shard(tmp_path / "fineweb_train_000001.bin", [*range(50), 100, *range(48)])
+    loader = TokenLoader(knobs(tmp_path, vocab_size=100), ALONE)
+    assert loader.count_tokens(max_tokens=99).sum() == 99
+    with pytest.raises(Refusal, match=r"fineweb_train_000001\.bin: token id 100 is outside VOCAB_SIZE=100"):
+        list(itertools.islice(iter(loader.next_batch, None), 10))
+    fitting = TokenLoader(knobs(tmp_path, vocab_size=101), ALONE)
+    assert len(list(itertools.islice(iter(fitting.next_batch, None), 10))) == 10
+
+
+def test_a_token_outside_the_vocabulary_is_refused_by_validation(tmp_path, tokenizer_path):
+    path = write_shard(tmp_path / "fineweb_val_000000.bin", [1, VOCAB_SIZE - 1])
+    assert ValData.load(val_hp(tmp_path, tokenizer_path), CPU).tokens.tolist() == [1, VOCAB_SIZE - 1]
+    write_shard(path, [1, VOCAB_SIZE])
+    with pytest.raises(Refusal, match=rf"{path}: token id {VOCAB_SIZE} is outside VOCAB_SIZE={VOCAB_SIZE}"):
+        ValData.load(val_hp(tmp_path, tokenizer_path), CPU)
+
+
+# ---- Broken input
+
+
+BROKEN_SHARDS = {
+    "magic": ({"magic": 20240521}, "magic is 20240521 instead of 20240520"),
+    "version": ({"version": 2}, "shard version 2, expected 1"),
+    "too_few_tokens": ({"count": 41}, "41 tokens"),
+    "too_many_tokens": ({"count": 39}, "39 tokens"),
+    "no_tokens": ({"count": 0}, " 0 tokens"),
+    "negative_count": ({"count": -1}, "-1 tokens"),
+    "odd_tail": ({"tail": b"\0"}, "1105 bytes"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_SHARDS)
+def test_a_broken_shard_is_refused_in_one_line_that_names_it(case, tmp_path):
+    changes, expected = BROKEN_SHARDS[case]
+    path = write_shard(tmp_path / "fineweb_train_000000.bin", range(40))
+    assert train_gpt.load_data_shard(path).tolist() == list(range(40))
+    write_shard(path, range(40), **changes)
+    with pytest.raises(Refusal) as caught:
+        TokenLoader(knobs(tmp_path), ALONE)
+    assert str(caught.value).startswith(str(path))
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("size", [0, 1, 11, 12, 1023])
+def test_a_shard_shorter_than_its_header_is_refused(size, tmp_path):
+    path = write_shard(tmp_path / "fineweb_train_000000.bin", range(40))
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(Refusal, match=rf"{path}: {size} bytes is shorter than the 1024-byte shard header"):
+        train_gpt.load_data_shard(path)
+
+
+def test_missing_and_empty_folders_are_refused_by_name(tmp_path, tokenizer_path):
+    write_shard(tmp_path / "full" / "fineweb_train_000000.bin", range(40))
+    write_shard(tmp_path / "full" / "fineweb_val_bytes_000000.bin", range(40))
+    (tmp_path / "empty").mkdir()
+    assert TokenLoader(knobs(tmp_path / "full"), ALONE).num_windows == 4
+    with pytest.raises(Refusal, match=r"missing: no such data folder \(DATA_PATH\)"):
+        TokenLoader(knobs(tmp_path / "missing"), ALONE)
+    with pytest.raises(Refusal, match=r"empty: no fineweb_train_\*\.bin shards \(DATA_PATH\)"):
+        TokenLoader(knobs(tmp_path / "empty"), ALONE)
+    with pytest.raises(Refusal, match=r"full: no fineweb_val_\*\.bin shards \(DATA_PATH\)"):
+        ValData.load(val_hp(tmp_path / "full", tokenizer_path), CPU)
+
+
+def test_training_data_too_short_for_a_sequence_is_refused(tmp_path):
+    write_shard(tmp_path / "fineweb_train_000000.bin", range(2 * T - 1))
+    with pytest.raises(Refusal, match=rf"no training shard holds two sequences of TRAIN_SEQ_LEN={T}"):
+        TokenLoader(knobs(tmp_path), ALONE)
+    write_shard(tmp_path / "fineweb_train_000001.bin", range(2 * T))
+    assert {window[0] < T for window in windows(knobs(tmp_path), 20)} == {True}
+
+
+def test_a_validation_split_without_a_target_is_refused(tmp_path, tokenizer_path):
+    write_shard(tmp_path / "fineweb_val_000000.bin", [1])
+    with pytest.raises(Refusal, match="the validation split has no target to score"):
+        ValData.load(val_hp(tmp_path, tokenizer_path), CPU)
+    write_shard(tmp_path / "fineweb_val_000000.bin", [1, 5])
+    assert len(ValData.load(val_hp(tmp_path, tokenizer_path), CPU).tokens) == 2
+
+
+def test_a_tokenizer_of_another_size_is_refused(tmp_path, tokenizer_path):
+    assert train_gpt.load_tokenizer(val_hp(tmp_path, tokenizer_path))[0].vocab_size() == VOCAB_SIZE
+    with pytest.raises(Refusal, match=rf"tiny\.model has {VOCAB_SIZE} pieces, but VOCAB_SIZE={VOCAB_SIZE + 1}"):
+        train_gpt.load_tokenizer(replace(val_hp(tmp_path, tokenizer_path), vocab_size=VOCAB_SIZE + 1))
+
+
+def test_a_missing_tokenizer_is_refused_by_its_default_name_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Refusal, match=r"nowhere\.model: no such tokenizer \(TOKENIZER_PATH\)"):
+        train_gpt.load_tokenizer(val_hp(tmp_path, tmp_path / "nowhere.model"))
+    with pytest.raises(Refusal, match=r"data/tokenizers/fineweb_512_bpe\.model: no such tokenizer"):
+        train_gpt.load_tokenizer(Hyperparameters(vocab_size=512))
+    (tmp_path / "data" / "tokenizers").mkdir(parents=True)
+    (tmp_path / "data" / "tokenizers" / f"fineweb_{VOCAB_SIZE}_bpe.model").write_bytes(tiny_tokenizer())
+    assert train_gpt.load_tokenizer(Hyperparameters(vocab_size=VOCAB_SIZE))[0].vocab_size() == VOCAB_SIZE
+
+
+@pytest.mark.parametrize("damage", ["text", "nul", "truncated"])
+def test_a_damaged_tokenizer_is_refused_in_one_line(damage, tmp_path):
+    path = tmp_path / "bad.model"
+    path.write_bytes({"text": b"garbage" * 100, "nul": b"\0", "truncated": tiny_tokenizer()[:1000]}[damage])
+    with pytest.raises(Refusal) as caught:
+        train_gpt.load_tokenizer(val_hp(tmp_path, path))
+    assert str(caught.value) == f"{path} is not a SentencePiece model (TOKENIZER_PATH)"
+
+
+def test_an_empty_tokenizer_file_is_refused_without_noise_from_the_library(tmp_path, capfd):
+    path = tmp_path / "empty.model"
+    path.write_bytes(b"")
+    with pytest.raises(Refusal) as caught:
+        train_gpt.load_tokenizer(val_hp(tmp_path, path))
+    assert str(caught.value) == f"{path} is not a SentencePiece model (TOKENIZER_PATH)"
+    assert capfd.readouterr().err == ""
+
+
+def test_a_tokenizer_without_a_piece_for_the_lone_space_is_refused(tmp_path, tokenizer_path):
+    """Trained on text without a single space, SentencePiece learns no U+2581 piece."""
+    glued = [text.replace(" ", "") for text in make_sentences(0, 200)]
+    model = tokenize_docs.train_tokenizer(glued, VOCAB_SIZE)
+    assert sentencepiece.SentencePieceProcessor(model_proto=model).piece_to_id("\u2581") == 3
+    path = tmp_path / "glued.model"
+    path.write_bytes(model)
+    with pytest.raises(Refusal, match=r"glued\.model has no U\+2581 piece"):
+        train_gpt.load_tokenizer(val_hp(tmp_path, path))
+    train_gpt.load_tokenizer(val_hp(tmp_path, tokenizer_path))
+
+
+# ---- Byte tables
+
+
+def byte_tables(model: bytes) -> tuple[sentencepiece.SentencePieceProcessor, ValData]:
+    sp = sentencepiece.SentencePieceProcessor(model_proto=model)
+    tables = train_gpt.build_sentencepiece_luts(sp, sp.vocab_size(), CPU)
+    return sp, ValData(torch.zeros(2, dtype=torch.int32), *tables, "", False)
+
+
+def counted_bytes(val: ValData, document: list[int]) -> int:
+    tokens = torch.tensor(document)
+    return int(val.token_bytes(tokens[:-1], tokens[1:]).sum())
+
+
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+def test_counted_bytes_are_the_bytes_of_the_decoded_document(text):
+    sp, val = byte_tables(tiny_tokenizer())
+    assert counted_bytes(val, [BOS, *sp.encode(text)]) == len(sp.decode(sp.encode(text)).encode())
+
+
+def test_the_texts_reach_byte_fallback_lone_spaces_and_leading_spaces():
+    sp, _ = byte_tables(tiny_tokenizer())
+    ids = {i for text in TEXTS.values() for i in sp.encode(text)}
+    assert any(sp.is_byte(i) for i in ids)
+    assert sp.piece_to_id("\u2581") in ids
+    assert any(len(sp.id_to_piece(i)) > 1 and sp.id_to_piece(i).startswith("\u2581") for i in ids)
+
+
+@pytest.mark.skipif(not TOKENIZERS, reason="shared/data/tokenizers is not here")
+@pytest.mark.parametrize("path", TOKENIZERS, ids=lambda path: path.stem)
+def test_counted_bytes_are_the_bytes_of_the_decoded_document_with_real_tokenizers(path):
+    sp, val = byte_tables(path.read_bytes())
+    for text in [*TEXTS.values(), *make_sentences(4, 20)]:
+        assert counted_bytes(val, [BOS, *sp.encode(text)]) == len(sp.decode(sp.encode(text)).encode()), text
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="shared/data is not here")
+@pytest.mark.parametrize("path", TOKENIZERS, ids=lambda path: path.stem)
+def test_counted_bytes_are_right_on_real_documents_in_a_row(path):
+    sp, val = byte_tables(path.read_bytes())
+    texts = list(itertools.islice(tokenize_docs.read_documents([SHARED / "fineweb_val.jsonl.xz"]), 40))
+    stream = [token for text in texts for token in [BOS, *sp.encode(text)]]
+    assert counted_bytes(val, stream) == sum(len(sp.decode(sp.encode(text)).encode()) for text in texts)
+
+
+def test_each_piece_has_its_own_bytes():
+    sp, val = byte_tables(tiny_tokenizer())
+    for i in range(sp.vocab_size()):
+        piece, base = sp.id_to_piece(i), int(val.base_bytes_lut[i])
+        special = i in (0, 1, 2, 3)
+        assert bool(val.is_boundary_token_lut[i]) == special
+        if special:
+            assert base == 0
+        elif piece.startswith("<0x"):
+            assert (base, bool(val.has_leading_space_lut[i])) == (1, False)
+        else:
+            assert base == len(piece.replace("\u2581", "").encode())
+            assert bool(val.has_leading_space_lut[i]) == piece.startswith("\u2581")
+
+
+def test_a_space_inside_a_piece_counts_one_byte():
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["of the people by the people"] * 50),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=30,
+        split_by_whitespace=False,
+        add_dummy_prefix=False,
+        minloglevel=2,
+        **{"pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3},
+    )
+    sp, val = byte_tables(model.getvalue())
+    ids = sp.encode("of the people")
+    assert any("\u2581" in sp.id_to_piece(i)[1:] for i in ids)
+    assert counted_bytes(val, [BOS, *ids]) == len("of the people")
+
+
+@pytest.mark.parametrize(
+    ("previous", "target", "expected"),
+    [
+        ("\u2581", "\u2581", 1),
+        ("a", "\u2581", 1),
+        ("a", "a", 1),
+        ("a", BOS, 0),
+        ("<0x41>", "\u2581", 1),
+        ("<0xE2>", "<0x96>", 1),
+        (BOS, "a", 1),
+        (BOS, "\u2581", 0),
+        (0, "\u2581", 0),
+        (2, "\u2581", 0),
+        (3, "\u2581", 0),
+    ],
+)
+def test_a_leading_space_counts_unless_it_follows_a_boundary_token(previous, target, expected):
+    sp, val = byte_tables(tiny_tokenizer())
+    ids = [torch.tensor([sp.piece_to_id(p) if isinstance(p, str) else p]) for p in (previous, target)]
+    assert val.token_bytes(*ids).tolist() == [expected]
+
+
+def test_ids_beyond_the_tokenizer_are_boundaries_without_bytes():
+    sp, _ = byte_tables(tiny_tokenizer())
+    base, space, boundary = train_gpt.build_sentencepiece_luts(sp, VOCAB_SIZE + 5, CPU)
+    assert base[VOCAB_SIZE:].tolist() == [0] * 5
+    assert space[VOCAB_SIZE:].tolist() == [False] * 5
+    assert boundary[VOCAB_SIZE:].tolist() == [True] * 5
+
+
+def test_a_generated_data_set_decodes_to_its_sentences_and_scores_their_bytes(tmp_path):
+    dataset = write_dataset(tmp_path / "set", val_seed=9, val_docs=5)
+    val = ValData.load(Hyperparameters.from_env(cli_env(dataset)), CPU)
+    tokens = val.tokens.long()
+    assert int(val.token_bytes(tokens[:-1], tokens[1:]).sum()) == sum(map(len, make_sentences(9, 5)))
+    assert int((tokens == BOS).sum()) == 5

@@ -1,0 +1,292 @@
+"""Properties of the scoring windows and of the score itself.   pytest tests/test_evaluation.py"""
+import itertools
+import json
+import math
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pytest
+import torch
+from helpers_cli import ALONE, CPU, cli_env, eval_env, run_in_process, write_dataset, write_shard
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import eval_sliding
+import train_gpt
+from train_gpt import Dist, Hyperparameters, Refusal, Score, ValData, evaluate, scoring_windows
+
+V = 61
+HP = Hyperparameters(
+    vocab_size=V,
+    dtype="float32",
+    train_seq_len=16,
+    train_batch_tokens=16,
+    micro_batch_tokens=64,
+    num_layers=3,
+    model_dim=16,
+    num_heads=2,
+    num_kv_heads=1,
+    rope_dims=4,
+    expert_dim=8,
+    shared_dim=16,
+    eval_stride=16,
+)
+CASES = [(1, 16, 16), (7, 16, 3), (16, 16, 5), (17, 16, 5), (17, 16, 16), (48, 16, 16), (53, 16, 1), (53, 7, 4)]
+
+
+@pytest.fixture(scope="module")
+def model() -> train_gpt.GPT:
+    """A small model whose every parameter matters, unlike one with freshly zeroed projections."""
+    model, generator = train_gpt.GPT(HP), torch.Generator().manual_seed(0)
+    model.init_weights()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    model.expert_table.copy_(train_gpt.build_expert_table(HP, np.arange(V)))
+    return model.eval()
+
+
+def make_val(num_targets: int, partial: bool = False) -> ValData:
+    """Random tokens with a random but plausible byte table."""
+    rng = np.random.default_rng(num_targets)
+    tables = (rng.integers(0, 9, V).astype(np.int32), rng.random(V) < 0.5, rng.random(V) < 0.1)
+    tokens = torch.from_numpy(rng.integers(0, V, num_targets + 1).astype(np.int32))
+    return ValData(tokens, *map(torch.from_numpy, tables), "", partial)
+
+
+def with_window(seq_len: int, **changes) -> Hyperparameters:
+    return replace(HP, eval_seq_len=seq_len, **changes)
+
+
+def count_bytes(val: ValData) -> int:
+    """Bytes of all targets, one at a time."""
+    total, tokens = 0, val.tokens.tolist()
+    for previous, target in itertools.pairwise(tokens):
+        total += int(val.base_bytes_lut[target])
+        total += bool(val.has_leading_space_lut[target]) and not bool(val.is_boundary_token_lut[previous])
+    return total
+
+
+def naive_loss(model: torch.nn.Module, val: ValData, seq_len: int, stride: int) -> float:
+    """Mean loss by one forward pass per target, which sees nothing that comes after it."""
+    tokens, total = val.tokens.long(), 0.0
+    for target in range(len(tokens) - 1):
+        start = 0 if target < seq_len else math.ceil((target + 1 - seq_len) / stride) * stride
+        with torch.no_grad():
+            logits = model(tokens[None, start : target + 1])[0, -1].tolist()
+        top = max(logits)
+        total += top + math.log(sum(math.exp(logit - top) for logit in logits)) - logits[tokens[target + 1]]
+    return total / (len(tokens) - 1)
+
+
+# ---- Windows
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(
+    num_targets=st.integers(1, 400),
+    lengths=st.integers(1, 64).flatmap(lambda seq_len: st.tuples(st.just(seq_len), st.integers(1, seq_len))),
+)
+@example(num_targets=10_007, lengths=(2048, 64))
+@example(num_targets=10_007, lengths=(1024, 1024))
+@example(num_targets=10_007, lengths=(97, 89))
+@example(num_targets=1, lengths=(2048, 64))
+@example(num_targets=31, lengths=(32, 8))
+@example(num_targets=32, lengths=(32, 8))
+@example(num_targets=33, lengths=(32, 8))
+@example(num_targets=33, lengths=(32, 32))
+@example(num_targets=5, lengths=(1, 1))
+def test_scored_spans_tile_all_targets_and_every_window_has_its_context(num_targets, lengths):
+    seq_len, stride = lengths
+    windows = scoring_windows(num_targets, seq_len, stride)
+    scored = [target for _, first, end in windows for target in range(first, end)]
+    assert scored == list(range(num_targets))
+    assert windows[0][:2] == (0, 0)
+    for start, first, end in windows:
+        assert 0 <= start <= first < end <= start + seq_len
+    for start, first, end in windows[1:]:
+        assert first - start == seq_len - stride
+        assert end - first == stride or end == num_targets
+
+
+def test_the_number_of_windows_is_the_fewest_possible():
+    assert len(scoring_windows(16, 16, 4)) == 1
+    assert len(scoring_windows(17, 16, 4)) == 2
+    assert len(scoring_windows(20, 16, 4)) == 2
+    assert len(scoring_windows(21, 16, 4)) == 3
+    assert len(scoring_windows(10_007, 2048, 64)) == 1 + math.ceil((10_007 - 2048) / 64)
+
+
+# ---- Score
+
+
+@pytest.mark.parametrize(("num_targets", "seq_len", "stride"), CASES)
+def test_the_score_equals_one_forward_pass_per_target(model, num_targets, seq_len, stride):
+    val = make_val(num_targets)
+    score = evaluate(model, val, with_window(seq_len), ALONE, stride, "test")
+    expected = naive_loss(model, val, seq_len, stride)
+    assert score.val_loss == pytest.approx(expected, abs=1e-6)
+    assert score.bpb == pytest.approx(expected * num_targets / math.log(2) / count_bytes(val), rel=1e-6)
+    assert (score.target_tokens, score.scored_bytes, score.partial) == (num_targets, count_bytes(val), False)
+
+
+def test_a_longer_context_and_another_stride_change_the_score(model):
+    """Without this, the equality with the naive loss could hold for a model that ignores its context."""
+    losses = {naive_loss(model, make_val(53), seq_len, stride) for seq_len, stride in [(16, 16), (16, 1), (7, 4)]}
+    assert max(losses) - min(losses) > 1e-3
+    assert len(losses) == 3
+
+
+def test_a_stride_of_a_whole_window_is_plain_validation(model):
+    val, seq_len = make_val(16 * 6 + 5), 16
+    total = 0.0
+    for start in range(0, 16 * 6 + 5, seq_len):
+        chunk = val.tokens[start : start + seq_len + 1].long()
+        with torch.no_grad():
+            total += float(torch.nn.functional.cross_entropy(model(chunk[None, :-1])[0], chunk[1:], reduction="sum"))
+    score = evaluate(model, val, with_window(seq_len), ALONE, seq_len, "test")
+    assert score.val_loss == pytest.approx(total / (16 * 6 + 5), abs=1e-6)
+    assert evaluate(model, val, HP, ALONE, seq_len, "test").bpb == score.bpb
+
+
+@pytest.mark.parametrize("stride", [5, 16])
+def test_the_score_does_not_depend_on_the_batch_size(model, stride):
+    val = make_val(203)
+    sizes = (1, 16, 48, 112, 5_000)
+    scores = [evaluate(model, val, replace(HP, micro_batch_tokens=size), ALONE, stride, "test") for size in sizes]
+    for score in scores:
+        assert score.val_loss == pytest.approx(scores[0].val_loss, abs=1e-6)
+        assert score.scored_bytes == count_bytes(val)
+
+
+class NotYet(Exception):
+    """Stops a simulated rank whose peers have not contributed yet."""
+
+
+@dataclass(frozen=True)
+class SimulatedRank(Dist):
+    """A rank whose peers run before or after it in this process and leave their sums in `parts`."""
+
+    parts: dict = field(default_factory=dict)
+
+    def all_sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.parts[self.rank] = tensor.clone()
+        if len(self.parts) < self.world_size:
+            raise NotYet
+        return tensor.copy_(sum(self.parts.values()))
+
+
+def score_by_ranks(model: torch.nn.Module, val: ValData, world_size: int, stride: int) -> list[Score]:
+    """The score that every rank reports."""
+    ranks = [SimulatedRank(rank, world_size, CPU) for rank in range(world_size)]
+    ranks = [replace(rank, parts=ranks[0].parts) for rank in ranks]
+    for rank in ranks[:-1]:
+        with pytest.raises(NotYet):
+            evaluate(model, val, HP, rank, stride, "test")
+    return [evaluate(model, val, HP, rank, stride, "test") for rank in reversed(ranks)]
+
+
+@pytest.mark.parametrize(("num_targets", "stride"), [(203, 5), (203, 16), (20, 16)])
+@pytest.mark.parametrize("world_size", [2, 4, 8])
+def test_every_rank_reports_the_score_of_one_process(model, world_size, num_targets, stride):
+    val = make_val(num_targets)
+    alone = evaluate(model, val, HP, ALONE, stride, "test")
+    for score in score_by_ranks(model, val, world_size, stride):
+        assert score.val_loss == pytest.approx(alone.val_loss, abs=1e-9)
+        assert score.bpb == pytest.approx(alone.bpb, abs=1e-9)
+        assert (score.target_tokens, score.scored_bytes) == (num_targets, count_bytes(val))
+
+
+def test_evaluation_leaves_no_trace_and_repeats_exactly(model):
+    val = make_val(203)
+    state, rng = {name: t.clone() for name, t in model.state_dict().items()}, torch.get_rng_state()
+    gradients = [p.grad for p in model.parameters()]
+    first = evaluate(model, val, HP, ALONE, 5, "test")
+    second = evaluate(model, val, HP, ALONE, 5, "test")
+    assert (first.val_loss, first.bpb) == (second.val_loss, second.bpb)
+    assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert [p.grad for p in model.parameters()] == gradients == [None] * len(gradients)
+    assert torch.is_grad_enabled()
+
+
+class PoisonedModel(torch.nn.Module):
+    """Loss 1 nat everywhere but for one NaN, where the given token is the input."""
+
+    def __init__(self, poison: int):
+        super().__init__()
+        self.poison = poison
+
+    def forward(self, input_ids, target_ids, reduction):
+        return torch.where(input_ids == self.poison, math.nan, 1.0)
+
+
+def test_a_loss_that_is_not_a_number_is_refused():
+    val = make_val(40)
+    val.tokens[:] = 1
+    val.base_bytes_lut[:] = 3
+    assert evaluate(PoisonedModel(2), val, HP, ALONE, 16, "test").val_loss == 1.0
+    val.tokens[33] = 2
+    with pytest.raises(Refusal, match="test: total loss nan over"):
+        evaluate(PoisonedModel(2), val, HP, ALONE, 16, "test")
+
+
+def test_a_text_of_no_bytes_is_refused():
+    val = make_val(40)
+    val.base_bytes_lut[:] = 0
+    val.has_leading_space_lut[:] = False
+    with pytest.raises(Refusal, match="over 0"):
+        evaluate(PoisonedModel(V), val, HP, ALONE, 16, "test")
+
+
+class PartlyPoisonedModel(torch.nn.Module):
+    """Loss 1 nat at the first `columns` positions of the first `rows` windows of a batch, NaN at all others."""
+
+    def __init__(self, rows: int, columns: int):
+        super().__init__()
+        self.rows, self.columns = rows, columns
+
+    def forward(self, input_ids, target_ids, reduction):
+        loss = torch.full(input_ids.shape, math.nan)
+        loss[: self.rows, : self.columns] = 1.0
+        return loss
+
+
+def test_padded_positions_and_padded_windows_do_not_count():
+    val = make_val(5)  # one window of 16 positions in a batch of four windows
+    assert evaluate(PartlyPoisonedModel(1, 5), val, HP, ALONE, 16, "test").val_loss == 1.0
+    with pytest.raises(Refusal, match="total loss nan"):
+        evaluate(PartlyPoisonedModel(1, 4), val, HP, ALONE, 16, "test")
+
+
+# ---- Partial scores
+
+
+@pytest.mark.parametrize(("val_max_tokens", "partial"), [(0, 0), (1, 1), (99, 1), (100, 0), (10**9, 0)])
+def test_a_score_is_partial_exactly_if_targets_are_left_out(tmp_path, val_max_tokens, partial):
+    dataset = write_dataset(tmp_path / "set")
+    write_shard(dataset.folder / "fineweb_val_0.bin", [5] * 101)
+    hp = Hyperparameters.from_env(cli_env(dataset, VAL_MAX_TOKENS=val_max_tokens))
+    val = ValData.load(hp, CPU)
+    assert val.partial == partial
+    assert len(val.tokens) - 1 == (val_max_tokens if partial else 100)
+
+
+def test_partial_scores_are_never_called_val_bpb(tmp_path):
+    dataset = write_dataset(tmp_path / "set")
+    trained = run_in_process(train_gpt.main, cli_env(dataset, VAL_MAX_TOKENS=50, VAL_LOSS_EVERY=4), tmp_path)
+    scored = run_in_process(eval_sliding.main, eval_env(dataset, VAL_MAX_TOKENS=50), tmp_path, "logs/run.ptz")
+    for result in (trained, scored):
+        assert result.code == 0, result.err
+        *lines, last = result.out.splitlines()
+        assert "PARTIAL_bpb:" in result.out
+        assert not [line for line in lines if "val_bpb" in line or "val_loss" in line]
+        summary = json.loads(last)
+        assert summary["partial"] is True
+        assert summary["val_bpb"] is None
+    assert trained.summary["val_bpb_float"] is None
+    assert scored.summary["target_tokens"] == 50
+    whole = run_in_process(eval_sliding.main, eval_env(dataset), tmp_path, "logs/run.ptz")
+    assert "PARTIAL" not in whole.out
+    assert whole.summary["val_bpb"] > 0
+    assert whole.summary["partial"] is False

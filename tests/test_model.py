@@ -1,0 +1,390 @@
+"""Properties of the model: causality, routed MLP, gradients, loss, compilation.   pytest tests/test_model.py"""
+
+import copy
+import itertools
+import math
+
+import pytest
+import torch
+import torch._dynamo.testing
+import torch.nn.functional as F
+from conftest import ALONE, make_ids, make_model, tiny_hp
+
+from train_gpt import (
+    CHOICES,
+    GPT,
+    Gradients,
+    TokenRoutedMLP,
+    activate,
+    build_optimizers,
+    can_compile,
+    role_of,
+    train_step,
+)
+
+ROUTING, DISPATCH, MU, ACTIVATION = (CHOICES[knob].split() for knob in ("routing", "dispatch", "mu", "activation"))
+ROUTED = [routing for routing in ROUTING if routing != "dense"]
+MODES = [{"routing": r, "dispatch": d, "mu": m} for r, d, m in itertools.product(ROUTING, DISPATCH, MU)]
+VARIANTS = [{"activation": a, "dispatch": d, "xsa": x} for a in ACTIVATION for d in DISPATCH for x in (True, False)]
+
+
+def label(mode: dict) -> str:
+    return "-".join(map(str, mode.values()))
+
+
+def assert_same(actual: torch.Tensor, expected: torch.Tensor, hp) -> None:
+    """Bit-equal; but a GEMM over a group's rows rounds by their number, so grouped ones agree to a few float32 ulps."""
+    exact = hp.dispatch == "masked" or not hp.routed_layers
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0 if exact else 5e-6)
+
+
+def other_tokens(ids: torch.Tensor, hp) -> torch.Tensor:
+    """Ids of the same shape that differ everywhere."""
+    return (ids + 1 + torch.arange(ids.numel()).view_as(ids) % (hp.vocab_size - 1)) % hp.vocab_size
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("mode", MODES + VARIANTS, ids=label)
+@torch.no_grad()
+def test_logits_depend_on_no_later_token(mode, rows):
+    hp = tiny_hp(**mode)
+    model, ids = make_model(hp), make_ids(hp, rows, hp.train_seq_len)
+    logits, other = model(ids), other_tokens(ids, hp)
+    for t in (0, 3, 7, hp.train_seq_len - 2):
+        later, now = ids.clone(), ids.clone()
+        later[:, t + 1 :], now[:, t] = other[:, t + 1 :], other[:, t]
+        changed = model(later)
+        assert_same(changed[:, : t + 1], logits[:, : t + 1], hp)
+        assert ((changed - logits)[:, t + 1 :].abs().amax(-1) > 1e-3).all()
+        assert ((model(now) - logits)[:, t].abs().amax(-1) > 1e-3).all()
+
+
+@pytest.mark.parametrize("mode", MODES, ids=label)
+@torch.no_grad()
+def test_row_is_independent_of_the_other_rows(mode):
+    hp = tiny_hp(**mode)
+    model, ids = make_model(hp), make_ids(hp, 3, hp.train_seq_len)
+    others = other_tokens(ids, hp)
+    others[1] = ids[1]
+    logits, among_others = model(ids), model(others)
+    assert_same(among_others[1], logits[1], hp)
+    assert ((among_others - logits)[[0, 2]].abs().amax(-1) > 1e-3).all()
+
+
+@pytest.mark.parametrize("mode", MODES, ids=label)
+@torch.no_grad()
+def test_logits_of_a_prefix_are_a_prefix_of_the_logits(mode):
+    hp = tiny_hp(**mode)
+    model, ids = make_model(hp), make_ids(hp, 2, 2 * hp.train_seq_len)
+    logits = model(ids)
+    for n in (1, 5, hp.train_seq_len, 2 * hp.train_seq_len - 1):
+        torch.testing.assert_close(model(ids[:, :n]), logits[:, :n], rtol=0, atol=1e-5)
+    assert (logits[:, 1:] - logits[:, :-1]).abs().max() > 1e-2
+
+
+@torch.no_grad()
+def test_position_matters_only_with_rotated_dimensions():
+    for rope_dims, moves in ((4, True), (0, False)):
+        hp = tiny_hp(rope_dims=rope_dims, xsa=False)
+        model, ids = make_model(hp), make_ids(hp, 1, 8)
+        swapped = ids[:, [1, 0, 2, 3, 4, 5, 6, 7]]
+        change = (model(swapped) - model(ids))[:, -1].abs().max()
+        # From the second layer on, causal attention itself tells positions apart, so only one layer is order-blind.
+        hp = tiny_hp(rope_dims=rope_dims, num_layers=1)
+        one = make_model(hp)
+        change_of_one = (one(swapped) - one(ids))[:, -1].abs().max()
+        assert change > 1e-4
+        assert (change_of_one > 1e-4) == moves
+
+
+@torch.no_grad()
+def test_xsa_removes_the_component_along_the_own_value():
+    seen = {}
+    for xsa in (True, False):
+        hp = tiny_hp(xsa=xsa, mu="off")
+        attention = make_model(hp).blocks[1].attn
+        attention.proj.register_forward_pre_hook(lambda module, args, xsa=xsa: seen.update({xsa: args[0]}))
+        x = torch.randn(2, 16, hp.model_dim, generator=torch.Generator().manual_seed(0))
+        rotary = (torch.ones(16, 1, 2), torch.zeros(16, 1, 2))
+        attention(x, None, rotary)
+        own = attention.c_v(x).view(2, 16, hp.num_kv_heads, hp.head_dim).repeat_interleave(2, dim=2)
+        along = (seen[xsa].view(2, 16, hp.num_heads, hp.head_dim) * F.normalize(own, dim=-1)).sum(-1)
+        assert (along.abs().max() < 1e-5) == xsa
+
+
+def routed_mlp(hp, table: torch.Tensor, ids: torch.Tensor) -> tuple[TokenRoutedMLP, tuple]:
+    """The first MLP of a model whose every layer routes by `table` (V,), and its dispatch of `ids`."""
+    model = make_model(hp)
+    model.expert_table.copy_(table.expand_as(model.expert_table))
+    return model.blocks[0].mlp, model.routes(ids)[0]
+
+
+def per_token_loop(mlp: TokenRoutedMLP, x: torch.Tensor, expert_of: torch.Tensor) -> torch.Tensor:
+    """What the routed MLP is defined to be, one token at a time."""
+    rows = []
+    for token, expert in zip(x.flatten(0, 1), expert_of.flatten().tolist(), strict=True):
+        shared = mlp.down.weight @ activate(mlp.up.weight @ token, mlp.hp.activation)
+        rows.append(shared + mlp.expert_down[expert] @ activate(mlp.expert_up[expert] @ token, mlp.hp.activation))
+    return torch.stack(rows).view_as(x)
+
+
+TABLES = {
+    "even": torch.arange(64) % 4,
+    "one_idle": torch.arange(64) % 3,
+    "first_idle": 1 + torch.arange(64) % 3,
+    "one_takes_all": torch.full((64,), 2),
+}
+SHAPES = [(2, 16), (1, 7), (3, 5), (1, 1)]
+
+
+@pytest.mark.parametrize("activation", ACTIVATION)
+@pytest.mark.parametrize("table", TABLES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_dispatch_computes_the_per_token_loop(shape, table, activation):
+    table, generator = TABLES[table].to(torch.uint8), torch.Generator().manual_seed(3)
+    ids, x = make_ids(tiny_hp(), *shape), torch.randn(*shape, 32, generator=generator)
+    gradients = {}
+    for dispatch in DISPATCH:
+        hp = tiny_hp(dispatch=dispatch, activation=activation)
+        mlp, route = routed_mlp(hp, table, ids)
+        y = mlp(x, route)
+        torch.testing.assert_close(y, per_token_loop(mlp, x, table[ids]), rtol=1e-4, atol=1e-5)
+        y.sin().sum().backward()
+        gradients[dispatch] = {name: p.grad for name, p in mlp.named_parameters()}
+        used = set(table[ids].flatten().tolist())
+        for name in ("expert_up", "expert_down"):
+            for expert in range(hp.num_experts):
+                gradient = gradients[dispatch][name][expert]
+                assert (gradient != 0).any() == (expert in used), f"{name} of expert {expert}"
+    for name, expected in gradients["masked"].items():
+        for dispatch in DISPATCH:
+            torch.testing.assert_close(gradients[dispatch][name], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mu", MU)
+@pytest.mark.parametrize("routing", ROUTED)
+def test_model_is_the_same_function_under_every_dispatch(routing, mu):
+    ids, losses, gradients = None, [], []
+    for dispatch in DISPATCH:
+        hp = tiny_hp(routing=routing, mu=mu, dispatch=dispatch)
+        model, ids = make_model(hp), make_ids(hp, 3, 16)
+        loss = model(ids[:, :-1], ids[:, 1:])
+        loss.backward()
+        losses.append(loss)
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    for loss, gradient in zip(losses, gradients, strict=True):
+        torch.testing.assert_close(loss, losses[0], rtol=1e-5, atol=0)
+        assert (gradient - gradients[0]).norm() < 1e-4 * gradients[0].norm()
+
+
+@pytest.mark.parametrize("dispatch", DISPATCH)
+@torch.no_grad()
+def test_output_follows_the_table(dispatch):
+    hp = tiny_hp(dispatch=dispatch)
+    model, ids = make_model(hp), make_ids(hp, 2, 16)
+    logits, table = model(ids), model.expert_table.clone()
+    assert torch.equal(model(ids), logits)
+    for layer in range(hp.num_layers):
+        model.expert_table.copy_(table)
+        model.expert_table[layer] = (table[layer] + 1) % hp.num_experts
+        assert (model(ids) - logits).abs().max() > 1e-3, f"layer {layer} ignores its row of the table"
+
+
+@pytest.mark.parametrize("activation", ACTIVATION)
+@pytest.mark.parametrize("dispatch", DISPATCH)
+@torch.no_grad()
+def test_one_expert_is_the_dense_mlp_of_the_joint_width(dispatch, activation):
+    knobs = {"num_experts": 1, "activation": activation, "dispatch": dispatch}
+    routed, dense = make_model(tiny_hp(routing="modulo", **knobs)), make_model(tiny_hp(routing="dense", **knobs))
+    ids, state = make_ids(routed.hp, 2, 16), routed.state_dict()
+    state["expert_table"] = dense.expert_table
+    for layer, block in enumerate(routed.blocks):
+        prefix, mlp = f"blocks.{layer}.mlp.", block.mlp
+        up = [mlp.up.weight.unflatten(0, (mlp.G, -1)), mlp.expert_up[0].unflatten(0, (mlp.G, -1))]
+        state[prefix + "up.weight"] = torch.cat(up, dim=1).flatten(0, 1)
+        state[prefix + "down.weight"] = torch.cat([mlp.down.weight, mlp.expert_down[0]], dim=1)
+        del state[prefix + "expert_up"], state[prefix + "expert_down"]
+    before = dense(ids)
+    dense.load_state_dict(state, strict=True)
+    torch.testing.assert_close(dense(ids), routed(ids), rtol=0, atol=1e-5)
+    assert (before - dense(ids)).abs().max() > 1e-2
+
+
+def count_parameters(module: torch.nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+@pytest.mark.parametrize("activation", ACTIVATION)
+def test_dense_and_routed_models_have_equally_many_parameters(activation):
+    sizes = {routing: count_parameters(GPT(tiny_hp(routing=routing, activation=activation))) for routing in ROUTING}
+    assert len(set(sizes.values())) == 1
+    assert count_parameters(GPT(tiny_hp(activation=activation, expert_dim=16))) > sizes["dense"]
+
+
+@pytest.mark.parametrize("start", [0, 1, 3])
+@pytest.mark.parametrize("dispatch", DISPATCH)
+def test_layers_before_the_first_routed_one_are_dense_and_as_large(dispatch, start):
+    model = make_model(tiny_hp(moe_start_layer=start, dispatch=dispatch))
+    assert [hasattr(block.mlp, "expert_up") for block in model.blocks] == [layer >= start for layer in range(4)]
+    assert len({count_parameters(block.mlp) for block in model.blocks}) == 1
+    assert model.expert_table.shape == (4 - start, 64)
+    ids = make_ids(model.hp, 2, 8)
+    with torch.no_grad():
+        logits = model(ids)
+        model.expert_table.add_(1).remainder_(4)
+        assert (model(ids) - logits).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("mode", MODES + [{"activation": a} for a in ACTIVATION], ids=label)
+def test_every_parameter_learns_within_a_few_steps_from_the_true_start(mode):
+    hp = tiny_hp(**mode, matrix_lr=0.02)
+    model = make_model(hp, noise=0.0)
+    optimizers, gradients = build_optimizers(hp, model, ALONE), Gradients(model, ALONE)
+    alive = {name: torch.zeros(p.shape, dtype=torch.bool) for name, p in model.named_parameters()}
+    for step in range(5):
+        ids = torch.randperm(hp.vocab_size, generator=torch.Generator().manual_seed(step)).view(4, 16)
+        train_step(model, optimizers, gradients, [(ids, ids.roll(-1, 1))], max_norm=0.0)
+        noise = 1e-6 * gradients.flat[64:].norm()  # rounding leaves a gradient below this where there is none
+        for name, p in model.named_parameters():
+            alive[name] |= p.grad.abs() > noise
+    for name, part in alive.items():
+        matrices = part.view(-1, *part.shape[-2:]) if part.ndim > 1 else part[None, None]
+        assert matrices.flatten(1).any(1).all(), f"{name}: no gradient"
+        if role_of(name) != "matrix":  # matrices and experts may keep a dead hidden unit
+            assert role_of(name) == "expert" or matrices.any(-1).all(), f"{name}: a row without gradient"
+
+
+@pytest.mark.parametrize("mu", MU)
+def test_mu_exists_only_where_a_layer_reads_it(mu):
+    model = GPT(tiny_hp(mu=mu))
+    names = [name for name, _ in model.named_parameters() if "mu_" in name]
+    writers = [name for name in names if "mu_mix" in name or "mu_write" in name or "mu_base" in name]
+    assert bool(names) == (mu != "off")
+    assert not [name for name in writers if name.startswith("blocks.3.")]
+    assert bool([name for name in writers if name.startswith("blocks.2.")]) == (mu != "off")
+
+
+@pytest.mark.parametrize("mu", [mu for mu in MU if mu != "off"])
+@torch.no_grad()
+def test_mu_reaches_the_output_through_every_reader(mu):
+    model = make_model(tiny_hp(mu=mu))
+    ids = make_ids(model.hp, 2, 16)
+    logits = model(ids)
+    for block in model.blocks:
+        without = copy.deepcopy(block.attn.state_dict())
+        reader = block.attn.mu_gain if mu == "vector" else block.attn.mu_read.weight
+        reader.zero_()
+        assert (model(ids) - logits).abs().max() > 1e-3
+        block.attn.load_state_dict(without)
+    assert torch.equal(model(ids), logits)
+
+
+@pytest.mark.parametrize("mode", MODES, ids=label)
+@torch.no_grad()
+def test_loss_is_the_cross_entropy_of_the_logits(mode):
+    hp = tiny_hp(**mode)
+    model, ids = make_model(hp), make_ids(hp, 3, 17)
+    inputs, targets = ids[:, :-1], ids[:, 1:]
+    nll = -model(inputs).double().log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+    per_token, mean = model(inputs, targets, reduction="none"), model(inputs, targets)
+    assert per_token.shape == targets.shape
+    assert mean.shape == ()
+    torch.testing.assert_close(per_token.double(), nll, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(mean, per_token.mean(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("mode", MODES, ids=label)
+@torch.no_grad()
+def test_first_loss_is_that_of_a_uniform_guess(mode):
+    hp = tiny_hp(**mode)
+    model, ids = make_model(hp, noise=0.0), make_ids(hp, 4, 17)
+    assert abs(model(ids[:, :-1], ids[:, 1:]).item() - math.log(hp.vocab_size)) < 0.05
+    noisy = make_model(hp, noise=0.3)
+    assert abs(noisy(ids[:, :-1], ids[:, 1:]).item() - math.log(hp.vocab_size)) > 0.05
+
+
+@torch.no_grad()
+def test_initial_matrices_are_orthogonal_and_experts_differ():
+    model = make_model(tiny_hp(), noise=0.0)
+    for name, p in model.named_parameters():
+        if role_of(name) in ("matrix", "expert") and p.any():
+            values = torch.linalg.svdvals(p)
+            torch.testing.assert_close(values, torch.ones_like(values), rtol=0, atol=1e-4, msg=name)
+    up = model.blocks[0].mlp.expert_up
+    assert all((up[0] - up[e]).abs().max() > 0.05 for e in range(1, 4))
+    assert (make_model(tiny_hp(seed=7), noise=0.0).blocks[0].mlp.expert_up - up).abs().max() > 0.05
+    assert torch.equal(make_model(tiny_hp(), noise=0.0).blocks[0].mlp.expert_up, up)
+
+
+@torch.no_grad()
+def test_logits_are_capped_at_30_and_free_near_zero():
+    model = make_model(tiny_hp())
+    ids = make_ids(model.hp, 2, 16)
+    model.tok_emb.weight.mul_(1e3)
+    large = model(ids)
+    assert 29.9 < large.abs().max() <= 30.0
+    model.tok_emb.weight.mul_(1e-6)
+    small = model(ids)
+    hidden = []
+    model.blocks[-1].register_forward_hook(lambda module, args, out: hidden.append(out[0]))
+    torch.testing.assert_close(model(ids), small)
+    raw = F.rms_norm(hidden[0], (32,)) @ model.tok_emb.weight.T
+    torch.testing.assert_close(small, raw, rtol=1e-4, atol=1e-7)
+    assert small.abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@torch.no_grad()
+def test_logits_and_loss_are_float32_in_every_dtype(dtype):
+    for dispatch in DISPATCH:
+        model = make_model(tiny_hp(dtype=dtype, dispatch=dispatch))
+        ids = make_ids(model.hp, 2, 16)
+        reference = make_model(tiny_hp(dispatch=dispatch))
+        assert model(ids).dtype == model(ids, ids).dtype == torch.float32
+        change = (model(ids, ids) - reference(ids, ids)).abs()
+        assert change < 0.05
+        assert (change > 0) == (dtype == "bfloat16")
+
+
+COMPILED = [
+    ("zipf", "masked", "vector"),
+    ("zipf", "masked", "lowrank"),
+    ("zipf", "masked", "off"),
+    ("zipf", "grouped", "vector"),
+    ("hash", "grouped", "full"),
+    ("dense", "masked", "vector"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("routing", "dispatch", "mu"), COMPILED)
+def test_compiler_sees_one_graph_whatever_the_token_values_are(routing, dispatch, mu):
+    dtype = "bfloat16" if dispatch == "grouped" else "float32"
+    hp = tiny_hp(routing=routing, dispatch=dispatch, mu=mu, dtype=dtype, num_layers=2)
+    model, inputs = make_model(hp), torch.zeros(2, 16, dtype=torch.int64)
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=False)
+    for seed in range(3):
+        loss = compiled(inputs, inputs)
+        loss.backward()
+        torch.testing.assert_close(loss, model(inputs, inputs), rtol=1e-5, atol=0)
+        assert counter.frame_count == 1
+        inputs = make_ids(hp, 2, 16, seed)
+    compiled(inputs[:, :9], inputs[:, :9])
+    assert counter.frame_count == 2  # a new shape is a new graph, so the count does count
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_generated_code_agrees_with_eager():
+    hp = tiny_hp(num_layers=1, compile=True)
+    if not can_compile(hp, ALONE.device):
+        pytest.skip("no C++ compiler or no Python.h")
+    model = make_model(hp)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, dynamic=False)
+    for seed in range(2):
+        ids = make_ids(hp, 2, 17, seed)
+        inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+        torch.testing.assert_close(compiled(inputs, targets), model(inputs, targets), rtol=1e-5, atol=1e-5)
