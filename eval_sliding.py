@@ -31,7 +31,10 @@ from train_gpt import (
 
 def main() -> None:
     """Score the artifact named on the command line and end the log with one JSON line. Raises Refusal."""
-    require(len(sys.argv) == 2 and sys.argv[1] not in ("-h", "--help"), f"usage: {sys.argv[0]} ARTIFACT\n{__doc__}")
+    if sys.argv[1:] in (["-h"], ["--help"]):
+        print(__doc__)
+        return
+    require(len(sys.argv) == 2, f"usage: {sys.argv[0]} ARTIFACT (more with --help)")
     started, path, hp = time.perf_counter(), Path(sys.argv[1]), Hyperparameters.from_env(os.environ)
     dist = Dist.from_torchrun(hp.device)
     torch.set_float32_matmul_precision("high")

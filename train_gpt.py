@@ -2,13 +2,11 @@
 
 Every token id owns one narrow expert per layer, by a table that is frozen before the first step, beside a wide shared
 expert. Routing is therefore exact, causal and independent of the rest of the batch. The artifact (int6, compressed) and
-the code stay under 16,000,000 bytes together; eval_sliding.py scores it.
+the code stay under 16,000,000 bytes together; eval_sliding.py scores it, run_8xh100.sh holds the hardware profiles.
 
     python train_gpt.py                                        # one process, any device
     torchrun --standalone --nproc_per_node=8 train_gpt.py      # the record: 8xH100, 600 s
     ITERATIONS=10 TRAIN_BATCH_TOKENS=4096 TRAIN_SEQ_LEN=256 python train_gpt.py    # smoke
-
-run_8xh100.sh holds the hardware profiles.
 """
 
 import copy
@@ -154,10 +152,10 @@ class Hyperparameters:
         """All checks of single knobs and between knobs. Raises Refusal naming the variable and the value."""
         for f in fields(self):
             value, kind, choices = getattr(self, f.name), type(f.default), CHOICES.get(f.name)
-            low, high = RANGES.get(f.name, (int(kind is int), math.inf))
+            low, high = RANGES.get(f.name, (1, 2**63 - 1) if kind is int else (0, math.inf))
             expected = f"one of {choices}" if choices else f"a finite number from {low} to {high}"
             ok = type(value) is kind and (choices is None or value in choices.split())
-            ok = ok and (kind not in (int, float) or (math.isfinite(value) and low <= value <= high))
+            ok = ok and (kind not in (int, float) or (low <= value <= high and math.isfinite(value)))
             require(ok, f"{f.name.upper()}={value!r}: expected {expected}")
 
         def check(condition: bool, names: str, rule: str) -> None:
@@ -183,9 +181,9 @@ CHOICES |= {"routing": "zipf hash modulo dense", "dispatch": "masked grouped", "
 CHOICES |= {"schedule": "sgdr linear", "average": "ema swa off", "codec": "auto zstd brotli"}
 RANGES = {"vocab_size": (4, 65_536), "num_experts": (1, 256), "sgdr_cycles": (1, 16), "seed": (0, 2**63 - 1)}
 RANGES |= dict.fromkeys(["muon_momentum", "warmdown_frac", "min_lr", "ema_decay", "swa_start_frac"], (0, 1))
-RANGES |= dict.fromkeys(["warmup_steps", "val_loss_every", "val_max_tokens", "eval_seq_len"], (0, math.inf))
+RANGES |= dict.fromkeys(["warmup_steps", "val_loss_every", "val_max_tokens", "eval_seq_len"], (0, 2**63 - 1))
 RANGES |= dict.fromkeys(["model_dim", "expert_dim", "shared_dim", "mu_rank"], (1, 65_536)) | {"num_layers": (1, 1024)}
-RANGES |= {"rope_dims": (0, math.inf), "moe_start_layer": (0, math.inf), "matrix_bits": (2, 8), "embed_bits": (2, 8)}
+RANGES |= {"rope_dims": (0, 65_536), "moe_start_layer": (0, 1024), "matrix_bits": (2, 8), "embed_bits": (2, 8)}
 ALL_KNOBS = [f.name for f in fields(Hyperparameters)]
 MODEL_KNOBS = ALL_KNOBS[ALL_KNOBS.index("vocab_size") : ALL_KNOBS.index("mu_rank") + 1]
 
@@ -520,8 +518,7 @@ class CausalSelfAttention(nn.Module):
         q, k, v = (y.view(B, T, -1, hp.head_dim) for y in self.qkv(x, mu))
         q = apply_rotary(norm(q), *rotary) * self.q_gain.to(x.dtype)[:, None]
         q_k_v = (y.transpose(1, 2) for y in (q, apply_rotary(norm(k), *rotary), v))
-        grouped = hp.num_heads > hp.num_kv_heads
-        y = F.scaled_dot_product_attention(*q_k_v, is_causal=True, enable_gqa=grouped).transpose(1, 2)
+        y = F.scaled_dot_product_attention(*q_k_v, is_causal=True, enable_gqa=True).transpose(1, 2)
         if hp.xsa:  # exclusive self attention, upstream PR #478: the stream holds the token's own value already
             y, own = y.unflatten(2, (hp.num_kv_heads, -1)), F.normalize(v, dim=-1)[:, :, :, None]
             y = y - (y * own).sum(-1, keepdim=True) * own
@@ -893,8 +890,7 @@ def submission_bytes(hp: Hyperparameters, model_bytes: int, what: str) -> tuple[
 def dry_run_bytes(hp: Hyperparameters, model: GPT) -> int:
     """Size of the artifact to come, measured on Gaussian stand-ins, whose symbols have the entropy of trained rows."""
     rng, state = torch.Generator().manual_seed(0), model.state_dict()
-    quantized = [name for name in state if isinstance(quant_rule(hp, name), tuple)]
-    state = {**state, **{name: torch.randn(state[name].shape, generator=rng) for name in quantized}}
+    state |= {n: torch.randn(t.shape, generator=rng) for n, t in state.items() if isinstance(quant_rule(hp, n), tuple)}
     return len(compress(pack(hp, state, "0" * 64), "zstd" if hp.codec == "auto" else hp.codec)[0])
 
 # ---- Evaluation ------------------------------------------------------------------------------------------------------
@@ -986,29 +982,31 @@ def warm_up(model: nn.Module, raw_model: GPT, optimizers: list, gradients: Gradi
     for optimizer, state in zip(optimizers, states, strict=True):
         optimizer.load_state_dict(state)
 
+def timing(seconds: float, steps: int) -> str:
+    return f"train_time:{1000 * seconds:.0f}ms step_avg:{1000 * seconds / max(steps, 1):.2f}ms"
+
 def train(hp: Hyperparameters, dist: Dist, log: Log, model: GPT, loader: TokenLoader, val: ValData):
     """Train until ITERATIONS or MAX_WALLCLOCK_SECONDS; leave averaged weights in `model`. Returns steps and seconds."""
     compiles, cap, accum = can_compile(hp, dist.device), hp.max_wallclock_seconds, hp.grad_accum_steps(dist.world_size)
-    log(f"compile:{'fullgraph' if compiles else 'off'} grad_accum_steps:{accum}")
     forward = torch.compile(model, fullgraph=True, dynamic=False) if compiles else model
     optimizers, gradients, started = build_optimizers(hp, model, dist), Gradients(model, dist), time.perf_counter()
     warm_up(forward, model, optimizers, gradients, loader)
-    log(f"warmup_step:{hp.warmup_steps}/{hp.warmup_steps} random tokens, undone, {dist.synchronize() - started:.1f}s")
+    log(f"warmup_step:{hp.warmup_steps}/{hp.warmup_steps} on random tokens, undone, {dist.synchronize() - started:.1f}s "
+        f"compile:{'fullgraph' if compiles else 'off'} grad_accum_steps:{accum}")
     weights, averaged = [p.detach() for p in model.parameters()], 0
     average = [p.clone() for p in weights]
     progress, step, loss, started = Progress("train", 1.0, dist.rank), 0, math.nan, dist.synchronize()
     on_cpu = dist.device.type == "cpu"  # where reading the loss costs nothing
     while True:
         elapsed = dist.all_max(time.perf_counter() - started)
-        step_avg = elapsed / max(step, 1)
-        timing = f"train_time:{1000 * elapsed:.0f}ms step_avg:{1000 * step_avg:.2f}ms"
         # The next step must end inside the cap, and so must the two by which the host may be ahead of a GPU.
-        out_of_time = cap > 0 and step > 0 and elapsed + step_avg * (1 if on_cpu else 3) > cap
+        out_of_time = cap > 0 and step > 0 and elapsed * (1 + (1 if on_cpu else 3) / step) > cap
         if out_of_time or step == hp.iterations:
             break
         if hp.val_loss_every and step and step % hp.val_loss_every == 0:
             paused = dist.synchronize()
-            log(f"step:{step}/{hp.iterations} {evaluate(model, val, hp, dist, hp.train_seq_len, 'step')} {timing}")
+            score = evaluate(model, val, hp, dist, hp.train_seq_len, "validate")
+            log(f"step:{step}/{hp.iterations} {score} {timing(elapsed, step)}")
             started += dist.synchronize() - paused
         frac = max(elapsed / cap if cap else 0.0, step / hp.iterations)
         scale = set_schedules(hp, optimizers, frac)
@@ -1019,12 +1017,14 @@ def train(hp: Hyperparameters, dist: Dist, log: Log, model: GPT, loader: TokenLo
             torch._foreach_lerp_(average, weights, newest)
             averaged += 1
         step += 1
-        logged, rate = step <= 10 or step % hp.train_log_every == 0, step * hp.train_batch_tokens / max(elapsed, 1e-9)
+        logged = step <= 10 or step % hp.train_log_every == 0
         if logged or on_cpu:
             loss = device_loss.item()
             require(math.isfinite(loss), f"training loss is {loss} at step {step}: stopped, nothing exported")
+        spent = time.perf_counter() - started
+        rate, note = step * hp.train_batch_tokens / spent, f"{timing(spent, step)} lr_scale:{scale:.3f}"
         if logged:
-            log(f"step:{step}/{hp.iterations} train_loss:{loss:.4f} {timing} tok/s: {rate:.0f} lr_scale:{scale:.3f}")
+            log(f"step:{step}/{hp.iterations} train_loss:{loss:.6f} {note} tok/s: {rate:.0f}")
         progress.update(frac, f"step {step} loss {loss:.3f} {rate:,.0f} tok/s")
     elapsed = dist.all_max(dist.synchronize() - started)
     if out_of_time:
@@ -1052,11 +1052,11 @@ def main() -> None:
     """Read the knobs, train, export, score the reloaded artifact, and end the log with one JSON line."""
     hp = Hyperparameters.from_env(os.environ)
     dist = Dist.from_torchrun(hp.device)
-    name = time.strftime("%Y%m%d_%H%M%S", time.localtime(dist.all_max(time.time())))  # the same on all ranks
-    hp = replace(hp, run_id=hp.run_id or name, eval_seq_len=0)
+    hp = replace(hp, run_id=hp.run_id or time.strftime("%Y%m%d_%H%M%S", time.localtime(dist.all_max(time.time()))))
     path = Path("logs", f"{hp.run_id}.ptz")
     log = Log(dist, path.with_suffix(".txt"))
     log_provenance(log, hp, dist, os.environ)
+    hp = replace(hp, eval_seq_len=0, eval_stride=1)  # plain validation, whatever eval_sliding.py is to do
     loader, val = TokenLoader(hp, dist), ValData.load(hp, dist.device)
     token_counts, model = loader.count_tokens(), GPT(hp)
     model.init_weights()
@@ -1073,7 +1073,7 @@ def main() -> None:
     log(f"trained on {expert_load(model.expert_table, loader.token_counts, hp.num_experts)}")
     log(f"peak memory allocated: {torch.cuda.max_memory_allocated() >> 20} MiB")
     before = evaluate(model, val, hp, dist, hp.train_seq_len, "validate")
-    log(f"step:{steps}/{hp.iterations} {before} train_time:{1000 * seconds:.0f}ms")
+    log(f"step:{steps}/{hp.iterations} {before} {timing(seconds, steps)}")
     log(f"pre-quantization post-{hp.average} {before} eval_time:{1000 * before.seconds:.0f}ms")
     export(hp, dist, log, model, val.tokenizer_sha256, path)
     after = evaluate(load_artifact(path, hp, dist.device)[0], val, hp, dist, hp.train_seq_len, "validate the artifact")

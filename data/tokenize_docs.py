@@ -205,7 +205,7 @@ def parse_line(line: bytes, where: str) -> str:
     try:
         record = json.loads(decode_utf8(line, where))
     except (ValueError, RecursionError) as error:
-        raise Refusal(f"{where}: malformed JSON: {getattr(error, 'msg', error)}") from error
+        raise Refusal(f"{where}: malformed JSON: {error}") from error
     if not isinstance(record, dict) or "text" not in record:
         raise Refusal(f'{where}: no "text" key')
     text = record["text"]

@@ -554,7 +554,8 @@ def names_in(path: Path) -> set[str]:
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import | ast.ImportFrom):
-            found |= {alias.name for alias in node.names} | {getattr(node, "module", None) or ""}
+            found |= {alias.name for alias in node.names}
+            found |= {node.module or ""} if isinstance(node, ast.ImportFrom) else set()
         elif isinstance(node, ast.Attribute):
             found.add(ast.unparse(node))
         elif isinstance(node, ast.Name):

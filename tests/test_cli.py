@@ -43,7 +43,7 @@ TRAIN_KEYS = "event run_id artifact_path val_bpb_float val_bpb bytes_code bytes_
 EVAL_KEYS = "event val_bpb val_loss target_tokens scored_bytes eval_seconds stride partial"
 TRAIN_LINES = {
     "train_loss": r"^step:\d+/\d+ train_loss:[\d.]+ train_time:\d+ms step_avg:[\d.]+ms",
-    "final_validation": r"^step:8/8 val_loss:[\d.]+ val_bpb:[\d.]+ train_time:\d+ms$",
+    "final_validation": r"^step:8/8 val_loss:[\d.]+ val_bpb:[\d.]+ train_time:\d+ms step_avg:[\d.]+ms$",
     "before_quantization": r"^pre-quantization post-ema val_loss:[\d.]+ val_bpb:[\d.]+ eval_time:\d+ms$",
     "artifact_size": r"^Serialized model quantized\+\w+: \d+ bytes",
     "submission_size": r"^Total submission size quantized\+\w+: \d+ bytes$",
@@ -232,11 +232,10 @@ def test_a_checkpoint_is_written_only_on_request(baseline, train):
 
 
 def test_the_logged_rate_is_that_of_the_logged_time_per_step(baseline):
-    lines = re.findall(r"^step:(\d+)/8 train_loss:.* step_avg:(\S+)ms tok/s: ?(\d+) ", baseline.log, re.MULTILINE)
+    lines = re.findall(r"^step:(\d+)/8 train_loss:.* step_avg:(\S+)ms .*tok/s: (\d+)$", baseline.log, re.MULTILINE)
     assert len(lines) == 8
-    for _, step_avg, rate in lines[1:]:
+    for _, step_avg, rate in lines:
         assert float(rate) * float(step_avg) / 1000 == pytest.approx(128, rel=0.01)
-    assert int(lines[0][2]) == 0
 
 
 def test_a_window_longer_than_the_training_sequence_serves_scoring_alone(train, dataset):
@@ -339,7 +338,7 @@ def test_before_the_artifact_exists_only_the_validation_loader_opens_validation_
 def test_one_and_two_processes_agree_on_losses_and_score(baseline, dataset, tmp_path):
     two = Run(tmp_path, run_command("train_gpt.py", cli_env(dataset), tmp_path, nproc=2))
     assert "world_size:2" in two.log
-    assert two.losses[:4] == pytest.approx(baseline.losses[:4], abs=1.01e-4)
+    assert two.losses[:4] == pytest.approx(baseline.losses[:4], abs=1e-5)
     assert two.losses == pytest.approx(baseline.losses, abs=1e-2)
     assert two.result.summary["tokens"] == 8 * 128
     assert "warning:" not in two.log.split("=" * 100)[-1]
@@ -382,7 +381,7 @@ def test_without_a_cap_every_step_is_taken(baseline):
 
 def test_the_last_learning_rate_is_low_when_the_clock_ends_the_run(train):
     run = train(MAX_WALLCLOCK_SECONDS=1, ITERATIONS=100_000, TRAIN_LOG_EVERY=1, SCHEDULE="linear")
-    scales = [float(x) for x in re.findall(r"lr_scale:(\S+)$", run.result.out, re.MULTILINE)]
+    scales = [float(x) for x in re.findall(r"lr_scale:(\S+)", run.result.out)]
     assert scales[0] == 1.0
     assert scales[-1] < 0.25
 
