@@ -991,7 +991,7 @@ def train(hp: Hyperparameters, dist: Dist, log: Log, model: GPT, loader: TokenLo
     forward = torch.compile(model, fullgraph=True, dynamic=False) if compiles else model
     optimizers, gradients, started = build_optimizers(hp, model, dist), Gradients(model, dist), time.perf_counter()
     warm_up(forward, model, optimizers, gradients, loader)
-    log(f"warmup_step:{hp.warmup_steps}/{hp.warmup_steps} on random tokens, undone, {dist.synchronize() - started:.1f}s "
+    log(f"warmup_step:{hp.warmup_steps}/{hp.warmup_steps} random tokens, undone, {dist.synchronize() - started:.1f}s "
         f"compile:{'fullgraph' if compiles else 'off'} grad_accum_steps:{accum}")
     weights, averaged = [p.detach() for p in model.parameters()], 0
     average = [p.clone() for p in weights]
