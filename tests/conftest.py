@@ -1,30 +1,14 @@
-"""Small models, data and a tokenizer that the test files share.   pytest tests
-
-Helpers are plain functions (`from conftest import tiny_hp`), and fixtures of the same names hand them to a test.
-"""
+"""Small models that the unit tests share.   from conftest import tiny_hp, make_model"""
 
 import os
-import random
 import sys
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data"))
-import tokenize_docs
-
-from train_gpt import (
-    GPT,
-    SHARD_HEADER_INTS,
-    SHARD_MAGIC,
-    SHARD_VERSION,
-    Dist,
-    Hyperparameters,
-    build_expert_table,
-)
+from train_gpt import GPT, Dist, Hyperparameters, build_expert_table
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))  # more threads only slow models this small down
 
@@ -51,7 +35,6 @@ TINY = {
     "mu_rank": 8,
     "eval_stride": 8,
 }
-TOKENIZER_PIECES = 360
 
 
 def tiny_hp(**overrides) -> Hyperparameters:
@@ -83,48 +66,3 @@ def make_model(hp: Hyperparameters, counts: np.ndarray | None = None, noise: flo
 def make_ids(hp: Hyperparameters, rows: int, length: int, seed: int = 0) -> torch.Tensor:
     """(rows, length) random token ids."""
     return torch.randint(hp.vocab_size, (rows, length), generator=torch.Generator().manual_seed(seed))
-
-
-def write_shard(path: Path, tokens) -> Path:
-    """Write token ids as one shard in the challenge's format, creating its folder. Returns the path."""
-    header = np.zeros(SHARD_HEADER_INTS, dtype="<i4")
-    header[:3] = SHARD_MAGIC, SHARD_VERSION, len(tokens)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(header.tobytes() + np.asarray(tokens).astype("<u2").tobytes())
-    return path
-
-
-def make_sentences(count: int = 400, seed: int = 0) -> list[str]:
-    """English-like sentences of invented words, with digits and a few characters outside ASCII."""
-    rng = random.Random(seed)
-    words = ["".join(rng.choices("aeiourstlnmdcbpg", k=rng.randint(2, 8))) for _ in range(200)]
-    sentences = [" ".join(rng.choices(words, k=rng.randint(4, 16))) + f" {rng.randint(0, 999)}." for _ in range(count)]
-    return [s + " caf\u00e9 \u4e2d\u6587" if i % 9 == 0 else s for i, s in enumerate(sentences)]
-
-
-@pytest.fixture(name="tiny_hp")
-def _tiny_hp():
-    return tiny_hp
-
-
-@pytest.fixture(name="alone")
-def _alone() -> Dist:
-    return ALONE
-
-
-@pytest.fixture(name="make_model")
-def _make_model():
-    return make_model
-
-
-@pytest.fixture(name="write_shard")
-def _write_shard():
-    return write_shard
-
-
-@pytest.fixture(scope="session")
-def tokenizer_path(tmp_path_factory) -> Path:
-    """A SentencePiece model of TOKENIZER_PIECES pieces with the challenge's settings."""
-    path = tmp_path_factory.mktemp("tokenizer") / f"fineweb_{TOKENIZER_PIECES}_bpe.model"
-    path.write_bytes(tokenize_docs.train_tokenizer(make_sentences(), TOKENIZER_PIECES))
-    return path

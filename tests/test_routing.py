@@ -6,7 +6,8 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from conftest import ALONE, tiny_hp, write_shard, zipf_counts
+from conftest import ALONE, tiny_hp, zipf_counts
+from helpers_cli import write_shard
 
 from train_gpt import CHOICES, TokenLoader, build_expert_table, expert_load, mix32, zipf_assignment
 
