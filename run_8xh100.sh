@@ -55,7 +55,7 @@ pick_profile() {
       default TRAIN_SEQ_LEN 256
       default TRAIN_BATCH_TOKENS 2048
       default MICRO_BATCH_TOKENS 8192
-      default MAX_WALLCLOCK_SECONDS 150
+      default MAX_WALLCLOCK_SECONDS 120
       default QK_GAIN_INIT 2
       default MATRIX_LR 0.03
       default EMBED_LR 0.05
