@@ -138,8 +138,12 @@ PY
 }
 
 main() {
-  if [[ -n ${DATA_PATH:-} ]]; then DATA_PATH=$(cd "$DATA_PATH" && pwd) || die "DATA_PATH=$DATA_PATH: no such folder"; fi
-  if [[ -n ${TOKENIZER_PATH:-} ]]; then TOKENIZER_PATH=$(cd "$(dirname "$TOKENIZER_PATH")" && pwd)/$(basename "$TOKENIZER_PATH"); fi
+  # Relative to where the user stands, not to the repository.
+  if [[ -n ${DATA_PATH:-} ]]; then
+    [[ -d $DATA_PATH ]] || die "DATA_PATH=$DATA_PATH: no such folder"
+    DATA_PATH=$(realpath "$DATA_PATH")
+  fi
+  if [[ -n ${TOKENIZER_PATH:-} ]]; then TOKENIZER_PATH=$(realpath -m "$TOKENIZER_PATH"); fi
   cd "$(dirname "${BASH_SOURCE[0]}")"
   setup "torch, numpy, sentencepiece, zstandard, brotli, sympy, networkx" requirements.txt
   pick_profile
