@@ -514,6 +514,7 @@ class CausalSelfAttention(nn.Module):
         return q + mu_q, k + mu_k, v + mu_v
 
     def forward(self, x: Tensor, mu: Tensor | None, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        """Normalised input (B, T, D), mu (B, T, mu_dim) or None, cosines and sines -> (B, T, D)."""
         hp, (B, T, D) = self.hp, x.shape
         q, k, v = (y.view(B, T, -1, hp.head_dim) for y in self.qkv(x, mu))
         q = apply_rotary(norm(q), *rotary) * self.q_gain.to(x.dtype)[:, None]
@@ -631,9 +632,8 @@ class GPT(nn.Module):
     def logits(self, input_ids: Tensor) -> Tensor:
         """(B, T) int64 -> (B, T, V) float32, squashed into (-30, 30)."""
         x = x0 = norm(self.tok_emb(input_ids).to(self.dtype))
-        rotary = rotary_tables(input_ids.size(1), self.hp.rope_dims, input_ids.device)
+        rotary, skips = rotary_tables(input_ids.size(1), self.hp.rope_dims, input_ids.device), []
         mu = norm(self.mu_init.to(self.dtype)).expand(*input_ids.shape, -1) if self.hp.mu != "off" else None
-        skips: list[Tensor] = []
         for layer, (block, route) in enumerate(zip(self.blocks, self.routes(input_ids), strict=True)):
             if layer >= self.num_encoder_layers and skips:
                 x = x + self.skip_weights[layer - self.num_encoder_layers].to(x.dtype) * skips.pop()

@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import statistics
 from dataclasses import fields
 from pathlib import Path
 
@@ -58,6 +59,15 @@ def mismatches(readme: Path) -> list[str]:
 @pytest.mark.parametrize("readme", READMES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_every_figure_in_a_results_table_is_the_one_in_its_log(readme):
     assert mismatches(readme) == []
+
+
+@pytest.mark.parametrize("readme", [p for p in READMES if "Means of n" in p.read_text()], ids=lambda p: p.parent.name)
+def test_the_means_in_the_text_are_those_of_the_logs(readme):
+    stated = re.findall(r"token-routed (\d\.\d{4}), dense (\d\.\d{4})", readme.read_text(encoding="utf-8"))
+    logs = [readme.parent / re.search(r"\(([^)]+)\)", row["log"])[1] for row in table_rows(readme)]
+    scores = {log.name: events_of(log)["train_summary"]["val_bpb"] for log in logs}
+    means = [statistics.mean(x for name, x in scores.items() if name.startswith(kind)) for kind in ("zipf", "dense")]
+    assert stated == [tuple(f"{mean:.4f}" for mean in means)]
 
 
 def test_a_wrong_figure_in_a_table_is_found(tmp_path):
