@@ -5,7 +5,8 @@
 
 Every window but the first scores only its last EVAL_STRIDE targets, so that each has a long context and none is scored
 twice. The model comes from the artifact; the environment sets DATA_PATH, TOKENIZER_PATH, EVAL_STRIDE, EVAL_SEQ_LEN,
-VAL_MAX_TOKENS (a PARTIAL score), MICRO_BATCH_TOKENS, DTYPE, DEVICE and COMPILE. It appends to the log of the training.
+VAL_MAX_TOKENS (a PARTIAL score), MICRO_BATCH_TOKENS, DTYPE, ATTENTION, DEVICE and COMPILE. It appends to the log of the
+training.
 """
 
 import json
@@ -22,6 +23,7 @@ from train_gpt import (
     Log,
     ValData,
     can_compile,
+    choose_attention,
     evaluate,
     load_artifact,
     require,
@@ -44,6 +46,7 @@ def main() -> None:
     log = Log(dist, path.with_suffix(".txt"))
     window, compiles = hp.eval_seq_len or hp.train_seq_len, can_compile(hp, dist.device)
     log(f"sliding evaluation of {path} window:{window} stride:{hp.eval_stride} world_size:{dist.world_size}")
+    choose_attention(model, dist.device, log)
     forward = torch.compile(model, fullgraph=True, dynamic=False) if compiles else model
     score = evaluate(forward, val, hp, dist, hp.eval_stride, "slide")
     log(f"quantized_sliding_window {score} eval_time:{1000 * score.seconds:.0f}ms")

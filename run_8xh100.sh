@@ -56,6 +56,9 @@ pick_profile() {
       default TRAIN_BATCH_TOKENS 2048
       default MICRO_BATCH_TOKENS 8192
       default MAX_WALLCLOCK_SECONDS 120
+      default LOOP_PASSES 1  # seconds bind here, not bytes
+      default PARALLEL_START_LAYER 3
+      default GPTQ_RESERVE_SECONDS 4
       default QK_GAIN_INIT 2
       default MATRIX_LR 0.03
       default EMBED_LR 0.05
@@ -67,9 +70,7 @@ pick_profile() {
       default EMA_DECAY 0.99
       default SCHEDULE linear
       default WARMDOWN_FRAC 0.7
-      default MATRIX_CLIP 3  # the size is no limit here
-      default EMBED_CLIP 3
-      default EMBED_BITS 8
+      default EMBED_BITS 8  # the size is no limit here
       ;;
     smoke)
       NPROC=1
@@ -84,8 +85,12 @@ pick_profile() {
       default TRAIN_SEQ_LEN 128
       default TRAIN_BATCH_TOKENS 1024
       default MICRO_BATCH_TOKENS 8192
+      default LOOP_START 1
+      default LOOP_END 1
+      default PARALLEL_START_LAYER 1
       default ITERATIONS 40
       default WARMUP_STEPS 0
+      default GPTQ_BATCHES 8
       default EVAL_STRIDE 64
       ;;
     *) die "PROFILE=$PROFILE: expected record, 1gpu, cpu or smoke" ;;

@@ -15,6 +15,7 @@ import difflib
 import hashlib
 import importlib.util
 import io
+import itertools
 import json
 import math
 import os
@@ -26,6 +27,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -40,6 +42,8 @@ from torch import Tensor, nn
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256  # the challenge's .bin header, shared with llm.c
 MAX_SUBMISSION_BYTES = 16_000_000  # code + compressed model, decimal
+BOS_ID = 1  # starts every document of a shard
+GATE_CHANNELS = 12  # of the input, that attention gates and SmearGate read
 
 # ---- Hyperparameters -------------------------------------------------------------------------------------------------
 class Refusal(Exception):
@@ -53,8 +57,9 @@ class Hyperparameters:
     """Every knob of a run: env var FOO sets field foo; booleans are 0 or 1. The defaults are the 8xH100 record."""
     run_id: str = ""  # names logs/<RUN_ID>.txt and logs/<RUN_ID>.ptz; "" = the time of the start
     seed: int = 1337  # of initial weights and data order
-    device: str = "auto"  # auto | cuda | mps | cpu
+    device: str = "auto"  # auto (cuda if there is one) | cuda | cpu
     dtype: str = "bfloat16"  # of activations and matmuls: bfloat16 | float32; master weights are always float32
+    attention: str = "auto"  # kernel: fa3 (FlashAttention-3) | cudnn | flash | math; auto = the first of them that runs
     compile: bool = True  # torch.compile with fullgraph where a compiler is installed; 0 = eager
     save_checkpoint: bool = False  # also write the averaged float32 weights to logs/<RUN_ID>.pt
     # -- data
@@ -69,7 +74,7 @@ class Hyperparameters:
     warmup_steps: int = 3  # steps on random tokens that compile everything before the clock and are undone; 0 = off
     train_log_every: int = 200  # steps
     val_loss_every: int = 0  # steps; 0 = validate at the end only
-    # -- model: from here to mu_rank, what the artifact carries
+    # -- model: from here to bigram_dim, what the artifact carries
     vocab_size: int = 8192  # V
     train_seq_len: int = 2048  # T, tokens
     num_layers: int = 11  # L
@@ -88,6 +93,17 @@ class Hyperparameters:
     moe_start_layer: int = 0  # first layer with experts; those before it are dense with the same width
     mu: str = "vector"  # guidance of q, k and v by the layer before: vector | lowrank | full | off
     mu_rank: int = 16  # width of mu for MU=lowrank
+    loop_start: int = 3  # first layer of the depth recurrence
+    loop_end: int = 5  # its last layer
+    loop_passes: int = 3  # times its layers are run once it is on; 1 = no recurrence
+    routing_per_pass: bool = True  # pass p takes expert (table + p) mod E, so that passes differ; 0 = the same expert
+    parallel_start_layer: int = 7  # from here on attention and MLP read the same input; NUM_LAYERS or more = off
+    ln_scale: bool = True  # normalised inputs of layer l are multiplied by 1 / sqrt(l + 1); 0 = off
+    skip_gates: bool = True  # a sigmoid per channel mixes U-Net skips in; 0 = they are added
+    attn_gate: bool = True  # each head's result times 2 * sigmoid(12 input channels); 0 = off
+    smear_gate: bool = True  # adds a gated part of the previous token's embedding, not across BOS; 0 = off
+    bigram_buckets: int = 0  # rows of a hashed memory of (previous, current) token, not across BOS; 0 = off
+    bigram_dim: int = 32  # width of a row of it
     # -- optimizers
     matrix_lr: float = 0.022  # Muon, per update of spectral norm ~1
     embed_lr: float = 0.03  # AdamW, tied embedding
@@ -98,7 +114,8 @@ class Hyperparameters:
     grad_clip_norm: float = 0.3  # global L2 norm; 0 = off
     # -- schedule and averaging, in fractions of the budget (wall-clock if capped, else steps)
     schedule: str = "sgdr"  # sgdr: cosine cycles with restarts | linear: constant, then linear warmdown
-    sgdr_cycles: int = 2  # each twice as long as the one before, its peak 0.7 times as high; 1 = a single cosine
+    loop_from: float = 0.35  # the depth recurrence is on from this fraction of the budget
+    sgdr_cycles: int = 2  # each twice as long as the one before, peak 0.7 times as high; the last starts at LOOP_FROM
     warmdown_frac: float = 0.85  # of the budget, for SCHEDULE=linear; 0 = constant
     min_lr: float = 0.1  # floor of both schedules as a fraction of the peak
     average: str = "ema"  # ema: over all steps | swa: equal weights from SWA_START_FRAC on | off
@@ -109,6 +126,10 @@ class Hyperparameters:
     embed_bits: int = 7  # of the tied embedding
     matrix_clip: float = 12.85  # k: quantization step = k * std(row) / (2^(bits-1) - 1); larger = smaller file
     embed_clip: float = 15.0  # k of the embedding
+    target_bytes: int = 15_980_000  # code + model: one factor on both k solves for it; 0 = k as given
+    gptq_batches: int = 64  # training micro-batches for the Hessians, over all ranks; 0 = round to nearest
+    gptq_reserve_seconds: float = 12.0  # s of MAX_WALLCLOCK_SECONDS kept for them
+    gptq_damping: float = 0.01  # added to the Hessian's diagonal, times its mean
     codec: str = "auto"  # zstd | brotli | auto (the smaller of both)
     eval_stride: int = 64  # for eval_sliding.py: targets scored per window after the first
     eval_seq_len: int = 0  # for eval_sliding.py: window, tokens; 0 = TRAIN_SEQ_LEN
@@ -122,8 +143,8 @@ class Hyperparameters:
             try:
                 values[f.name] = {"0": False, "1": True}[text] if kind is bool else kind(text)
             except (KeyError, ValueError):
-                kind_name = "0 or 1" if kind is bool else kind.__name__
-                raise Refusal(f"{f.name.upper()}={text!r}: expected {kind_name}") from None
+                expected = "0 or 1" if kind is bool else kind.__name__
+                raise Refusal(f"{f.name.upper()}={text!r}: expected {expected}") from None
         hp = cls(**values)
         hp.validate()
         return hp
@@ -135,6 +156,21 @@ class Hyperparameters:
     @property
     def routed_layers(self) -> range:
         return range(0) if self.routing == "dense" else range(self.moe_start_layer, self.num_layers)
+
+    def execution_order(self, looped: bool) -> list[int]:
+        """Layers in the order in which they are run."""
+        order, end = list(range(self.num_layers)), self.loop_end + 1
+        order[end:end] = order[self.loop_start : end] * (self.loop_passes - 1 if looped else 0)
+        return order
+
+    def loop_is_on(self, frac: float) -> bool:
+        """Whether the final depth is in use when the fraction `frac` of the budget is used."""
+        return self.loop_passes == 1 or frac >= self.loop_from
+
+    @property
+    def training_seconds(self) -> float:
+        """What the Hessians leave of the wall-clock cap to optimizer steps, s; 0 without a cap."""
+        return max(self.max_wallclock_seconds - self.gptq_reserve_seconds * (self.gptq_batches > 0), 0.0)
 
     @property
     def dataset_dir(self) -> Path:
@@ -162,13 +198,17 @@ class Hyperparameters:
             require(condition, " ".join(f"{n.upper()}={getattr(self, n)}" for n in names.split()) + f": {rule}")
 
         grouped, window = self.dispatch == "grouped" and self.routed_layers, self.eval_seq_len or self.train_seq_len
-        descent = sgdr_bounds(self.sgdr_cycles)[-2] if self.schedule == "sgdr" else 1 - self.warmdown_frac
+        descent = sgdr_bounds(self)[-2] if self.schedule == "sgdr" else 1 - self.warmdown_frac
+        in_time = not self.max_wallclock_seconds or self.training_seconds > 0
         swa_fits = self.average != "swa" or descent <= self.swa_start_frac < 1
         check(re.fullmatch(r"[\w.+-]*", self.run_id) is not None, "run_id", "letters, digits and . _ + - only")
         check(self.model_dim % self.num_heads == 0, "model_dim num_heads", "the heads must divide the width")
         check(self.num_heads % self.num_kv_heads == 0, "num_heads num_kv_heads", "kv heads must divide the heads")
         check(self.rope_dims in range(0, self.head_dim + 1, 2), "rope_dims", f"must be even, at most {self.head_dim}")
         check(self.moe_start_layer < self.num_layers, "moe_start_layer num_layers", "leaves no layer to route")
+        inside = self.loop_passes == 1 or self.loop_start <= self.loop_end < self.num_layers
+        check(inside, "loop_start loop_end num_layers", "no range of layers; LOOP_PASSES=1 turns the recurrence off")
+        check(in_time, "gptq_reserve_seconds max_wallclock_seconds", "the reserve leaves no time to train")
         check(self.eval_stride <= window, "eval_stride", f"above the window of {window} tokens")
         check(not grouped or hasattr(F, "grouped_mm"), "dispatch", f"needs torch >= 2.10, this is {torch.__version__}")
         eights = (self.expert_dim | self.model_dim) % 8 == 0
@@ -176,16 +216,20 @@ class Hyperparameters:
         check(swa_fits, "swa_start_frac", f"must lie inside the last descent, {descent:.3f} to 1")
         self.grad_accum_steps(1)
 
-CHOICES = {"device": "auto cuda mps cpu", "dtype": "bfloat16 float32", "activation": "leaky_relu2 relu2 swiglu"}
+CHOICES = {"device": "auto cuda cpu", "dtype": "bfloat16 float32", "attention": "auto fa3 cudnn flash math"}
 CHOICES |= {"routing": "zipf hash modulo dense", "dispatch": "masked grouped", "mu": "vector lowrank full off"}
 CHOICES |= {"schedule": "sgdr linear", "average": "ema swa off", "codec": "auto zstd brotli"}
+CHOICES |= {"activation": "leaky_relu2 relu2 swiglu"}
 RANGES = {"vocab_size": (4, 65_536), "num_experts": (1, 256), "sgdr_cycles": (1, 16), "seed": (0, 2**63 - 1)}
 RANGES |= dict.fromkeys(["muon_momentum", "warmdown_frac", "min_lr", "ema_decay", "swa_start_frac"], (0, 1))
+RANGES |= dict.fromkeys(["loop_from", "gptq_damping"], (0, 1)) | {"loop_passes": (1, 16), "num_layers": (1, 1024)}
 RANGES |= dict.fromkeys(["warmup_steps", "val_loss_every", "val_max_tokens", "eval_seq_len"], (0, 2**63 - 1))
-RANGES |= dict.fromkeys(["model_dim", "expert_dim", "shared_dim", "mu_rank"], (1, 65_536)) | {"num_layers": (1, 1024)}
-RANGES |= {"rope_dims": (0, 65_536), "moe_start_layer": (0, 1024), "matrix_bits": (2, 8), "embed_bits": (2, 8)}
+RANGES |= {"gptq_batches": (0, 1 << 20), "target_bytes": (0, MAX_SUBMISSION_BYTES - 1), "bigram_buckets": (0, 1 << 24)}
+RANGES |= dict.fromkeys(["expert_dim", "shared_dim", "mu_rank", "bigram_dim"], (1, 65_536))
+RANGES |= dict.fromkeys(["moe_start_layer", "parallel_start_layer", "loop_start", "loop_end"], (0, 1024))
+RANGES |= {"model_dim": (GATE_CHANNELS, 65_536), "rope_dims": (0, 65_536), "matrix_bits": (2, 8), "embed_bits": (2, 8)}
 ALL_KNOBS = [f.name for f in fields(Hyperparameters)]
-MODEL_KNOBS = ALL_KNOBS[ALL_KNOBS.index("vocab_size") : ALL_KNOBS.index("mu_rank") + 1]
+MODEL_KNOBS = ALL_KNOBS[ALL_KNOBS.index("vocab_size") : ALL_KNOBS.index("bigram_dim") + 1]
 
 # ---- Runtime and logging ---------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
@@ -202,9 +246,8 @@ class Dist:
         rank, local_rank, world_size = (int(os.environ.get(*default)) for default in alone)
         require(8 % world_size == 0, f"WORLD_SIZE={world_size} does not divide 8")
         count = torch.cuda.device_count()
-        available = {"cuda": local_rank < count, "mps": torch.backends.mps.is_available(), "cpu": True}
-        kind = next(k for k, ok in available.items() if ok) if device_name == "auto" else device_name
-        require(available[kind], f"DEVICE={device_name}: rank {rank} finds no such device ({count} CUDA devices here)")
+        kind = ("cuda" if local_rank < count else "cpu") if device_name == "auto" else device_name
+        require(kind == "cpu" or local_rank < count, f"DEVICE=cuda: rank {rank} finds none among {count} CUDA devices")
         device = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
         if kind == "cuda":
             torch.cuda.set_device(device)
@@ -390,6 +433,7 @@ def load_tokenizer(hp: Hyperparameters) -> tuple[spm.SentencePieceProcessor, str
     except RuntimeError as error:
         raise Refusal(f"{path} is not a SentencePiece model (TOKENIZER_PATH)") from error
     require(sp.vocab_size() == hp.vocab_size, f"{path} has {sp.vocab_size()} pieces, but VOCAB_SIZE={hp.vocab_size}")
+    require(sp.bos_id() == BOS_ID, f"{path} starts documents with id {sp.bos_id()}, shards with {BOS_ID}")
     # Without this piece a lone space becomes three byte tokens, which inflates the byte count (upstream issue #897).
     require(not sp.is_unknown(sp.piece_to_id("\u2581")), f"{path} has no U+2581 piece: byte counts would be wrong")
     return sp, hashlib.sha256(path.read_bytes()).hexdigest()
@@ -421,11 +465,11 @@ class ValData:
         return self.base_bytes_lut[target_ids] + space
 
 # ---- Routing ---------------------------------------------------------------------------------------------------------
-def mix32(x: np.ndarray) -> np.ndarray:
-    """The lowbias32 mixer (nullprogram.com/blog/2018/07/31): every input bit reaches the low bits that `% E` reads."""
-    x = x.astype(np.uint32)
-    x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
-    x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
+def mix32(x):
+    """The lowbias32 mixer (nullprogram.com/blog/2018/07/31): every input bit reaches the low bits that `% E` reads.
+    For arrays and tensors of uint32 or int64 that hold 32 bits; what a product has above them is cut off."""
+    x = (x ^ (x >> 16)) * 0x7FEB352D & 0xFFFFFFFF
+    x = (x ^ (x >> 15)) * 0x846CA68B & 0xFFFFFFFF
     return x ^ (x >> 16)
 
 def zipf_assignment(token_counts: np.ndarray, num_experts: int, layer: int) -> np.ndarray:
@@ -489,6 +533,14 @@ class CastedLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype))
 
+def attention_kernel(name: str):
+    """Causal attention, FlashAttention-3's or PyTorch's: q (B, T, H, K), k and v (B, T, Hkv, K) -> (B, T, H, K)."""
+    if name == "fa3":
+        from flash_attn_interface import flash_attn_func
+        return partial(flash_attn_func, causal=True)
+    sdpa = partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
+    return lambda *q_k_v: sdpa(*(y.transpose(1, 2) for y in q_k_v)).transpose(1, 2)
+
 class CausalSelfAttention(nn.Module):
     """Grouped-query attention with normalised queries and keys; mu biases q, k and v before the heads are split."""
     def __init__(self, hp: Hyperparameters, mu_dim: int):
@@ -497,6 +549,9 @@ class CausalSelfAttention(nn.Module):
         self.c_q, self.proj = CastedLinear(D, D), CastedLinear(D, D)
         self.c_k, self.c_v = CastedLinear(D, kv_dim), CastedLinear(D, kv_dim)
         self.q_gain = nn.Parameter(torch.full((hp.num_heads,), hp.qk_gain_init))
+        self.attend = attention_kernel(hp.attention)
+        if hp.attn_gate:
+            self.gate = nn.Parameter(torch.zeros(hp.num_heads, GATE_CHANNELS))
         if hp.mu == "vector":
             self.mu_gain = nn.Parameter(torch.zeros(3, D))  # of mu in the inputs of q, k and v
         elif hp.mu != "off":
@@ -518,11 +573,12 @@ class CausalSelfAttention(nn.Module):
         hp, (B, T, D) = self.hp, x.shape
         q, k, v = (y.view(B, T, -1, hp.head_dim) for y in self.qkv(x, mu))
         q = apply_rotary(norm(q), *rotary) * self.q_gain.to(x.dtype)[:, None]
-        q_k_v = (y.transpose(1, 2) for y in (q, apply_rotary(norm(k), *rotary), v))
-        y = F.scaled_dot_product_attention(*q_k_v, is_causal=True, enable_gqa=True).transpose(1, 2)
+        y = self.attend(q, apply_rotary(norm(k), *rotary), v)
         if hp.xsa:  # exclusive self attention, upstream PR #478: the stream holds the token's own value already
             y, own = y.unflatten(2, (hp.num_kv_heads, -1)), F.normalize(v, dim=-1)[:, :, :, None]
-            y = y - (y * own).sum(-1, keepdim=True) * own
+            y = (y - (y * own).sum(-1, keepdim=True) * own).flatten(2, 3)
+        if hp.attn_gate:  # SparseAttnGate of upstream PR #1787, neutral at the start
+            y = y * (2 * torch.sigmoid(F.linear(x[..., :GATE_CHANNELS], self.gate.to(x.dtype))))[..., None]
         return self.proj(y.reshape(B, T, D))
 
 class TokenRoutedMLP(nn.Module):
@@ -543,15 +599,19 @@ class TokenRoutedMLP(nn.Module):
         y = self.down(activate(self.up(x), self.hp.activation))
         return y + self.grouped(x, *route) if self.routed else y
 
-    def masked(self, x: Tensor, chosen_BTE: Tensor) -> Tensor:
-        """All experts in one GEMM with the shared one, the hidden units of those not chosen set to zero."""
+    def hidden(self, x: Tensor, chosen_BTE: Tensor) -> Tensor:
+        """Hidden units of the shared expert and of all others in one GEMM, those of experts not chosen set to zero."""
         D, width, hidden = self.hp.model_dim, self.width, self.hp.num_experts * self.hp.expert_dim
         expert_up = self.expert_up.unflatten(1, (self.G, -1)).transpose(0, 1).reshape(self.G, hidden, D)
         up = torch.cat([self.up.weight.view(self.G, width, D), expert_up], dim=1).view(-1, D)
-        down = torch.cat([self.down.weight, self.expert_down.transpose(0, 1).reshape(D, hidden)], dim=1)
         shared, routed = activate(F.linear(x, up.to(x.dtype)), self.hp.activation).split([width, hidden], dim=-1)
         routed = (routed.unflatten(-1, (self.hp.num_experts, -1)) * chosen_BTE[..., None]).flatten(-2)
-        return F.linear(torch.cat([shared, routed], dim=-1), down.to(x.dtype))
+        return torch.cat([shared, routed], dim=-1)
+
+    def masked(self, x: Tensor, chosen_BTE: Tensor) -> Tensor:
+        """Every expert's share of one GEMM with the shared one."""
+        down = torch.cat([self.down.weight, *self.expert_down], dim=-1)
+        return F.linear(self.hidden(x, chosen_BTE), down.to(x.dtype))
 
     def grouped(self, x: Tensor, order_N: Tensor, inverse_N: Tensor, offsets_E: Tensor) -> Tensor:
         """Tokens sorted by expert, one GEMM per expert between the true offsets, and back into place."""
@@ -567,7 +627,8 @@ class Block(nn.Module):
         self.attn, self.mlp = CausalSelfAttention(hp, mu_dim), TokenRoutedMLP(hp, routed=layer in hp.routed_layers)
         self.attn_scale, self.mlp_scale = nn.Parameter(torch.ones(D)), nn.Parameter(torch.ones(D))
         self.resid_mix = nn.Parameter(torch.tensor([[1.0], [0.0]]).repeat(1, D))
-        self.makes_mu = hp.mu != "off" and layer < hp.num_layers - 1  # nobody would read the last layer's
+        self.parallel, self.input_scale = layer >= hp.parallel_start_layer, (layer + 1) ** -0.5 if hp.ln_scale else 1.0
+        self.makes_mu = hp.mu != "off" and layer in hp.execution_order(True)[:-1]  # nobody would read the last one
         if self.makes_mu and hp.mu == "vector":
             self.mu_mix = nn.Parameter(torch.full((2, D), 0.5))
         elif self.makes_mu:
@@ -584,19 +645,27 @@ class Block(nn.Module):
         """(B, T, D) twice, mu (B, T, mu_dim) or None, rotary tables and this layer's dispatch -> new x, new mu."""
         keep, inject = self.resid_mix.to(x.dtype)
         x = keep * x + inject * x0
-        x = x + self.attn_scale.to(x.dtype) * self.attn(norm(x), mu, rotary)
-        x = x + self.mlp_scale.to(x.dtype) * self.mlp(norm(x), route)
+        attended = x + self.attn_scale.to(x.dtype) * self.attn(norm(x) * self.input_scale, mu, rotary)
+        mlp_input = norm(x if self.parallel else attended) * self.input_scale
+        x = attended + self.mlp_scale.to(x.dtype) * self.mlp(mlp_input, route)
         return x, self.next_mu(mu, x) if self.makes_mu else None
 
 class GPT(nn.Module):
     """Decoder-only transformer with tied embedding, U-Net skips and token-routed MLPs."""
     def __init__(self, hp: Hyperparameters):
         super().__init__()
-        self.hp, self.num_encoder_layers, self.dtype = hp, hp.num_layers // 2, getattr(torch, hp.dtype)
+        self.hp, self.dtype, num_skips = hp, getattr(torch, hp.dtype), len(hp.execution_order(True)) // 2
         mu_dim = hp.mu_rank if hp.mu == "lowrank" else hp.model_dim
         self.tok_emb = nn.Embedding(hp.vocab_size, hp.model_dim)
         self.blocks = nn.ModuleList(Block(hp, layer, mu_dim) for layer in range(hp.num_layers))
-        self.skip_weights = nn.Parameter(torch.ones(self.num_encoder_layers, hp.model_dim))
+        self.skip_weights = nn.Parameter(torch.ones(num_skips, hp.model_dim))
+        if hp.skip_gates:
+            self.skip_gates = nn.Parameter(torch.zeros(num_skips, hp.model_dim))
+        if hp.smear_gate:
+            self.smear_gate, self.smear_scale = nn.Parameter(torch.zeros(GATE_CHANNELS)), nn.Parameter(torch.zeros(1))
+        if hp.bigram_buckets:
+            self.bigram = nn.Embedding(hp.bigram_buckets, hp.bigram_dim)
+            self.bigram_proj = CastedLinear(hp.bigram_dim, hp.model_dim)
         if hp.mu != "off":
             self.mu_init = nn.Parameter(torch.ones(mu_dim))
         # Part of the state: routing is data of the artifact, not a recipe to run again.
@@ -606,46 +675,71 @@ class GPT(nn.Module):
     def init_weights(self) -> None:
         """Orthogonal matrices, each expert by itself; zero for output projections and for the readers of mu."""
         generator = torch.Generator().manual_seed(self.hp.seed)
-        nn.init.normal_(self.tok_emb.weight, std=0.005, generator=generator)
         for name, p in self.named_parameters():
-            if role_of(name) in ("matrix", "expert", "mu_matrix"):
+            if role_of(name) in ("embedding", "bigram"):
+                nn.init.normal_(p, std=0.005, generator=generator)
+            elif role_of(name) in ("matrix", "expert", "mu_matrix"):
                 for matrix in p.view(-1, *p.shape[-2:]):
                     nn.init.orthogonal_(matrix, generator=generator)
-                if re.search(r"\.(proj|down|expert_down|mu_read)\b", name):
+                if re.search(r"\b(proj|down|expert_down|mu_read)\b", name):
                     p.zero_()
         if self.hp.mu in ("lowrank", "full"):  # equal entries would get equal gradients, which the norm takes out
             nn.init.normal_(self.mu_init, generator=generator)
 
-    def routes(self, input_ids: Tensor) -> list[tuple[Tensor, ...]]:
-        """Dispatch of every layer for this batch, from token ids alone: block masks, or permutations and offsets."""
-        hp, dense = self.hp, [()] * (self.hp.num_layers - len(self.hp.routed_layers))
-        if not hp.routed_layers:
-            return dense
+    def routes(self, input_ids: Tensor, order: list[int]) -> list[tuple[Tensor, ...]]:
+        """Dispatch in each of the S layers run, from token ids alone: block masks, or permutations and offsets."""
+        hp, routed = self.hp, [step for step, layer in enumerate(order) if layer in self.hp.routed_layers]
+        if not routed:
+            return [()] * len(order)
         expert_LN = self.expert_table[:, input_ids.flatten()].long()
-        chosen_LNE = expert_LN[..., None] == torch.arange(hp.num_experts, device=input_ids.device)
+        shifts = [order[:step].count(order[step]) * hp.routing_per_pass for step in routed]
+        rows = [expert_LN[order[step] - hp.routed_layers.start] for step in routed]
+        expert_SN = torch.stack([(row + shift) % hp.num_experts for row, shift in zip(rows, shifts, strict=True)])
+        chosen_SNE = expert_SN[..., None] == torch.arange(hp.num_experts, device=input_ids.device)
         if hp.dispatch == "masked":
-            return dense + [(mask,) for mask in chosen_LNE.unflatten(1, input_ids.shape).to(self.dtype)]
-        order_LN = expert_LN.argsort(dim=-1, stable=True)
-        offsets_LE = chosen_LNE.sum(1).cumsum(-1).to(torch.int32)
-        return dense + list(zip(order_LN, order_LN.argsort(dim=-1), offsets_LE, strict=True))
+            parts = [(mask,) for mask in chosen_SNE.unflatten(1, input_ids.shape).to(self.dtype)]
+        else:
+            order_SN = expert_SN.argsort(dim=-1, stable=True)
+            offsets_SE = chosen_SNE.sum(1).cumsum(-1).to(torch.int32)
+            parts = list(zip(order_SN, order_SN.argsort(dim=-1), offsets_SE, strict=True))
+        return [parts.pop(0) if step in routed else () for step in range(len(order))]
 
-    def logits(self, input_ids: Tensor) -> Tensor:
-        """(B, T) int64 -> (B, T, V) float32, squashed into (-30, 30)."""
-        x = x0 = norm(self.tok_emb(input_ids).to(self.dtype))
-        rotary, skips = rotary_tables(input_ids.size(1), self.hp.rope_dims, input_ids.device), []
-        mu = norm(self.mu_init.to(self.dtype)).expand(*input_ids.shape, -1) if self.hp.mu != "off" else None
-        for layer, (block, route) in enumerate(zip(self.blocks, self.routes(input_ids), strict=True)):
-            if layer >= self.num_encoder_layers and skips:
-                x = x + self.skip_weights[layer - self.num_encoder_layers].to(x.dtype) * skips.pop()
-            x, mu = block(x, x0, mu, rotary, route)
-            if layer < self.num_encoder_layers:
+    def add_previous_token(self, x: Tensor, input_ids: Tensor) -> Tensor:
+        """Embeddings with what the token before contributes; a document's first token and the window's have none."""
+        follows = (input_ids != BOS_ID) & (torch.arange(input_ids.size(1), device=x.device) > 0)
+        added = torch.zeros_like(x)
+        if self.hp.smear_gate:  # upstream PR #1667
+            gate = self.smear_scale.to(x.dtype) * torch.sigmoid(x[..., :GATE_CHANNELS] @ self.smear_gate.to(x.dtype))
+            added = added + gate[..., None] * F.pad(x[:, :-1], (0, 0, 1, 0))
+        if self.hp.bigram_buckets:
+            bigram = mix32(F.pad(input_ids[:, :-1], (1, 0)) * self.hp.vocab_size + input_ids) % self.hp.bigram_buckets
+            added = added + self.bigram_proj(self.bigram(bigram).to(x.dtype))
+        return x + added * follows[..., None]
+
+    def features(self, input_ids: Tensor, looped: bool = True) -> Tensor:
+        """The normalised input of the output head: (B, T) int64 -> (B, T, D)."""
+        hp, order, x = self.hp, self.hp.execution_order(looped), self.tok_emb(input_ids).to(self.dtype)
+        if hp.smear_gate or hp.bigram_buckets:
+            x = self.add_previous_token(x, input_ids)
+        x = x0 = norm(x)
+        rotary, skips = rotary_tables(input_ids.size(1), hp.rope_dims, input_ids.device), []
+        mu = norm(self.mu_init.to(self.dtype)).expand(*input_ids.shape, -1) if hp.mu != "off" else None
+        for step, (layer, route) in enumerate(zip(order, self.routes(input_ids, order), strict=True)):
+            decoder_step = step - len(order) // 2
+            if decoder_step >= 0 and skips:
+                skip = self.skip_weights[decoder_step].to(x.dtype) * skips.pop()
+                gate = torch.sigmoid(self.skip_gates[decoder_step]).to(x.dtype) if hp.skip_gates else None
+                x = x + skip if gate is None else torch.lerp(skip, x, gate)
+            x, mu = self.blocks[layer](x, x0, mu, rotary, route)
+            if decoder_step < 0:
                 skips.append(x)
-        logits_BTV = F.linear(norm(x), self.tok_emb.weight.to(x.dtype)).float()
-        return 30.0 * torch.tanh(logits_BTV / 30.0)
+        return norm(x)
 
-    def forward(self, input_ids: Tensor, target_ids: Tensor | None = None, reduction: str = "mean") -> Tensor:
-        """Logits (B, T, V) without targets; else cross-entropy in nats per token, (B, T) for reduction="none"."""
-        logits_BTV = self.logits(input_ids)
+    def forward(self, input_ids, target_ids=None, reduction: str = "mean", looped: bool = True) -> Tensor:
+        """Logits (B, T, V) within +-30 without targets; else cross-entropy in nats per token, (B, T) for "none".
+        `looped` is off while the depth recurrence has not begun."""
+        x = self.features(input_ids, looped)
+        logits_BTV = 30.0 * torch.tanh(F.linear(x, self.tok_emb.weight.to(x.dtype)).float() / 30.0)
         if target_ids is None:
             return logits_BTV
         loss = F.cross_entropy(logits_BTV.flatten(0, 1), target_ids.flatten(), reduction=reduction)
@@ -653,10 +747,12 @@ class GPT(nn.Module):
 
 ROLES = {  # what each tensor of the state dict is, by name; the optimizers and the quantizer both go by it
     "embedding": r"tok_emb\.weight",
-    "matrix": r"blocks\.\d+\.(attn\.(c_q|c_k|c_v|proj)|mlp\.(up|down))\.weight",
+    "bigram": r"bigram\.weight",
+    "matrix": r"bigram_proj\.weight|blocks\.\d+\.(attn\.(c_q|c_k|c_v|proj)|mlp\.(up|down))\.weight",
     "expert": r"blocks\.\d+\.mlp\.expert_(up|down)",
     "mu_matrix": r"blocks\.\d+\.(attn\.mu_read|mu_write)\.weight",
-    "vector": r"skip_weights|mu_init|blocks\.\d+\.(attn\.(q_gain|mu_gain)|(attn|mlp)_scale|resid_mix|mu_mix|mu_base)",
+    "vector": r"skip_(weights|gates)|smear_(gate|scale)|mu_init"
+    r"|blocks\.\d+\.(attn\.(q_gain|gate|mu_gain)|(attn|mlp)_scale|resid_mix|mu_mix|mu_base)",
     "table": r"expert_table",
 }
 
@@ -665,6 +761,29 @@ def role_of(name: str) -> str:
     roles = [role for role, pattern in ROLES.items() if re.fullmatch(pattern, name)]
     assert len(roles) == 1, f"{name} has roles {roles}"
     return roles[0]
+
+def choose_attention(model: GPT, device: torch.device, log: Log) -> str:
+    """Give `model` the first kernel that ATTENTION admits and that runs, forward and backward, with its heads; turn
+    PyTorch's others off, so that what is logged is what runs. Returns the kernel; raises Refusal when there is none."""
+    hp, failures = model.hp, []
+    for kernel in CHOICES["attention"].split()[1:] if hp.attention == "auto" else [hp.attention]:
+        for name in ("cudnn", "flash", "mem_efficient", "math"):
+            toggle = getattr(torch.backends.cuda, f"enable_{name}_sdp")
+            toggle(kernel in (name, "fa3"))
+        try:
+            shapes = ((1, 128, heads, hp.head_dim) for heads in (hp.num_heads, hp.num_kv_heads, hp.num_kv_heads))
+            inputs = [torch.zeros(s, device=device, dtype=model.dtype, requires_grad=True) for s in shapes]
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # PyTorch's reasons for not using a kernel
+                attention_kernel(kernel)(*inputs).sum().backward()
+        except (ImportError, RuntimeError) as error:
+            failures.append(f"not {kernel}: {str(error).splitlines()[0][:60]}")
+            continue
+        for block in model.blocks:
+            block.attn.attend = attention_kernel(kernel)
+        log(f"attention:{kernel}" + "".join(f" ({failure})" for failure in failures))
+        return kernel
+    raise Refusal(f"ATTENTION={hp.attention}: {'; '.join(failures)}")
 
 # ---- Optimizers and schedules ----------------------------------------------------------------------------------------
 POLAR_EXPRESS = (  # optimal odd quintics for five steps, arXiv 2505.16932; used in upstream PR #1787
@@ -721,7 +840,8 @@ def build_optimizers(hp: Hyperparameters, model: GPT, dist: Dist) -> list[torch.
     by_role = {role: [p for name, p in model.named_parameters() if role_of(name) == role] for role in ROLES}
     matrices, small = by_role["matrix"] + by_role["expert"], by_role["vector"] + by_role["mu_matrix"]
     muon = Muon(matrices, hp.matrix_lr, hp.muon_weight_decay, dist, can_compile(hp, dist.device))
-    groups = [{"params": by_role["embedding"], "lr": hp.embed_lr, "weight_decay": hp.embed_weight_decay}]
+    embeddings = by_role["embedding"] + by_role["bigram"]
+    groups = [{"params": embeddings, "lr": hp.embed_lr, "weight_decay": hp.embed_weight_decay}]
     groups += [{"params": small, "lr": hp.scalar_lr, "weight_decay": 0.0}]  # decay would hold gains at their start
     adam = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, fused=dist.device.type == "cuda")
     covered = sorted(id(p) for optimizer in (muon, adam) for group in optimizer.param_groups for p in group["params"])
@@ -730,15 +850,18 @@ def build_optimizers(hp: Hyperparameters, model: GPT, dist: Dist) -> list[torch.
         group["base_lr"] = group["lr"]
     return [muon, adam]
 
-def sgdr_bounds(cycles: int) -> list[float]:
-    """Starts of the cycles and the end, as fractions of the budget; every cycle is twice as long as the one before."""
-    return [(2**i - 1) / (2**cycles - 1) for i in range(cycles + 1)]
+def sgdr_bounds(hp: Hyperparameters) -> list[float]:
+    """Starts of the cycles and the end, as fractions of the budget; every cycle is twice as long as the one before.
+    With depth recurrence the last restart is where that begins: the loss spikes there, and wants a high LR."""
+    bounds = [(2**i - 1) / (2**hp.sgdr_cycles - 1) for i in range(hp.sgdr_cycles + 1)]
+    aligned = hp.loop_passes > 1 and hp.sgdr_cycles > 1 and 0 < hp.loop_from < 1
+    return [start * hp.loop_from / bounds[-2] for start in bounds[:-1]] + [1.0] if aligned else bounds
 
 def lr_scale(hp: Hyperparameters, frac: float) -> float:
     """Multiplier of all learning rates when the fraction `frac` of the budget is used (SGDR: arXiv 1608.03983)."""
     if hp.schedule == "linear":
         return max(hp.min_lr, min(1.0, (1 - frac) / hp.warmdown_frac)) if hp.warmdown_frac else 1.0
-    bounds = sgdr_bounds(hp.sgdr_cycles)
+    bounds = sgdr_bounds(hp)
     cycle = sum(frac >= start for start in bounds[1:-1])
     position = min((frac - bounds[cycle]) / (bounds[cycle + 1] - bounds[cycle]), 1.0)
     return hp.min_lr + max(0.7**cycle - hp.min_lr, 0.0) * 0.5 * (1 + math.cos(math.pi * position))
@@ -758,59 +881,105 @@ def average_weight(hp: Hyperparameters, frac: float, count: int) -> float:
         return 1 - min(hp.ema_decay, (1 + count) / (10 + count))
     return 1 / (1 + count) if hp.average == "swa" and frac >= hp.swa_start_frac else 0.0
 
-# ---- Quantization and artifact ---------------------------------------------------------------------------------------
-# Artifact: PREFIX | compressed(header length, JSON header, tensors in the order of `layout`). Names, shapes and order
-# follow from GPT(hp): the model knobs in the header describe the file completely, and its size is checked. No pickle.
+# ---- Quantization ----------------------------------------------------------------------------------------------------
+# A row may have one of 256 steps, 2^(1/8) apart: one byte a row, and k is met within 4.5 %.
+STEPS = torch.exp2((torch.arange(256, dtype=torch.float64) - 192) / 8).float()
 
-PREFIX = struct.Struct("<8sHHQ32s")  # magic, version, codec, bytes before compression, SHA-256 of all other bytes
-ARTIFACT_MAGIC, ARTIFACT_VERSION, CODECS = b"TRMOE\r\n\x1a", 1, {1: "zstd", 2: "brotli"}
+def quant_rule(hp: Hyperparameters, name: str) -> tuple[int, float] | None:
+    """(bits, k) of a tensor, k = 0 where the largest weight alone sets the step; None = kept as it is."""
+    rules = dict.fromkeys(("matrix", "expert", "mu_matrix", "bigram"), (hp.matrix_bits, hp.matrix_clip))
+    return (rules | {"embedding": (hp.embed_bits, hp.embed_clip), "vector": (8, 0.0), "table": None})[role_of(name)]
+
+def step_codes(weight: Tensor, bits: int, clip: float) -> Tensor:
+    """Index into STEPS of every row, (..., C) -> (..., 1) uint8. The step is clip * std(row) / (2^(bits-1) - 1)
+    (SDClip, upstream PR #1394), which sets the entropy and hence the size, or as much more as an outlier needs."""
+    weight, levels = weight.float(), 2 ** (bits - 1) - 1
+    std = (weight - weight.mean(-1, keepdim=True)).square().mean(-1, keepdim=True).sqrt()
+    typical = 8 * (clip * std / levels).log2()
+    needed = 8 * (weight.abs().amax(-1, keepdim=True) / levels).log2() - 1e-3  # one that just fits is large enough
+    return (torch.maximum(typical.round(), needed.ceil()) + 192).clamp(0, 255).to(torch.uint8)
+
+def steps_of(codes: Tensor) -> Tensor:
+    return STEPS.to(codes.device)[codes.long()]
+
+def round_to_nearest(weight: Tensor, step: Tensor, bits: int) -> Tensor:
+    levels = 2 ** (bits - 1) - 1
+    return (weight.float() / step).round().clamp(-levels, levels)
+
+def dequantize(symbols: Tensor, codes: Tensor) -> Tensor:
+    return symbols.float() * steps_of(codes)
+
+def gptq(weight: Tensor, step: Tensor, bits: int, hessian: Tensor, damping: float) -> Tensor | None:
+    """GPTQ (arXiv 2210.17323) with act-order: rounds one column after another, the most active input first, and moves
+    each error to the columns still to come. weight and step (R, C), second moments of the input (C, C) -> symbols
+    (R, C) float32; None if the Hessian is not finite or, damped, not positive definite. An input that was never active
+    has no neighbours, so its weights are rounded to nearest."""
+    hessian, diagonal = hessian.double(), hessian.diagonal().double()
+    order = diagonal.argsort(descending=True)
+    damped = hessian + torch.diag(damping * diagonal.mean() + (diagonal == 0).double())
+    upper, failed = torch.linalg.cholesky_ex(damped[order][:, order])
+    if not failed:
+        upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(upper), upper=True)
+    if failed or not upper.isfinite().all():
+        return None
+    upper = upper.float()
+    weight, step = weight.float().T[order], step.T[order]  # columns as rows, to lie close in memory
+    symbols = torch.empty_like(weight)
+    for start in range(0, len(order), 128):
+        block, rest = slice(start, start + 128), slice(start + 128, None)
+        errors = torch.zeros_like(weight[block])
+        for i, j in enumerate(range(start, start + len(errors))):
+            symbols[j] = round_to_nearest(weight[j], step[j], bits)
+            errors[i] = (weight[j] - symbols[j] * step[j]) / upper[j, j]
+            weight[j + 1 : start + 128].addr_(upper[j, j + 1 : start + 128], errors[i], alpha=-1)
+        weight[rest].addmm_(upper[block, rest].T, errors, alpha=-1)
+    return symbols[order.argsort()].T
+
+def matrices_of(tensors: dict[str, Tensor], name: str) -> list[list[Tensor]]:
+    """The matrices whose inputs the Hessians under `name` describe: one per expert of expert_up; the down projections
+    of the shared expert and of all others side by side, as they add up to one output; else the tensor itself."""
+    if name.endswith("expert_up"):
+        return [[matrix] for matrix in tensors[name]]
+    experts = name.replace("mlp.down.weight", "mlp.expert_down")
+    return [[tensors[name], *(tensors[experts] if experts != name and experts in tensors else ())]]
+
+def quantize(hp: Hyperparameters, state: dict, factor: float = 1.0, hessians: dict | None = None) -> tuple[dict, list]:
+    """(symbols int8, step codes uint8) of every tensor that has a rule, (tensor,) of the others; `factor` multiplies
+    every k. Tensors named in `hessians` are rounded by GPTQ, the rest to nearest, as are those whose Hessian is of no
+    use, which are named in the list. Vectors that 8 bits would change by over 1 % stay float16. Raises Refusal."""
+    parts, unusable = {}, []
+    for name, tensor in state.items():
+        parts[name], rule = (tensor,), quant_rule(hp, name)
+        limit = STEPS[-1].item() * (2 ** (rule[0] - 1) - 1) if rule else 255
+        require(bool((tensor.float().abs() <= limit).all()), f"{name}: not finite or too large, nothing exported")
+        if rule:
+            codes = step_codes(tensor, rule[0], factor * rule[1])
+            parts[name] = round_to_nearest(tensor, steps_of(codes), rule[0]).to(torch.int8), codes
+        if role_of(name) == "vector" and (dequantize(*parts[name]) - tensor).norm() > 0.01 * tensor.norm():
+            parts[name] = (tensor.half(),)
+    symbols = {name: part[0] for name, part in parts.items()}
+    steps = {name: steps_of(part[1]).expand_as(part[0]) for name, part in parts.items() if len(part) == 2}
+    for name, hessian in (hessians or {}).items():
+        jobs = zip(*(matrices_of(tensors, name) for tensors in (state, steps, symbols)), strict=True)
+        # The tied embedding is an input as well, and as such errors in all directions count alike.
+        damping = hp.gptq_damping * (10 if role_of(name) == "embedding" else 1)
+        for i, (weights, row_steps, targets) in enumerate(jobs):
+            H = hessian[i] if hessian.ndim == 3 else hessian
+            result = gptq(torch.cat(weights, -1), torch.cat(row_steps, -1), quant_rule(hp, name)[0], H, damping)
+            if result is None:
+                unusable += [name] * (name not in unusable)
+                continue
+            for target, piece in zip(targets, result.split([t.size(-1) for t in targets], dim=-1), strict=True):
+                target.copy_(piece)
+    return parts, unusable
+
+# ---- Artifact --------------------------------------------------------------------------------------------------------
+# PREFIX | JSON header | streams, each compressed by itself. The model knobs in the header give the names and shapes of
+# all tensors, `storage` one letter per tensor, `streams` the codec and the bytes of each. No pickle.
+
+PREFIX = struct.Struct("<8sHI32s")  # magic, version, bytes of the header, SHA-256 of all other bytes
+ARTIFACT_MAGIC, ARTIFACT_VERSION, CODECS = b"TRMOE\r\n\x1a", 2, {1: "zstd", 2: "brotli"}
 MAX_PAYLOAD_BYTES = 1 << 30  # a stranger's file may not unpack to more
-
-def quantize(weight: Tensor, bits: int, clip: float) -> tuple[Tensor, Tensor]:
-    """Uniform symmetric quantization per row: (..., C) -> (..., C) int8 in +-(2^(bits-1) - 1), (..., 1) float16 steps.
-    The step is clip * std(row) / (2^(bits-1) - 1) (SDClip, upstream PR #1394), which sets the entropy and hence the
-    size; it grows only as far as an outlier needs, so that no weight moves by more than half a step."""
-    levels, weight = 2 ** (bits - 1) - 1, weight.float()
-    reach = torch.maximum(clip * weight.std(-1, correction=0, keepdim=True), weight.abs().amax(-1, keepdim=True))
-    scale = (reach / levels).half()
-    inverse = torch.where(scale > 0, 1 / scale.float(), 0.0)
-    return (weight * inverse).round().clamp(-levels, levels).to(torch.int8), scale
-
-def dequantize(symbols: Tensor, scale: Tensor) -> Tensor:
-    return symbols.float() * scale.float()
-
-def quant_rule(hp: Hyperparameters, name: str) -> tuple[int, float] | torch.dtype:
-    """How a tensor is stored: (bits, clip) if quantized, else the dtype it is kept in."""
-    rules = dict.fromkeys(("matrix", "expert", "mu_matrix"), (hp.matrix_bits, hp.matrix_clip))
-    rules |= {"embedding": (hp.embed_bits, hp.embed_clip), "vector": torch.float16, "table": torch.uint8}
-    return rules[role_of(name)]
-
-def layout(hp: Hyperparameters, state: dict[str, Tensor]) -> list[tuple[str, str, np.dtype, tuple[int, ...]]]:
-    """(tensor, part, dtype, shape) of all that an artifact holds, in order; like bytes together, to compress well."""
-    parts = []
-    for name, tensor in state.items():
-        rule, shape = quant_rule(hp, name), tuple(tensor.shape)
-        if isinstance(rule, tuple):
-            parts += [(0, name, "symbols", "i1", shape), (1, name, "scales", "<f2", (*shape[:-1], 1))]
-        else:
-            parts.append((2, name, "kept", "<f2", shape) if rule == torch.float16 else (3, name, "kept", "u1", shape))
-    return [(name, part, np.dtype(kind), shape) for _, name, part, kind, shape in sorted(parts, key=lambda p: p[0])]
-
-def pack(hp: Hyperparameters, state: dict[str, Tensor], tokenizer_sha256: str) -> bytes:
-    """Uncompressed payload of a state dict. Raises Refusal when a value does not survive float16."""
-    parts = {}
-    for name, tensor in state.items():
-        rule = quant_rule(hp, name)
-        if isinstance(rule, tuple):
-            parts[name, "symbols"], parts[name, "scales"] = quantize(tensor.cpu(), *rule)
-        else:
-            parts[name, "kept"] = tensor.cpu().to(rule)
-    for (name, part), tensor in parts.items():
-        require(bool(tensor.isfinite().all()), f"{name}: {part} not finite in float16, nothing exported")
-    header = {"model": {name: getattr(hp, name) for name in MODEL_KNOBS}, "tokenizer_sha256": tokenizer_sha256}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    tensors = b"".join(parts[name, part].numpy().tobytes() for name, part, _, _ in layout(hp, state))
-    return struct.pack("<I", len(text)) + text + tensors
 
 def import_codec(name: str) -> tuple:
     """(compress, decompress up to about a size, error class) of a codec; imported on use, as reading needs only one."""
@@ -826,58 +995,182 @@ def import_codec(name: str) -> tuple:
     except ImportError as error:
         raise Refusal(f"codec {name} needs the Python package {error.name}: pip install {error.name}") from None
 
-def compress(payload: bytes, codec: str) -> tuple[bytes, str]:
-    """The artifact of a payload and its codec; auto keeps the smaller of zstd-22 and brotli-11."""
-    packed = {n: import_codec(name)[0](payload) for n, name in CODECS.items() if codec in (name, "auto")}
-    number = min(packed, key=lambda n: len(packed[n]))
-    prefix = PREFIX.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, number, len(payload), bytes(32))
-    return prefix[:-32] + hashlib.sha256(prefix + packed[number]).digest() + packed[number], CODECS[number]
+def compress(data: bytes, codec: str) -> tuple[int, bytes]:
+    """Number of the codec and what it makes of `data`; auto keeps the smaller of zstd-22 and brotli-11."""
+    packed = {number: import_codec(name)[0](data) for number, name in CODECS.items() if codec in (name, "auto")}
+    return min(packed.items(), key=lambda item: len(item[1]))
 
-def decompress(data: bytes, source: Path) -> bytes:
-    """Payload of an artifact, after checking magic, version and checksum. Raises Refusal."""
-    require(len(data) >= PREFIX.size, f"{source}: truncated artifact of {len(data)} bytes")
-    magic, version, codec, size, digest = PREFIX.unpack_from(data)
-    require(magic == ARTIFACT_MAGIC, f"{source} is not an artifact of this trainer")
-    require(version <= ARTIFACT_VERSION, f"{source}: version {version} is newer than this trainer's {ARTIFACT_VERSION}")
-    prefix, packed = data[: PREFIX.size - 32] + bytes(32), data[PREFIX.size :]
-    intact = hashlib.sha256(prefix + packed).digest() == digest and codec in CODECS and 4 <= size <= MAX_PAYLOAD_BYTES
-    require(intact, f"{source}: damaged artifact, the checksum does not match")
-    _, unpacker, codec_error = import_codec(CODECS[codec])
+def decompress(data: bytes, number: int, size: int, source: Path) -> bytes:
+    """`size` bytes from a stream. Raises Refusal when it holds more, or less, or is damaged."""
+    require(number in CODECS, f"{source}: damaged artifact, no codec {number}")
+    _, unpack, codec_error = import_codec(CODECS[number])
     try:
-        payload = unpacker(packed, size + 1)
+        payload = unpack(data, size + 1)
     except codec_error as error:
-        raise Refusal(f"{source}: damaged artifact, {CODECS[codec]} says {error}") from error
-    require(len(payload) == size, f"{source}: damaged artifact, it does not unpack to the {size} bytes declared")
+        raise Refusal(f"{source}: damaged artifact, {CODECS[number]} says {error}") from error
+    require(len(payload) == size, f"{source}: damaged artifact, a stream does not unpack to {size} bytes")
     return payload
+
+def layout(shapes: dict[str, tuple[int, ...]], storage: str) -> dict[str, list[tuple[str, str, np.dtype, tuple]]]:
+    """Streams of an artifact in order, each a list of (tensor, part, dtype, shape). Storage of a tensor: r = symbols as
+    they are, c = columns sorted, then column by column; h = float16, t = uint8. Raises ValueError when it cannot be."""
+    streams: dict[str, list] = {}
+    for (name, shape), kind in zip(shapes.items(), storage, strict=True):
+        role, stored = role_of(name), (shape[-1], *shape[:-1]) if kind == "c" else shape
+        if kind not in {"vector": "rh", "table": "t"}.get(role, "rc"):
+            raise ValueError(f"{name} cannot be stored as {kind!r}")
+        entries = [("float16", "kept", "<f2", shape)] if kind == "h" else [("table", "kept", "u1", shape)]
+        if kind in "rc":
+            entries = [("vector" if role == "vector" else name, "symbols", "i1", stored)]
+            entries += [("steps", "codes", "u1", (*shape[:-1], 1))]
+            entries += [("columns", "columns", "<u2", shape[-1:])] * (kind == "c")
+        for stream, part, dtype, part_shape in entries:
+            streams.setdefault(stream, []).append((name, part, np.dtype(dtype), part_shape))
+    return streams
+
+def pack(hp: Hyperparameters, parts: dict, tokenizer_sha256: str, codec: str) -> tuple[bytes, dict[str, int]]:
+    """The artifact of quantized tensors, and its bytes by role of the tensors, with the streams that tensors share."""
+    def smallest(name: str) -> tuple[str, dict[str, np.ndarray], tuple[int, bytes] | None]:
+        arrays = dict(zip(("symbols", "codes"), (p.cpu().numpy() for p in parts[name]), strict=False))
+        if len(parts[name]) == 1:
+            return "t" if parts[name][0].dtype == torch.uint8 else "h", {"kept": arrays["symbols"]}, None
+        if role_of(name) == "vector":
+            return "r", arrays, None
+        # Sorted by magnitude, columns of one scale lie together, and the entropy coder adapts to each.
+        symbols, C = arrays["symbols"], arrays["symbols"].shape[-1]
+        columns = np.argsort(-np.abs(symbols.reshape(-1, C)).mean(0), kind="stable").astype("<u2")
+        by_column = np.ascontiguousarray(np.moveaxis(symbols[..., columns], -1, 0))
+        rows, cols = compress(symbols.tobytes(), codec), compress(by_column.tobytes(), codec)
+        if len(rows[1]) <= len(cols[1]) + columns.nbytes or C > 1 << 16:
+            return "r", arrays, rows
+        return "c", arrays | {"symbols": by_column, "columns": columns}, cols
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        chosen = dict(zip(parts, pool.map(smallest, parts), strict=True))
+        storage = "".join(kind for kind, _, _ in chosen.values())
+        plan = layout({name: tuple(part[0].shape) for name, part in parts.items()}, storage)
+        def stream_of(item: tuple) -> tuple[int, bytes]:
+            data = b"".join(chosen[name][1][part].tobytes() for name, part, _, _ in item[1])
+            return chosen[item[0]][2] if item[0] in chosen else compress(data, codec)
+        streams = dict(zip(plan, pool.map(stream_of, plan.items()), strict=True))
+    header = {"model": {name: getattr(hp, name) for name in MODEL_KNOBS}, "tokenizer_sha256": tokenizer_sha256}
+    header |= {"storage": storage, "streams": [(number, len(data)) for number, data in streams.values()]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    body, prefix = text + b"".join(data for _, data in streams.values()), (ARTIFACT_MAGIC, ARTIFACT_VERSION, len(text))
+    digest = hashlib.sha256(PREFIX.pack(*prefix, bytes(32)) + body).digest()
+    sizes = {"header": PREFIX.size + len(text)}
+    for stream, (_, data) in streams.items():
+        role = role_of(stream) if stream in parts else stream
+        sizes[role] = sizes.get(role, 0) + len(data)
+    return PREFIX.pack(*prefix, digest) + body, sizes
 
 def load_artifact(path: Path, hp: Hyperparameters, device: torch.device) -> tuple[GPT, Hyperparameters, str]:
     """The only reader of artifacts: the model, `hp` with the artifact's model knobs, and its tokenizer's SHA-256."""
     require(path.is_file(), f"{path}: no such artifact")
-    payload = decompress(path.read_bytes(), path)
+    data, what = path.read_bytes(), f"{path}: damaged artifact"
+    require(len(data) >= PREFIX.size, f"{path}: truncated artifact of {len(data)} bytes")
+    magic, version, header_bytes, digest = PREFIX.unpack_from(data)
+    require(magic == ARTIFACT_MAGIC, f"{path} is not an artifact of this trainer")
+    require(version == ARTIFACT_VERSION, f"{path}: artifact version {version}, this trainer reads {ARTIFACT_VERSION}")
+    intact = hashlib.sha256(data[: PREFIX.size - 32] + bytes(32) + data[PREFIX.size :]).digest() == digest
+    require(intact, f"{what}, the checksum does not match")
+    offset = PREFIX.size + header_bytes
     try:
-        header_end = 4 + struct.unpack_from("<I", payload)[0]
-        header = json.loads(payload[4:header_end])
-        tokenizer_sha256 = str(header["tokenizer_sha256"])
+        header = json.loads(data[PREFIX.size : offset])
+        tokenizer_sha256, numbers = str(header["tokenizer_sha256"]), [int(number) for number, _ in header["streams"]]
+        sizes = [int(size) for _, size in header["streams"]]
         hp = replace(hp, **{name: header["model"][name] for name in MODEL_KNOBS})
         hp = replace(hp, train_batch_tokens=hp.train_seq_len)  # the environment's need not fit, and is of no use here
         hp.validate()
+        with torch.device("meta"):
+            model = GPT(hp)
+        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        plan = layout(shapes, str(header["storage"]))
     except Refusal as error:
         raise Refusal(f"{path}: {error}") from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise Refusal(f"{path}: damaged artifact, bad header ({error})") from error
-    with torch.device("meta"):
-        model = GPT(hp)
-    parts, offset, plan = {}, header_end, layout(hp, model.state_dict())
-    expected = offset + sum(math.prod(shape) * dtype.itemsize for _, _, dtype, shape in plan)
-    require(len(payload) == expected, f"{path}: damaged artifact, {len(payload)} bytes, its model has {expected}")
-    for name, part, dtype, shape in plan:
-        array = np.frombuffer(payload, dtype, math.prod(shape), offset).reshape(shape)
-        parts[name, part], offset = torch.from_numpy(array.copy()), offset + array.nbytes
-    state = {name: dequantize(t, parts[name, "scales"]) for (name, part), t in parts.items() if part == "symbols"}
-    state |= {name: t if t.dtype == torch.uint8 else t.float() for (name, part), t in parts.items() if part == "kept"}
-    require(bool((state["expert_table"] < hp.num_experts).all()), f"{path}: damaged artifact, expert out of range")
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        raise Refusal(f"{what}, bad header ({error})") from error
+    whole = len(sizes) == len(plan) and min(sizes) >= 0 and offset + sum(sizes) == len(data)
+    unpacked = [sum(math.prod(shape) * dtype.itemsize for *_, dtype, shape in entries) for entries in plan.values()]
+    require(whole and sum(unpacked) <= MAX_PAYLOAD_BYTES, f"{what}, its streams do not fill it or are too large")
+    parts: dict[str, dict[str, Tensor]] = {name: {} for name in shapes}
+    for entries, number, size, expected in zip(plan.values(), numbers, sizes, unpacked, strict=True):
+        stream, offset = io.BytesIO(decompress(data[offset : offset + size], number, expected, path)), offset + size
+        for name, part, dtype, shape in entries:
+            array = np.frombuffer(stream.read(math.prod(shape) * dtype.itemsize), dtype).reshape(shape)
+            parts[name][part] = torch.from_numpy(array.astype(dtype.newbyteorder("=")))
+    state = {}
+    for name, part in parts.items():
+        if "columns" in part:
+            place = part["columns"].long().argsort()
+            permutation = torch.equal(part["columns"].long()[place], torch.arange(len(place)))
+            require(permutation, f"{what}, the columns of {name} are no permutation")
+            part["symbols"] = part["symbols"][place].movedim(0, -1)
+        state[name] = dequantize(part["symbols"], part["codes"]) if "symbols" in part else part["kept"]
+        state[name] = state[name] if state[name].dtype == torch.uint8 else state[name].float().contiguous()
+    require(bool((state["expert_table"] < hp.num_experts).all()), f"{what}, expert out of range")
     model.load_state_dict(state, strict=True, assign=True)
     return model.to(device).eval(), hp, tokenizer_sha256
+
+@dataclass(frozen=True)
+class Fitted:
+    """An artifact whose size is as wanted, and how it came about."""
+    artifact: bytes
+    sizes: dict[str, int]  # bytes by role
+    parts: dict[str, tuple[Tensor, ...]]
+    factor: float  # on every k
+    unusable: list[str]  # tensors rounded to nearest because their Hessian was of no use
+
+    def budget(self) -> str:
+        """Table of what every role takes, with the entropy of its symbols, tensor by tensor, as the floor in bytes."""
+        lines = [f"{'role':<10}{'weights':>12}{'bytes':>12}{'bits/weight':>13}{'entropy floor':>15}"]
+        for role, size in self.sizes.items():
+            tensors = [p for name, p in self.parts.items() if role_of(name) == role and len(p) == 2]
+            weights, floor = sum(p[0].numel() for p in tensors), entropy_bytes(*(p[0] for p in tensors))
+            known = f"{weights:>12,}{size:>12,}{8 * size / max(weights, 1):>13.3f}{floor:>15,.0f}"
+            lines.append(f"{role:<10}" + (known if weights else f"{'':>12}{size:>12,}"))
+        return "\n".join(lines) + f"\n{'total':<22}{len(self.artifact):>12,}  (k x {self.factor:.4f})"
+
+def entropy_bytes(*tensors: Tensor) -> float:
+    """Least size of tensors of 8 bits for a coder that knows each one's frequencies and nothing else; others as is."""
+    total = 0.0
+    for tensor in (tensor for tensor in tensors if tensor.numel()):
+        bits = 8.0 * tensor.element_size()
+        if bits == 8:
+            shares = torch.bincount(tensor.flatten().int() + 128).double() / tensor.numel()
+            bits = torch.special.entr(shares).sum().item() / math.log(2)
+        total += tensor.numel() * bits / 8
+    return total
+
+def factor_for(hp: Hyperparameters, state: dict, goal: float) -> tuple[float, float]:
+    """The finest factor on every k, 1/8 to 4, at which what is rounded to nearest has at most `goal` bytes of entropy,
+    by bisection, or the coarsest if there is none. Returns the factor and these bytes."""
+    def entropy(exponent: float) -> float:
+        return entropy_bytes(*itertools.chain(*quantize(hp, state, 2.0**exponent)[0].values()))
+    low, high = -3.0, -3.0 if entropy(-3.0) <= goal else 2.0
+    while high - low > 2**-12:
+        middle = (low + high) / 2
+        low, high = (low, middle) if entropy(middle) <= goal else (middle, high)
+    return 2.0**high, entropy(high)
+
+def fit(hp: Hyperparameters, state: dict, tokenizer_sha256: str, codec: str, hessians: dict | None = None) -> Fitted:
+    """The finest artifact whose size and the code's are at most TARGET_BYTES, within 0.1 % where k decides the size; k
+    as given if that is 0. The entropy to aim at is corrected by what became of the last. Raises Refusal if even the
+    largest k makes too large a file."""
+    target, ratio, best = max(hp.target_bytes - submission_bytes(hp, 0, "code")[0], 1), 1.015, None
+    for aim in (*[0.9996] * 5, 0.98):
+        factor, entropy = factor_for(hp, state, aim * target / ratio) if hp.target_bytes else (1.0, math.inf)
+        parts, unusable = quantize(hp, state, factor, hessians)
+        fitted = Fitted(*pack(hp, parts, tokenizer_sha256, codec), parts, factor, unusable)
+        size = len(fitted.artifact)
+        if not hp.target_bytes or (size <= target and (factor == 2.0**-3 or size >= 0.999 * target)):
+            return fitted
+        if size <= target and (best is None or size > len(best.artifact)):
+            best = fitted
+        excess = f"TARGET_BYTES={hp.target_bytes}: {size - target:,} bytes too large with k x {factor:.2f}"
+        shrink = f"lower MODEL_DIM={hp.model_dim} or NUM_LAYERS={hp.num_layers}"
+        require(best is not None or (aim > 0.98 and factor < 4.0), f"{excess}; {shrink}")
+        ratio = size / entropy
+    return best
 
 def submission_bytes(hp: Hyperparameters, model_bytes: int, what: str) -> tuple[int, int]:
     """Bytes of the code (this file and eval_sliding.py beside it) and of code plus model. Raises Refusal at the cap."""
@@ -887,11 +1180,11 @@ def submission_bytes(hp: Hyperparameters, model_bytes: int, what: str) -> tuple[
     require(code + model_bytes < MAX_SUBMISSION_BYTES, f"{what}: {code:,} bytes of code + {model_bytes:,}, {cap}")
     return code, code + model_bytes
 
-def dry_run_bytes(hp: Hyperparameters, model: GPT) -> int:
-    """Size of the artifact to come, measured on Gaussian stand-ins, whose symbols have the entropy of trained rows."""
+def dry_run(hp: Hyperparameters, model: GPT) -> Fitted:
+    """The artifact to come, estimated on Gaussian stand-ins, whose symbols have the entropy of trained rows."""
     rng, state = torch.Generator().manual_seed(0), model.state_dict()
-    state |= {n: torch.randn(t.shape, generator=rng) for n, t in state.items() if isinstance(quant_rule(hp, n), tuple)}
-    return len(compress(pack(hp, state, "0" * 64), "zstd" if hp.codec == "auto" else hp.codec)[0])
+    state |= {n: torch.randn(t.shape, generator=rng) for n, t in state.items() if quant_rule(hp, n)}
+    return fit(hp, state, "0" * 64, "zstd" if hp.codec == "auto" else hp.codec)
 
 # ---- Evaluation ------------------------------------------------------------------------------------------------------
 def scoring_windows(num_targets: int, seq_len: int, stride: int) -> list[tuple[int, int, int]]:
@@ -926,8 +1219,7 @@ def evaluate(model: nn.Module, val: ValData, hp: Hyperparameters, dist: Dist, st
     batch_size = max(1, hp.micro_batch_tokens // seq_len)
     windows += [(0, 0, 0)] * (-len(windows) % batch_size)
     windows_3W1 = torch.tensor(windows, device=dist.device).view(len(windows), 3).T[..., None]
-    sum_device = torch.device("cpu") if dist.device.type == "mps" else dist.device  # MPS has no float64
-    totals, progress = torch.zeros(3, dtype=torch.float64, device=sum_device), Progress(label, len(windows), dist.rank)
+    totals, progress = torch.zeros(3, dtype=torch.float64, device=dist.device), Progress(label, len(windows), dist.rank)
     for i in range(0, len(windows), batch_size):
         start, first, end = windows_3W1[:, i : i + batch_size]
         position_BT = start + torch.arange(seq_len, device=dist.device)
@@ -935,7 +1227,7 @@ def evaluate(model: nn.Module, val: ValData, hp: Hyperparameters, dist: Dist, st
         input_ids, target_ids = val.tokens[readable_BT].long(), val.tokens[readable_BT + 1].long()
         nll_BT = torch.where(scored_BT, model(input_ids, target_ids, reduction="none"), 0)
         bytes_BT = torch.where(scored_BT, val.token_bytes(input_ids, target_ids), 0)
-        totals += torch.stack([t.to(sum_device).double().sum() for t in (nll_BT, bytes_BT, scored_BT)])
+        totals += torch.stack([t.double().sum() for t in (nll_BT, bytes_BT, scored_BT)])
         progress.update(i + batch_size)
     nll, scored_bytes, scored_targets = dist.all_sum(totals).tolist()
     assert scored_targets == num_targets, f"{scored_targets} of {num_targets} targets scored"
@@ -959,11 +1251,11 @@ class Gradients:
         if max_norm:
             self.flat[64:].mul_((max_norm / (self.flat[64:].norm() + 1e-6)).clamp(max=1.0))
 
-def train_step(model: nn.Module, optimizers: list, gradients: Gradients, batches: list, max_norm: float) -> Tensor:
+def train_step(model, optimizers: list, gradients: Gradients, batches: list, max_norm: float, looped=True) -> Tensor:
     """One optimizer step over micro-batches (input_ids, target_ids). Returns the mean loss of all ranks, a tensor."""
     gradients.flat.zero_()
     for input_ids, target_ids in batches:
-        loss = model(input_ids, target_ids) / len(batches)
+        loss = model(input_ids, target_ids, looped=looped) / len(batches)
         loss.backward()
         gradients.flat[0] += loss.detach()
     gradients.average_and_clip(max_norm)
@@ -975,9 +1267,9 @@ def warm_up(model: nn.Module, raw_model: GPT, optimizers: list, gradients: Gradi
     """Compile everything on random tokens and leave no trace: weights and optimizer states are restored."""
     hp, generator = loader.hp, torch.Generator().manual_seed(0)
     weights, states = copy.deepcopy(raw_model.state_dict()), copy.deepcopy([o.state_dict() for o in optimizers])
-    for _ in range(hp.warmup_steps):
+    for looped in [looped for looped in sorted({hp.loop_is_on(0.0), True}) for _ in range(hp.warmup_steps)]:
         tokens = torch.randint(hp.vocab_size, (2, loader.num_sequences, hp.train_seq_len), generator=generator)
-        train_step(model, optimizers, gradients, [tuple(tokens.to(loader.dist.device))], hp.grad_clip_norm)
+        train_step(model, optimizers, gradients, [tuple(tokens.to(loader.dist.device))], hp.grad_clip_norm, looped)
     raw_model.load_state_dict(weights)
     for optimizer, state in zip(optimizers, states, strict=True):
         optimizer.load_state_dict(state)
@@ -986,8 +1278,8 @@ def timing(seconds: float, steps: int) -> str:
     return f"train_time:{1000 * seconds:.0f}ms step_avg:{1000 * seconds / max(steps, 1):.2f}ms"
 
 def train(hp: Hyperparameters, dist: Dist, log: Log, model: GPT, loader: TokenLoader, val: ValData):
-    """Train until ITERATIONS or MAX_WALLCLOCK_SECONDS; leave averaged weights in `model`. Returns steps and seconds."""
-    compiles, cap, accum = can_compile(hp, dist.device), hp.max_wallclock_seconds, hp.grad_accum_steps(dist.world_size)
+    """Train until ITERATIONS or the wall-clock cap; leave averaged weights in `model`. Returns steps and seconds."""
+    compiles, cap, accum = can_compile(hp, dist.device), hp.training_seconds, hp.grad_accum_steps(dist.world_size)
     forward = torch.compile(model, fullgraph=True, dynamic=False) if compiles else model
     optimizers, gradients, started = build_optimizers(hp, model, dist), Gradients(model, dist), time.perf_counter()
     warm_up(forward, model, optimizers, gradients, loader)
@@ -996,22 +1288,26 @@ def train(hp: Hyperparameters, dist: Dist, log: Log, model: GPT, loader: TokenLo
     weights, averaged = [p.detach() for p in model.parameters()], 0
     average = [p.clone() for p in weights]
     progress, step, loss, started = Progress("train", 1.0, dist.rank), 0, math.nan, dist.synchronize()
-    on_cpu = dist.device.type == "cpu"  # where reading the loss costs nothing
+    on_cpu, looped = dist.device.type == "cpu", hp.loop_is_on(0.0)  # on a CPU, reading the loss costs nothing
+    # The next step must end inside the cap, and so must the two by which the host may be ahead of a GPU.
+    ahead = (1 if on_cpu else 3) * len(hp.execution_order(True)) / hp.num_layers
     while True:
         elapsed = dist.all_max(time.perf_counter() - started)
-        # The next step must end inside the cap, and so must the two by which the host may be ahead of a GPU.
-        out_of_time = cap > 0 and step > 0 and elapsed * (1 + (1 if on_cpu else 3) / step) > cap
+        out_of_time = cap > 0 and step > 0 and elapsed * (1 + ahead / step) > cap
         if out_of_time or step == hp.iterations:
             break
         if hp.val_loss_every and step and step % hp.val_loss_every == 0:
             paused = dist.synchronize()
-            score = evaluate(model, val, hp, dist, hp.train_seq_len, "validate")
+            score = evaluate(partial(model, looped=looped), val, hp, dist, hp.train_seq_len, "validate")
             log(f"step:{step}/{hp.iterations} {score} {timing(elapsed, step)}")
             started += dist.synchronize() - paused
         frac = max(elapsed / cap if cap else 0.0, step / hp.iterations)
+        if hp.loop_is_on(frac) and not looped:
+            looped = True
+            log(f"layer_loop:enabled step:{step} frac:{frac:.3f} order:{hp.execution_order(True)}")
         scale = set_schedules(hp, optimizers, frac)
         batches = [loader.next_batch() for _ in range(accum)]
-        device_loss = train_step(forward, optimizers, gradients, batches, hp.grad_clip_norm)
+        device_loss = train_step(forward, optimizers, gradients, batches, hp.grad_clip_norm, looped)
         newest = average_weight(hp, frac, averaged)
         if newest:
             torch._foreach_lerp_(average, weights, newest)
@@ -1033,19 +1329,64 @@ def train(hp: Hyperparameters, dist: Dist, log: Log, model: GPT, loader: TokenLo
         torch._foreach_copy_(weights, average)
     return step, elapsed
 
-def export(hp: Hyperparameters, dist: Dist, log: Log, model: GPT, tokenizer_sha256: str, path: Path) -> None:
-    """Write the artifact, and the checkpoint if asked for, from rank 0. Raises Refusal at the cap or when it cannot."""
+@torch.no_grad()
+def collect_hessians(hp: Hyperparameters, dist: Dist, log: Log, model: GPT, loader: TokenLoader) -> tuple[dict, float]:
+    """Second moments X^T X of every matrix's input over the tokens that reach it, summed over ranks: (C, C); (E, C, C)
+    for expert_up; of shared and routed hidden units together for a routed down projection. Stops after GPTQ_BATCHES
+    training micro-batches or, under a wall-clock cap, before GPTQ_RESERVE_SECONDS are over. Also returns seconds."""
+    sums: dict[str, Tensor] = {}
+    def add(name: str, inputs: Tensor) -> None:
+        inputs = inputs.flatten(0, -2).float()
+        sums[name] = sums.get(name, 0) + inputs.mT @ inputs
+
+    def add_routed(name: str, mlp: TokenRoutedMLP, args: tuple) -> None:
+        x, (chosen_BTE,) = args
+        add(f"{name}.up.weight", x)
+        add(f"{name}.down.weight", mlp.hidden(x, chosen_BTE))
+        reached = (x[chosen_BTE[..., expert] > 0].float() for expert in range(hp.num_experts))
+        sums[f"{name}.expert_up"] = sums.get(f"{name}.expert_up", 0) + torch.stack([y.mT @ y for y in reached])
+
+    with torch.device("meta"):  # the masked dispatch, as only that has all hidden units side by side
+        observed = GPT(replace(hp, dispatch="masked"))
+    observed.load_state_dict(model.state_dict(), assign=True)
+    for name, module in observed.named_modules():
+        if isinstance(module, CastedLinear):
+            module.register_forward_pre_hook(lambda module, args, name=name: add(f"{name}.weight", args[0]))
+        elif isinstance(module, TokenRoutedMLP) and module.routed:
+            module.register_forward_pre_hook(lambda module, args, name=name: add_routed(name, module, args))
+    started, batches, elapsed = dist.synchronize(), 0, 0.0
+    reserve = hp.gptq_reserve_seconds if hp.max_wallclock_seconds else math.inf
+    while batches * dist.world_size < hp.gptq_batches and elapsed * (1 + 1 / max(batches, 1)) < reserve:
+        add("tok_emb.weight", observed.features(loader.next_batch()[0]))
+        batches, elapsed = batches + 1, dist.all_max(dist.synchronize() - started)
+    tokens = batches * dist.world_size * loader.num_sequences * hp.train_seq_len
+    log(f"gptq: {len(sums)} Hessians over {tokens} training tokens in {elapsed:.1f}s")
+    return {name: dist.all_sum(hessian) for name, hessian in sums.items()}, dist.synchronize() - started
+
+def export(hp, dist: Dist, log: Log, model: GPT, hessians: dict, tokenizer_sha256: str, path: Path) -> None:
+    """Write the artifact, and the checkpoint if asked for, from rank 0. If there are Hessians, leave in `model`, for
+    comparison, the weights rounded to nearest at the same size. Raises Refusal at the cap or when it cannot write."""
     if dist.rank == 0:
-        started, checkpoint = time.perf_counter(), io.BytesIO()
+        started, checkpoint, state = time.perf_counter(), io.BytesIO(), model.state_dict()
         if hp.save_checkpoint:
-            torch.save(model.state_dict(), checkpoint)
+            torch.save(state, checkpoint)
             write_atomically(path.with_suffix(".pt"), checkpoint.getvalue())
-        artifact, codec = compress(pack(hp, model.state_dict(), tokenizer_sha256), hp.codec)
-        code, total = submission_bytes(hp, len(artifact), "artifact")
-        write_atomically(path, artifact)
-        bits, seconds = 8 * len(artifact) / sum(p.numel() for p in model.parameters()), time.perf_counter() - started
-        log(f"Serialized model quantized+{codec}: {len(artifact)} bytes ({bits:.3f} bits/parameter, {seconds:.1f}s)")
-        log(f"Code size: {code} bytes\nTotal submission size quantized+{codec}: {total} bytes")
+        fitted = fit(hp, state, tokenizer_sha256, hp.codec, hessians)
+        code, total = submission_bytes(hp, len(fitted.artifact), "artifact")
+        write_atomically(path, fitted.artifact)
+        for name in fitted.unusable:
+            log(f"warning: the Hessian of {name} is not finite or not positive definite: rounded to nearest")
+        seconds = time.perf_counter() - started
+        log(f"{fitted.budget()}\nSerialized model quantized+{hp.codec}: {total - code} bytes in {seconds:.1f}s")
+        log(f"Code size: {code} bytes\nTotal submission size quantized+{hp.codec}: {total} bytes")
+        if hessians:
+            entropy = entropy_bytes(*itertools.chain(*fitted.parts.values()))
+            factor, nearest = factor_for(hp, state, entropy)
+            parts, _ = quantize(hp, state, factor)
+            model.load_state_dict({n: dequantize(*p) if len(p) == 2 else p[0] for n, p in parts.items()})
+            log(f"bytes of entropy: GPTQ {entropy:.0f}, round to nearest {nearest:.0f} with k x {factor:.4f}")
+    for tensor in model.state_dict().values() if hessians else ():
+        dist.all_sum(tensor.mul_(dist.rank == 0))  # a broadcast: the other ranks add zeros
     dist.synchronize()
 
 def main() -> None:
@@ -1060,6 +1401,7 @@ def main() -> None:
     loader, val = TokenLoader(hp, dist), ValData.load(hp, dist.device)
     token_counts, model = loader.count_tokens(), GPT(hp)
     model.init_weights()
+    hp = replace(hp, attention=choose_attention(model, dist.device, log))
     model.expert_table.copy_(build_expert_table(hp, token_counts))
     params = sum(p.numel() for p in model.parameters())
     log(f"model_params:{params} world_size:{dist.world_size} seed:{hp.seed}")
@@ -1067,15 +1409,22 @@ def main() -> None:
     log(f"val_loader:shards pattern={hp.dataset_dir}/fineweb_val_*.bin tokens:{len(val.tokens) - 1}")
     log(f"counted {expert_load(model.expert_table, token_counts, hp.num_experts)}")
     if dist.rank == 0:
-        log(f"dry run: {submission_bytes(hp, dry_run_bytes(hp, model), 'dry run')[1]} bytes of code + model expected")
+        expected = dry_run(hp, model)
+        total = submission_bytes(hp, len(expected.artifact), "dry run")[1]
+        log(f"{expected.budget()}\ndry run: {total} bytes of code + model expected")
     torch.set_float32_matmul_precision("high")
     steps, seconds = train(hp, dist, log, model.to(dist.device), loader, val)
     log(f"trained on {expert_load(model.expert_table, loader.token_counts, hp.num_experts)}")
+    hessians, hessian_seconds = collect_hessians(hp, dist, log, model, loader) if hp.gptq_batches else ({}, 0.0)
+    seconds += hessian_seconds
     log(f"peak memory allocated: {torch.cuda.max_memory_allocated() >> 20} MiB")
     before = evaluate(model, val, hp, dist, hp.train_seq_len, "validate")
     log(f"step:{steps}/{hp.iterations} {before} {timing(seconds, steps)}")
     log(f"pre-quantization post-{hp.average} {before} eval_time:{1000 * before.seconds:.0f}ms")
-    export(hp, dist, log, model, val.tokenizer_sha256, path)
+    export(hp, dist, log, model, hessians, val.tokenizer_sha256, path)
+    if hessians:
+        nearest = evaluate(model, val, hp, dist, hp.train_seq_len, "validate round to nearest")
+        log(f"quantized round to nearest {nearest} eval_time:{1000 * nearest.seconds:.0f}ms")
     after = evaluate(load_artifact(path, hp, dist.device)[0], val, hp, dist, hp.train_seq_len, "validate the artifact")
     log(f"quantized {after} eval_time:{1000 * after.seconds:.0f}ms\nfinal_roundtrip_exact {after}")
     code, total = submission_bytes(hp, path.stat().st_size, "artifact")

@@ -33,13 +33,19 @@ TINY = {
     "expert_dim": 8,
     "shared_dim": 32,
     "mu_rank": 8,
+    "loop_start": 1,
+    "loop_end": 2,
+    "loop_passes": 2,
+    "parallel_start_layer": 3,
+    "gptq_batches": 2,
     "eval_stride": 8,
 }
 
 
 def tiny_hp(**overrides) -> Hyperparameters:
-    """Valid knobs of a float32 CPU model that runs in milliseconds."""
-    hp = Hyperparameters(**{**TINY, **overrides})
+    """Valid knobs of a float32 CPU model that runs in milliseconds; too few layers for the recurrence turn it off."""
+    shallow = {"loop_passes": 1} if overrides.get("num_layers", 4) < 3 else {}
+    hp = Hyperparameters(**{**TINY, **shallow, **overrides})
     hp.validate()
     return hp
 

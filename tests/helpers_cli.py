@@ -1,4 +1,5 @@
 """Tiny data sets, environments and runs of the command lines, in this process or in their own.   (no tests here)"""
+
 import contextlib
 import functools
 import io
@@ -38,6 +39,10 @@ TINY_MODEL = {
     "ROPE_DIMS": 4,
     "EXPERT_DIM": 8,
     "SHARED_DIM": 32,
+    "LOOP_START": 0,
+    "LOOP_END": 0,
+    "LOOP_PASSES": 2,
+    "PARALLEL_START_LAYER": 1,
 }
 TINY_RUN = {
     "DEVICE": "cpu",
@@ -48,6 +53,7 @@ TINY_RUN = {
     "MICRO_BATCH_TOKENS": 128,
     "ITERATIONS": 8,
     "MAX_WALLCLOCK_SECONDS": 0,
+    "GPTQ_BATCHES": 2,
     "EVAL_STRIDE": 8,
     "RUN_ID": "run",
 }

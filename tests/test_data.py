@@ -1,4 +1,5 @@
 """Properties of shards, the training loader, tokenizers and byte tables.   pytest tests/test_data.py"""
+
 import io
 import itertools
 from dataclasses import replace

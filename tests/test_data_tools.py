@@ -1,4 +1,5 @@
 """Properties of data/tokenize_docs.py and data/make_sample.py.   pytest tests/test_data_tools.py"""
+
 import errno
 import gzip
 import itertools
@@ -313,8 +314,17 @@ def test_missing_and_empty_inputs_are_refused(documents, model_path, tmp_path, c
 def model_with_other_ids(documents: list[str], folder: Path) -> bytes:
     prefix = folder / "other"
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(documents), model_prefix=str(prefix), model_type="bpe", vocab_size=300, minloglevel=2,
-        byte_fallback=True, pad_id=3, bos_id=1, eos_id=2, unk_id=0, max_sentence_length=10_000,
+        sentence_iterator=iter(documents),
+        model_prefix=str(prefix),
+        model_type="bpe",
+        vocab_size=300,
+        minloglevel=2,
+        byte_fallback=True,
+        pad_id=3,
+        bos_id=1,
+        eos_id=2,
+        unk_id=0,
+        max_sentence_length=10_000,
     )
     return prefix.with_suffix(".model").read_bytes()
 

@@ -1,4 +1,5 @@
 """Properties of the scoring windows and of the score itself.   pytest tests/test_evaluation.py"""
+
 import itertools
 import json
 import math

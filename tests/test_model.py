@@ -3,6 +3,9 @@
 import copy
 import itertools
 import math
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,13 +14,18 @@ import torch.nn.functional as F
 from conftest import ALONE, make_ids, make_model, tiny_hp
 
 from train_gpt import (
+    BOS_ID,
     CHOICES,
     GPT,
     Gradients,
+    Hyperparameters,
+    Refusal,
     TokenRoutedMLP,
     activate,
+    attention_kernel,
     build_optimizers,
     can_compile,
+    choose_attention,
     role_of,
     train_step,
 )
@@ -26,10 +34,15 @@ ROUTING, DISPATCH, MU, ACTIVATION = (CHOICES[knob].split() for knob in ("routing
 ROUTED = [routing for routing in ROUTING if routing != "dense"]
 MODES = [{"routing": r, "dispatch": d, "mu": m} for r, d, m in itertools.product(ROUTING, DISPATCH, MU)]
 VARIANTS = [{"activation": a, "dispatch": d, "xsa": x} for a in ACTIVATION for d in DISPATCH for x in (True, False)]
+SWITCHES = [{"loop_passes": passes, "dispatch": d} for passes in (1, 3) for d in DISPATCH]
+SWITCHES += [{"routing_per_pass": False}, {"loop_end": 3}, {"loop_start": 0, "moe_start_layer": 2}]
+SWITCHES += [{"parallel_start_layer": 0}, {"parallel_start_layer": 99}, {"ln_scale": False}, {"skip_gates": False}]
+SWITCHES += [{"attn_gate": False}, {"smear_gate": False}, {"bigram_buckets": 50, "smear_gate": False}]
+SWITCHES += [{"bigram_buckets": 50, "mu": mu} for mu in MU]
 
 
 def label(mode: dict) -> str:
-    return "-".join(map(str, mode.values()))
+    return "-".join(f"{value}" if isinstance(value, str) else f"{name}={value}" for name, value in mode.items())
 
 
 def assert_same(actual: torch.Tensor, expected: torch.Tensor, hp) -> None:
@@ -44,7 +57,7 @@ def other_tokens(ids: torch.Tensor, hp) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("mode", MODES + VARIANTS, ids=label)
+@pytest.mark.parametrize("mode", MODES + VARIANTS + SWITCHES, ids=label)
 @torch.no_grad()
 def test_logits_depend_on_no_later_token(mode, rows):
     hp = tiny_hp(**mode)
@@ -59,7 +72,7 @@ def test_logits_depend_on_no_later_token(mode, rows):
         assert ((model(now) - logits)[:, t].abs().amax(-1) > 1e-3).all()
 
 
-@pytest.mark.parametrize("mode", MODES, ids=label)
+@pytest.mark.parametrize("mode", MODES + SWITCHES, ids=label)
 @torch.no_grad()
 def test_row_is_independent_of_the_other_rows(mode):
     hp = tiny_hp(**mode)
@@ -71,7 +84,7 @@ def test_row_is_independent_of_the_other_rows(mode):
     assert ((among_others - logits)[[0, 2]].abs().amax(-1) > 1e-3).all()
 
 
-@pytest.mark.parametrize("mode", MODES, ids=label)
+@pytest.mark.parametrize("mode", MODES + SWITCHES, ids=label)
 @torch.no_grad()
 def test_logits_of_a_prefix_are_a_prefix_of_the_logits(mode):
     hp = tiny_hp(**mode)
@@ -85,12 +98,12 @@ def test_logits_of_a_prefix_are_a_prefix_of_the_logits(mode):
 @torch.no_grad()
 def test_position_matters_only_with_rotated_dimensions():
     for rope_dims, moves in ((4, True), (0, False)):
-        hp = tiny_hp(rope_dims=rope_dims, xsa=False)
+        hp = tiny_hp(rope_dims=rope_dims, xsa=False, smear_gate=False)
         model, ids = make_model(hp), make_ids(hp, 1, 8)
         swapped = ids[:, [1, 0, 2, 3, 4, 5, 6, 7]]
         change = (model(swapped) - model(ids))[:, -1].abs().max()
         # From the second layer on, causal attention itself tells positions apart, so only one layer is order-blind.
-        hp = tiny_hp(rope_dims=rope_dims, num_layers=1)
+        hp = tiny_hp(rope_dims=rope_dims, num_layers=1, smear_gate=False)
         one = make_model(hp)
         change_of_one = (one(swapped) - one(ids))[:, -1].abs().max()
         assert change > 1e-4
@@ -112,11 +125,192 @@ def test_xsa_removes_the_component_along_the_own_value():
         assert (along.abs().max() < 1e-5) == xsa
 
 
+def unrolled(model: GPT) -> GPT:
+    """A model without recurrence that has a layer of its own for every layer that `model` runs."""
+    hp, order, state = model.hp, model.hp.execution_order(True), model.state_dict()
+    deep = GPT(replace(hp, num_layers=len(order), loop_passes=1))
+    new = {name: tensor for name, tensor in state.items() if not name.startswith("blocks.")}
+    for step, layer in enumerate(order):
+        prefix = f"blocks.{layer}."
+        new |= {name.replace(prefix, f"blocks.{step}."): t for name, t in state.items() if name.startswith(prefix)}
+    passes = torch.tensor([order[:step].count(layer) for step, layer in enumerate(order)])
+    shifts = (passes if hp.routing_per_pass else 0 * passes)[:, None].to(torch.uint8)
+    new["expert_table"] = (state["expert_table"][order] + shifts) % hp.num_experts
+    missing = deep.load_state_dict(new, strict=False)
+    assert not missing.missing_keys
+    assert all("mu_" in name for name in missing.unexpected_keys)  # the last layer's, which nobody reads
+    return deep
+
+
+@pytest.mark.parametrize("looping", [(1, 2, 2), (1, 2, 3), (0, 0, 2), (3, 3, 2), (0, 3, 2), (2, 3, 3)], ids=str)
+@pytest.mark.parametrize("mode", [{"mu": mu} for mu in MU] + [{"dispatch": "grouped"}, {"routing_per_pass": False}])
+@torch.no_grad()
+def test_recurrence_is_the_unrolled_network(mode, looping):
+    loop = dict(zip(("loop_start", "loop_end", "loop_passes"), looping, strict=True))
+    model = make_model(tiny_hp(**loop, **mode, ln_scale=False, parallel_start_layer=99))
+    ids = make_ids(model.hp, 2, 16)
+    torch.testing.assert_close(unrolled(model)(ids), model(ids), rtol=0, atol=1e-5)
+    assert (model(ids, looped=False) - model(ids)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("mu", MU)
+@torch.no_grad()
+def test_one_pass_is_no_recurrence(mu):
+    once, thrice = make_model(tiny_hp(loop_passes=1, mu=mu)), make_model(tiny_hp(loop_passes=3, mu=mu))
+    ids, state = make_ids(once.hp, 2, 16), thrice.state_dict()
+    assert torch.equal(once(ids), once(ids, looped=False))
+    once.load_state_dict({n: t[: once.skip_weights.size(0)] if "skip_" in n else t for n, t in state.items()})
+    assert torch.equal(once(ids), thrice(ids, looped=False))
+    assert (once(ids) - thrice(ids)).abs().max() > 1e-2
+
+
+def test_execution_order_of_the_record_is_that_of_upstream():
+    order = [0, 1, 2, 3, 4, 5, 3, 4, 5, 3, 4, 5, 6, 7, 8, 9, 10]
+    assert Hyperparameters().execution_order(True) == order
+    assert Hyperparameters().execution_order(False) == list(range(11))
+
+
+@pytest.mark.parametrize("dispatch", DISPATCH)
+@torch.no_grad()
+def test_every_pass_has_experts_of_its_own_and_the_same_load(dispatch):
+    for own in (True, False):
+        hp = tiny_hp(loop_passes=3, routing_per_pass=own, dispatch=dispatch)
+        model, ids, order = make_model(hp), torch.arange(hp.vocab_size).view(4, 16), hp.execution_order(True)
+        routes = [route for route, layer in zip(model.routes(ids, order), order, strict=True) if layer == 1]
+        if dispatch == "masked":
+            experts = [chosen.argmax(-1).flatten() for (chosen,) in routes]
+        else:
+            ranges = [torch.bucketize(torch.arange(64), offsets, right=True) for _, _, offsets in routes]
+            experts = [r[inverse] for r, (_, inverse, _) in zip(ranges, routes, strict=True)]
+        assert torch.equal(experts[0], model.expert_table[1].long())
+        for a, b in itertools.combinations(experts, 2):
+            assert (a != b).all() if own else torch.equal(a, b)
+
+
+@pytest.mark.parametrize("switch", ["attn_gate", "smear_gate"])
+@torch.no_grad()
+def test_gates_are_neutral_at_the_start_and_matter_later(switch):
+    on, off = make_model(tiny_hp(), noise=0.0), make_model(tiny_hp(**{switch: False}), noise=0.0)
+    for p in on.parameters():
+        p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) * (p != 0).any())
+    off.load_state_dict({n: t for n, t in on.state_dict().items() if n in off.state_dict()})
+    ids = make_ids(on.hp, 2, 16)
+    torch.testing.assert_close(on(ids), off(ids), rtol=0, atol=1e-5)
+    for name, p in on.named_parameters():
+        if "gate" in name or "smear" in name:
+            p.fill_(0.5)
+    assert (on(ids) - off(ids)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("knobs", [{}, {"bigram_buckets": 50}, {"bigram_buckets": 50, "smear_gate": False}], ids=str)
+@torch.no_grad()
+def test_previous_token_never_reaches_across_the_start_of_a_document(knobs):
+    model = make_model(tiny_hp(**knobs))
+    ids = make_ids(model.hp, 2, 16).clamp(min=2)
+    ids[:, 6] = ids[1, 9] = BOS_ID
+
+    def added(ids: torch.Tensor) -> torch.Tensor:
+        x = model.tok_emb(ids)
+        return model.add_previous_token(x, ids) - x
+
+    change = (added(other_tokens(ids, model.hp)[:, :6].clamp(min=2)) - added(ids[:, :6])).abs()
+    assert (change[:, 1:].amax(-1) > 1e-5).all()  # within a document it depends on the tokens before
+    before = ids.clone()
+    before[:, 5] = before[1, 8] = 3
+    same = (added(before) == added(ids)).all(-1)
+    assert same[:, 6].all()
+    assert same[1, 9]
+    assert (added(ids)[ids == BOS_ID] == 0).all()
+    assert (added(ids)[:, 0] == 0).all()
+    assert (added(ids)[:, 7].abs().amax(-1) > 1e-5).all()  # the token after BOS may see BOS
+
+
+@torch.no_grad()
+def test_bigram_memory_is_keyed_by_both_tokens_and_uses_its_buckets():
+    model, seen = make_model(tiny_hp(bigram_buckets=1000)), []
+    model.bigram.register_forward_hook(lambda module, args, out: seen.append(args[0]))
+    pairs = torch.cartesian_prod(torch.arange(2, 64), torch.arange(2, 64))
+    model(pairs)
+    buckets = seen[0][:, 1]
+    assert len(buckets.unique()) > 0.95 * 1000 * (1 - math.exp(-len(pairs) / 1000))
+    assert buckets.max() < 1000
+    for column in (0, 1):
+        fixed = buckets[pairs[:, column] == 7]
+        assert len(fixed.unique()) > 50
+
+
+@torch.no_grad()
+def test_layer_scale_and_parallel_residual_change_what_the_branches_read():
+    for knobs, parallel, scaled in (({}, True, True), ({"parallel_start_layer": 99, "ln_scale": False}, False, False)):
+        model, reads = make_model(tiny_hp(**knobs)), {}
+        block = model.blocks[3]
+        block.attn.register_forward_pre_hook(lambda m, args, reads=reads: reads.update(attn=args[0]))
+        block.mlp.register_forward_pre_hook(lambda m, args, reads=reads: reads.update(mlp=args[0]))
+        model(make_ids(model.hp, 2, 16))
+        assert torch.equal(reads["attn"], reads["mlp"]) == parallel
+        rms = reads["attn"].square().mean(-1).sqrt()
+        torch.testing.assert_close(rms, torch.full_like(rms, 0.5 if scaled else 1.0), rtol=1e-3, atol=0)
+
+
+@pytest.fixture
+def sdpa_flags():
+    """Leaves PyTorch's attention switches as they were."""
+    names = ("cudnn", "flash", "mem_efficient", "math")
+    enabled = [getattr(torch.backends.cuda, f"{name}_sdp_enabled")() for name in names]
+    yield
+    for name, value in zip(names, enabled, strict=True):
+        getattr(torch.backends.cuda, f"enable_{name}_sdp")(value)
+
+
+def test_attention_ladder_takes_the_first_kernel_that_runs_and_says_so(sdpa_flags, monkeypatch):
+    ids = make_ids(tiny_hp(), 2, 16)
+    logits = make_model(tiny_hp())(ids)
+
+    def choose(kernel: str) -> tuple[str, str]:
+        model, lines = make_model(tiny_hp()), []
+        model.hp = replace(model.hp, attention=kernel)
+        chosen = choose_attention(model, ALONE.device, lines.append)
+        torch.testing.assert_close(model(ids), logits, rtol=0, atol=1e-5)
+        return chosen, lines[0]
+
+    assert choose("flash")[1] == "attention:flash"
+    assert choose("math") == ("math", "attention:math")
+    kernel, line = choose("auto")
+    assert kernel == "flash"
+    assert line.startswith("attention:flash (not fa3: ")
+    assert "(not cudnn: " in line
+    for kernel in ("fa3", "cudnn"):
+        with pytest.raises(Refusal, match=f"^ATTENTION={kernel}: not {kernel}: "):
+            choose(kernel)
+
+    calls = []
+
+    def flash_attn_func(q, k, v, causal):
+        calls.append(q.shape)
+        assert causal
+        return attention_kernel("flash")(q, k, v)
+
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", SimpleNamespace(flash_attn_func=flash_attn_func))
+    assert choose("auto") == ("fa3", "attention:fa3")
+    assert calls == [(1, 128, 4, 8)] + [(2, 16, 4, 8)] * 6
+
+
+def test_attention_kernels_agree(sdpa_flags):
+    heads_first = [(2, 16, heads, 8) for heads in (4, 2, 2)]
+    q, k, v = (torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i, shape in enumerate(heads_first))
+    scores = torch.einsum("bthk,bshk->bhts", q, k.repeat_interleave(2, 2)) / math.sqrt(8)
+    scores = scores.masked_fill(~torch.ones(16, 16, dtype=torch.bool).tril(), -math.inf)
+    expected = torch.einsum("bhts,bshk->bthk", scores.softmax(-1), v.repeat_interleave(2, 2))
+    for kernel in ("flash", "math"):
+        choose_attention(make_model(tiny_hp(attention=kernel)), ALONE.device, lambda line: None)
+        torch.testing.assert_close(attention_kernel(kernel)(q, k, v), expected, rtol=0, atol=1e-5)
+
+
 def routed_mlp(hp, table: torch.Tensor, ids: torch.Tensor) -> tuple[TokenRoutedMLP, tuple]:
     """The first MLP of a model whose every layer routes by `table` (V,), and its dispatch of `ids`."""
     model = make_model(hp)
     model.expert_table.copy_(table.expand_as(model.expert_table))
-    return model.blocks[0].mlp, model.routes(ids)[0]
+    return model.blocks[0].mlp, model.routes(ids, [0])[0]
 
 
 def per_token_loop(mlp: TokenRoutedMLP, x: torch.Tensor, expert_of: torch.Tensor) -> torch.Tensor:
@@ -235,7 +429,7 @@ def test_layers_before_the_first_routed_one_are_dense_and_as_large(dispatch, sta
         assert (model(ids) - logits).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("mode", MODES + [{"activation": a} for a in ACTIVATION], ids=label)
+@pytest.mark.parametrize("mode", MODES + SWITCHES + [{"activation": a} for a in ACTIVATION], ids=label)
 def test_every_parameter_learns_within_a_few_steps_from_the_true_start(mode):
     hp = tiny_hp(**mode, matrix_lr=0.02)
     model = make_model(hp, noise=0.0)
@@ -251,7 +445,7 @@ def test_every_parameter_learns_within_a_few_steps_from_the_true_start(mode):
         matrices = part.view(-1, *part.shape[-2:]) if part.ndim > 1 else part[None, None]
         assert matrices.flatten(1).any(1).all(), f"{name}: no gradient"
         if role_of(name) != "matrix":  # matrices and experts may keep a dead hidden unit
-            assert role_of(name) == "expert" or matrices.any(-1).all(), f"{name}: a row without gradient"
+            assert role_of(name) in ("expert", "bigram") or matrices.any(-1).all(), f"{name}: a row without gradient"
 
 
 @pytest.mark.parametrize("mu", MU)
@@ -279,7 +473,7 @@ def test_mu_reaches_the_output_through_every_reader(mu):
     assert torch.equal(model(ids), logits)
 
 
-@pytest.mark.parametrize("mode", MODES, ids=label)
+@pytest.mark.parametrize("mode", MODES + SWITCHES, ids=label)
 @torch.no_grad()
 def test_loss_is_the_cross_entropy_of_the_logits(mode):
     hp = tiny_hp(**mode)
@@ -346,21 +540,17 @@ def test_logits_and_loss_are_float32_in_every_dtype(dtype):
         assert (change > 0) == (dtype == "bfloat16")
 
 
-COMPILED = [
-    ("zipf", "masked", "vector"),
-    ("zipf", "masked", "lowrank"),
-    ("zipf", "masked", "off"),
-    ("zipf", "grouped", "vector"),
-    ("hash", "grouped", "full"),
-    ("dense", "masked", "vector"),
-]
+ALL_OFF = {"loop_passes": 1, "parallel_start_layer": 99, "xsa": False, "routing": "dense", "mu": "off"}
+ALL_OFF |= dict.fromkeys(("routing_per_pass", "ln_scale", "skip_gates", "attn_gate", "smear_gate"), False)
+COMPILED = [{}, {"mu": "lowrank"}, {"dispatch": "grouped"}, {"mu": "full", "dispatch": "grouped", "loop_passes": 1}]
+COMPILED += [{"bigram_buckets": 50, "loop_end": 3}, ALL_OFF]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("routing", "dispatch", "mu"), COMPILED)
-def test_compiler_sees_one_graph_whatever_the_token_values_are(routing, dispatch, mu):
-    dtype = "bfloat16" if dispatch == "grouped" else "float32"
-    hp = tiny_hp(routing=routing, dispatch=dispatch, mu=mu, dtype=dtype, num_layers=2)
+@pytest.mark.parametrize("mode", COMPILED, ids=label)
+def test_compiler_sees_one_graph_whatever_the_token_values_are(mode):
+    dtype = "bfloat16" if mode.get("dispatch") == "grouped" else "float32"
+    hp = tiny_hp(**mode, dtype=dtype)
     model, inputs = make_model(hp), torch.zeros(2, 16, dtype=torch.int64)
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounter()
@@ -371,14 +561,15 @@ def test_compiler_sees_one_graph_whatever_the_token_values_are(routing, dispatch
         torch.testing.assert_close(loss, model(inputs, inputs), rtol=1e-5, atol=0)
         assert counter.frame_count == 1
         inputs = make_ids(hp, 2, 16, seed)
-    compiled(inputs[:, :9], inputs[:, :9])
-    assert counter.frame_count == 2  # a new shape is a new graph, so the count does count
+    for looped in (False, True, False):
+        compiled(inputs, inputs, looped=looped)
+        assert counter.frame_count == 2  # one more for the depth before the recurrence, so the count does count
 
 
 @pytest.mark.slow
 @torch.no_grad()
 def test_generated_code_agrees_with_eager():
-    hp = tiny_hp(num_layers=1, compile=True)
+    hp = tiny_hp(num_layers=2, loop_start=0, loop_end=0, loop_passes=2, bigram_buckets=50, compile=True)
     if not can_compile(hp, ALONE.device):
         pytest.skip("no C++ compiler or no Python.h")
     model = make_model(hp)

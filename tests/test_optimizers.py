@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 import threading
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -180,7 +181,7 @@ def test_training_step_on_several_ranks_is_that_of_the_joint_batch(world_size):
 
 @pytest.mark.parametrize("mode", list(itertools.product(ROUTING, DISPATCH, MU)), ids="-".join)
 def test_every_parameter_has_one_group_and_the_optimizer_of_its_role(mode):
-    hp = tiny_hp(**dict(zip(("routing", "dispatch", "mu"), mode, strict=True)), moe_start_layer=1)
+    hp = tiny_hp(**dict(zip(("routing", "dispatch", "mu"), mode, strict=True)), moe_start_layer=1, bigram_buckets=50)
     model = GPT(hp)
     muon, adam = build_optimizers(hp, model, ALONE)
     groups = {id(p): (o, group) for o in (muon, adam) for group in o.param_groups for p in group["params"]}
@@ -193,19 +194,20 @@ def test_every_parameter_has_one_group_and_the_optimizer_of_its_role(mode):
             "matrix": (hp.muon_weight_decay, hp.matrix_lr),
             "expert": (hp.muon_weight_decay, hp.matrix_lr),
             "embedding": (hp.embed_weight_decay, hp.embed_lr),
+            "bigram": (hp.embed_weight_decay, hp.embed_lr),
         }.get(role_of(name), (0.0, hp.scalar_lr))
         assert (group["weight_decay"], group["lr"], group["base_lr"]) == (decay, lr, lr), name
 
 
 def test_parameter_of_unknown_role_is_refused():
     assert role_of("blocks.3.attn.c_q.weight") == "matrix"
-    for name in ("bigram.weight", "blocks.3.attn.c_q.bias", "tok_emb.weight.extra", "blocks.x.attn.c_q.weight"):
+    for name in ("trigram.weight", "blocks.3.attn.c_q.bias", "tok_emb.weight.extra", "blocks.x.attn.c_q.weight"):
         with pytest.raises(AssertionError, match=name):
             role_of(name)
     model = GPT(tiny_hp())
     build_optimizers(model.hp, model, ALONE)
-    model.bigram = torch.nn.Linear(4, 4)
-    with pytest.raises(AssertionError, match=r"bigram\.weight"):
+    model.trigram = torch.nn.Linear(4, 4)
+    with pytest.raises(AssertionError, match=r"trigram\.weight"):
         build_optimizers(model.hp, model, ALONE)
 
 
@@ -225,7 +227,8 @@ def test_parameter_in_no_group_is_refused(monkeypatch):
 @pytest.mark.parametrize("cycles", [1, 2, 3, 5])
 @pytest.mark.parametrize("min_lr", [0.0, 0.1])
 def test_sgdr_peaks_shrink_and_every_cycle_ends_at_the_floor(cycles, min_lr):
-    hp, bounds = tiny_hp(sgdr_cycles=cycles, min_lr=min_lr), sgdr_bounds(cycles)
+    hp = tiny_hp(sgdr_cycles=cycles, min_lr=min_lr, loop_passes=1)
+    bounds = sgdr_bounds(hp)
     assert bounds[0] == 0
     assert bounds[-1] == 1
     lengths = np.diff(bounds)
@@ -241,7 +244,22 @@ def test_sgdr_peaks_shrink_and_every_cycle_ends_at_the_floor(cycles, min_lr):
 
 def test_sgdr_peak_never_falls_below_the_floor():
     hp = tiny_hp(sgdr_cycles=4, min_lr=0.6)
-    assert [lr_scale(hp, start) for start in sgdr_bounds(4)] == pytest.approx([1.0, 0.7, 0.6, 0.6, 0.6])
+    assert [lr_scale(hp, start) for start in sgdr_bounds(hp)] == pytest.approx([1.0, 0.7, 0.6, 0.6, 0.6])
+
+
+@pytest.mark.parametrize("cycles", [1, 2, 3])
+@pytest.mark.parametrize("loop_from", [0.0, 0.35, 0.6])
+def test_last_restart_meets_the_start_of_the_recurrence(cycles, loop_from):
+    hp = tiny_hp(sgdr_cycles=cycles, loop_from=loop_from)
+    bounds, alone = sgdr_bounds(hp), sgdr_bounds(replace(hp, loop_passes=1))
+    assert (bounds[0], bounds[-1], len(bounds)) == (0.0, 1.0, cycles + 1)
+    if cycles == 1 or loop_from == 0:
+        assert bounds == alone
+        return
+    assert bounds[-2] == pytest.approx(loop_from)
+    assert np.diff(bounds[:-1])[1:] == pytest.approx(2 * np.diff(bounds[:-1])[:-1])
+    assert lr_scale(hp, loop_from - 1e-6) == pytest.approx(hp.min_lr, abs=1e-4)
+    assert lr_scale(hp, bounds[-2]) == pytest.approx(0.7 ** (cycles - 1))
 
 
 @pytest.mark.parametrize("warmdown", [0.25, 0.85, 1.0])
@@ -277,7 +295,7 @@ class Rig:
     """`train` on a tiny model with a fake clock: a step takes what `seconds` yields and sets all weights to `value`."""
 
     def __init__(self, monkeypatch, hp, seconds, value=lambda step: step + 1.0):
-        self.hp, self.now, self.lrs, self.fracs, self.lines = hp, 0.0, [], [], []
+        self.hp, self.now, self.lrs, self.fracs, self.lines, self.looped = hp, 0.0, [], [], [], []
         self.model = make_model(hp)
         self.seconds, self.value = seconds, value
         monkeypatch.setattr(train_gpt, "time", SimpleNamespace(perf_counter=lambda: self.now))
@@ -287,8 +305,9 @@ class Rig:
             train_gpt, "set_schedules", lambda hp, o, frac: (self.fracs.append(frac), true_set(hp, o, frac))[1]
         )
 
-    def step(self, model, optimizers, gradients, batches, max_norm) -> torch.Tensor:
+    def step(self, model, optimizers, gradients, batches, max_norm, looped) -> torch.Tensor:
         self.now += next(self.seconds)
+        self.looped.append(looped)
         self.lrs.append(optimizers[0].param_groups[0]["lr"] / self.hp.matrix_lr)
         with torch.no_grad():
             for p in self.model.parameters():
@@ -305,7 +324,8 @@ class Rig:
 
 @pytest.mark.parametrize("cycles", [1, 2, 3])
 def test_timed_run_meets_every_restart_and_the_floor_whatever_its_steps_take(monkeypatch, cycles):
-    hp = tiny_hp(max_wallclock_seconds=600.0, iterations=20_000, sgdr_cycles=cycles, num_layers=1, average="off")
+    knobs = {"max_wallclock_seconds": 600.0, "gptq_batches": 0, "num_layers": 1, "average": "off"}
+    hp = tiny_hp(**knobs, iterations=20_000, sgdr_cycles=cycles)
     rng = np.random.default_rng(0)
     rig = Rig(monkeypatch, hp, iter(lambda: float(rng.choice([0.3, 0.6, 0.6, 0.9, 2.0])), None))
     steps, seconds = rig.train()
@@ -316,9 +336,27 @@ def test_timed_run_meets_every_restart_and_the_floor_whatever_its_steps_take(mon
     for cycle, i in enumerate(restarts, 1):
         assert rig.lrs[i] == pytest.approx(0.7**cycle, abs=0.01)
         assert rig.lrs[i - 1] == pytest.approx(hp.min_lr, abs=0.01)
-        assert rig.fracs[i] == pytest.approx(sgdr_bounds(cycles)[cycle], abs=0.005)
+        assert rig.fracs[i] == pytest.approx(sgdr_bounds(hp)[cycle], abs=0.005)
     assert rig.lrs[0] == pytest.approx(1.0)
     assert rig.lrs[-1] == pytest.approx(hp.min_lr, abs=0.01)
+
+
+@pytest.mark.parametrize("loop_from", [0.0, 0.35, 0.9])
+def test_recurrence_and_its_restart_begin_at_their_share_of_what_the_hessians_leave(monkeypatch, loop_from):
+    knobs = {"max_wallclock_seconds": 600.0, "gptq_reserve_seconds": 100.0, "average": "off"}
+    rig = Rig(monkeypatch, tiny_hp(**knobs, loop_from=loop_from), itertools.repeat(0.5))
+    rig.hp = replace(rig.hp, iterations=20_000)
+    steps, seconds = rig.train()
+    assert 497 < seconds <= 500
+    switched = rig.looped.index(True)
+    assert rig.looped == [False] * switched + [True] * (steps - switched)
+    assert switched == pytest.approx(loop_from * 1000, abs=1)
+    announced = [line for line in rig.lines if line.startswith("layer_loop:enabled")]
+    assert len(announced) == (loop_from > 0)
+    assert all(f"step:{switched} " in line and "[0, 1, 2, 1, 2, 3]" in line for line in announced)
+    if loop_from:
+        assert rig.lrs[switched - 1] == pytest.approx(rig.hp.min_lr, abs=0.01)
+        assert rig.lrs[switched] == pytest.approx(0.7, abs=0.01)
 
 
 def test_run_without_a_clock_takes_all_steps_and_meets_the_floor(monkeypatch):
@@ -459,6 +497,20 @@ def test_clipping_bounds_the_norm_keeps_the_direction_and_spares_small_gradients
     torch.testing.assert_close(clipped[64:] / 0.05, free[64:] / free[64:].norm(), rtol=1e-4, atol=1e-6)
     assert torch.equal(flats[1e6], free)
     assert clipped[0] == free[0] > 1
+
+
+def test_warm_up_runs_every_graph_that_training_will_run():
+    expected = {(1, 0.5): [True] * 2, (2, 0.5): [False] * 2 + [True] * 2, (2, 0.0): [True] * 2}
+    for (passes, loop_from), graphs in expected.items():
+        hp = tiny_hp(loop_passes=passes, loop_from=loop_from, warmup_steps=2)
+        model, seen = make_model(hp), []
+
+        def forward(ids, targets, looped, model=model, seen=seen):
+            seen.append(looped)
+            return model(ids, targets, looped=looped)
+
+        warm_up(forward, model, [], Gradients(model, ALONE), SimpleNamespace(hp=hp, dist=ALONE, num_sequences=4))
+        assert seen == graphs
 
 
 def test_warm_up_leaves_no_trace():

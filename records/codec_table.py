@@ -1,0 +1,73 @@
+"""Bits per weight of a trained model's symbols under every codec and order of storage, beside their entropy.
+
+    SAVE_CHECKPOINT=1 RUN_ID=x ... python train_gpt.py
+    MATRIX_CLIP=12.85 EMBED_CLIP=15 python records/codec_table.py logs/x.ptz
+
+Reads the model's knobs from the artifact and the float32 weights from the checkpoint beside it (logs/x.pt), rounds them
+to nearest with MATRIX_CLIP, EMBED_CLIP, MATRIX_BITS and EMBED_BITS of the environment, and compresses tensor by tensor.
+Orders: row by row, column by column, and columns sorted by magnitude, whose permutation (2 bytes a column) is counted.
+"""
+
+import os
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from train_gpt import (
+    Hyperparameters,
+    compress,
+    entropy_bytes,
+    load_artifact,
+    quantize,
+    require,
+    role_of,
+    run_entry_point,
+)
+
+CODECS = {"zstd-22": "zstd", "brotli-11": "brotli"}
+
+
+def orders(symbols: np.ndarray) -> dict[str, tuple[np.ndarray, int]]:
+    """The symbols (R, C) in each order of storage, and the bytes that this order adds."""
+    sorted_columns = np.argsort(-np.abs(symbols).mean(0), kind="stable")
+    return {
+        "row": (symbols, 0),
+        "column": (symbols.T, 0),
+        "sorted": (symbols[:, sorted_columns].T, 2 * symbols.shape[1]),
+    }
+
+
+def main() -> None:
+    """Print the table of the artifact named on the command line. Raises Refusal."""
+    if sys.argv[1:] in (["-h"], ["--help"]):
+        print(__doc__)
+        return
+    require(len(sys.argv) == 2, f"usage: {sys.argv[0]} ARTIFACT (more with --help)")
+    path = Path(sys.argv[1])
+    checkpoint = path.with_suffix(".pt")
+    _, hp, _ = load_artifact(path, Hyperparameters.from_env(dict(os.environ)), torch.device("cpu"))
+    require(checkpoint.is_file(), f"{checkpoint}: no such checkpoint (SAVE_CHECKPOINT=1)")
+    parts, _ = quantize(hp, torch.load(checkpoint, map_location="cpu", weights_only=True))
+    sizes, weights, entropy = defaultdict(int), defaultdict(int), defaultdict(float)
+    for name, part in parts.items():
+        if len(part) == 2 and role_of(name) != "vector":
+            for role in (role_of(name), "all"):
+                weights[role] += part[0].numel()
+                entropy[role] += entropy_bytes(part[0])
+                for order, (symbols, extra) in orders(part[0].flatten(0, -2).numpy()).items():
+                    for codec, setting in CODECS.items():
+                        sizes[role, codec, order] += len(compress(symbols.tobytes(), setting)[1]) + extra
+    columns = [(codec, order) for codec in CODECS for order in ("row", "column", "sorted")]
+    print("| tensors | weights | entropy | " + " | ".join(f"{codec} {order}" for codec, order in columns) + " |")
+    print("|" + "---|" * (3 + len(columns)))
+    for role, count in weights.items():
+        cells = [entropy[role], *(sizes[role, codec, order] for codec, order in columns)]
+        print(f"| {role} | {count:,} | " + " | ".join(f"{8 * cell / count:.3f}" for cell in cells) + " |")
+
+
+if __name__ == "__main__":
+    run_entry_point(main)
