@@ -68,7 +68,6 @@ pick_profile() {
       default GRAD_CLIP_NORM 1
       default MIN_LR 0.05
       default EMA_DECAY 0.99
-      default SCHEDULE linear
       default WARMDOWN_FRAC 0.7
       default EMBED_BITS 8  # the size is no limit here
       ;;

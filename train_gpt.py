@@ -113,7 +113,7 @@ class Hyperparameters:
     embed_weight_decay: float = 0.085  # decoupled, times the scheduled LR; 0 = off
     grad_clip_norm: float = 0.3  # global L2 norm; 0 = off
     # -- schedule and averaging, in fractions of the budget (wall-clock if capped, else steps)
-    schedule: str = "sgdr"  # sgdr: cosine cycles with restarts | linear: constant, then linear warmdown
+    schedule: str = "linear"  # linear: constant, then linear warmdown | sgdr: cosine cycles with restarts
     loop_from: float = 0.35  # the depth recurrence is on from this fraction of the budget
     sgdr_cycles: int = 2  # each twice as long as the one before, peak 0.7 times as high; the last starts at LOOP_FROM
     warmdown_frac: float = 0.85  # of the budget, for SCHEDULE=linear; 0 = constant
@@ -164,7 +164,6 @@ class Hyperparameters:
         return order
 
     def loop_is_on(self, frac: float) -> bool:
-        """Whether the final depth is in use when the fraction `frac` of the budget is used."""
         return self.loop_passes == 1 or frac >= self.loop_from
 
     @property
@@ -736,8 +735,7 @@ class GPT(nn.Module):
         return norm(x)
 
     def forward(self, input_ids, target_ids=None, reduction: str = "mean", looped: bool = True) -> Tensor:
-        """Logits (B, T, V) within +-30 without targets; else cross-entropy in nats per token, (B, T) for "none".
-        `looped` is off while the depth recurrence has not begun."""
+        """Logits (B, T, V) or, given targets, cross-entropy in nats; `looped` is off until the recurrence begins."""
         x = self.features(input_ids, looped)
         logits_BTV = 30.0 * torch.tanh(F.linear(x, self.tok_emb.weight.to(x.dtype)).float() / 30.0)
         if target_ids is None:
@@ -768,8 +766,7 @@ def choose_attention(model: GPT, device: torch.device, log: Log) -> str:
     hp, failures = model.hp, []
     for kernel in CHOICES["attention"].split()[1:] if hp.attention == "auto" else [hp.attention]:
         for name in ("cudnn", "flash", "mem_efficient", "math"):
-            toggle = getattr(torch.backends.cuda, f"enable_{name}_sdp")
-            toggle(kernel in (name, "fa3"))
+            getattr(torch.backends.cuda, f"enable_{name}_sdp")(kernel in (name, "fa3"))
         try:
             shapes = ((1, 128, heads, hp.head_dim) for heads in (hp.num_heads, hp.num_kv_heads, hp.num_kv_heads))
             inputs = [torch.zeros(s, device=device, dtype=model.dtype, requires_grad=True) for s in shapes]
@@ -899,15 +896,23 @@ def step_codes(weight: Tensor, bits: int, clip: float) -> Tensor:
     needed = 8 * (weight.abs().amax(-1, keepdim=True) / levels).log2() - 1e-3  # one that just fits is large enough
     return (torch.maximum(typical.round(), needed.ceil()) + 192).clamp(0, 255).to(torch.uint8)
 
-def steps_of(codes: Tensor) -> Tensor:
-    return STEPS.to(codes.device)[codes.long()]
+def column_codes(hessian: Tensor | None, weight: Tensor) -> Tensor:
+    """Index into STEPS of a factor on each column's steps, (C,) uint8: 1, or the inverse fourth root of the inputs'
+    second moments. Some inputs of a head are a hundred times as active as the rest; cf. AWQ, arXiv 2306.00978."""
+    if hessian is None or not hessian.isfinite().all():
+        return torch.full(weight.shape[-1:], 192, dtype=torch.uint8, device=weight.device)
+    activity = hessian.diagonal().clamp(min=1e-4 * hessian.diagonal().mean().item() + 1e-30).log2()
+    return (192 + 8 / 4 * (activity.mean() - activity)).round().clamp(160, 216).to(torch.uint8)
+
+def steps_of(*codes: Tensor) -> Tensor:
+    return math.prod(STEPS.to(code.device)[code.long()] for code in codes)
 
 def round_to_nearest(weight: Tensor, step: Tensor, bits: int) -> Tensor:
     levels = 2 ** (bits - 1) - 1
     return (weight.float() / step).round().clamp(-levels, levels)
 
-def dequantize(symbols: Tensor, codes: Tensor) -> Tensor:
-    return symbols.float() * steps_of(codes)
+def dequantize(symbols: Tensor, *codes: Tensor) -> Tensor:
+    return symbols.float() * steps_of(*codes)
 
 def gptq(weight: Tensor, step: Tensor, bits: int, hessian: Tensor, damping: float) -> Tensor | None:
     """GPTQ (arXiv 2210.17323) with act-order: rounds one column after another, the most active input first, and moves
@@ -944,28 +949,26 @@ def matrices_of(tensors: dict[str, Tensor], name: str) -> list[list[Tensor]]:
     return [[tensors[name], *(tensors[experts] if experts != name and experts in tensors else ())]]
 
 def quantize(hp: Hyperparameters, state: dict, factor: float = 1.0, hessians: dict | None = None) -> tuple[dict, list]:
-    """(symbols int8, step codes uint8) of every tensor that has a rule, (tensor,) of the others; `factor` multiplies
-    every k. Tensors named in `hessians` are rounded by GPTQ, the rest to nearest, as are those whose Hessian is of no
-    use, which are named in the list. Vectors that 8 bits would change by over 1 % stay float16. Raises Refusal."""
-    parts, unusable = {}, []
+    """(symbols int8, step codes uint8 of rows, in the embedding also of columns) of tensors with a rule, (tensor,) of
+    others; `factor` multiplies every k. Tensors named in `hessians` are rounded by GPTQ, the rest to nearest, as those
+    whose Hessian is of no use, listed. Vectors that 8 bits would change by over 1 % stay float16. Raises Refusal."""
+    parts, unusable, hessians = {}, [], hessians or {}
     for name, tensor in state.items():
         parts[name], rule = (tensor,), quant_rule(hp, name)
         limit = STEPS[-1].item() * (2 ** (rule[0] - 1) - 1) if rule else 255
         require(bool((tensor.float().abs() <= limit).all()), f"{name}: not finite or too large, nothing exported")
         if rule:
-            codes = step_codes(tensor, rule[0], factor * rule[1])
-            parts[name] = round_to_nearest(tensor, steps_of(codes), rule[0]).to(torch.int8), codes
+            gains = [column_codes(hessians.get(name), tensor)] * (role_of(name) == "embedding")
+            codes = step_codes(tensor / steps_of(*gains), rule[0], factor * rule[1])
+            parts[name] = round_to_nearest(tensor, steps_of(codes, *gains), rule[0]).to(torch.int8), codes, *gains
         if role_of(name) == "vector" and (dequantize(*parts[name]) - tensor).norm() > 0.01 * tensor.norm():
             parts[name] = (tensor.half(),)
     symbols = {name: part[0] for name, part in parts.items()}
-    steps = {name: steps_of(part[1]).expand_as(part[0]) for name, part in parts.items() if len(part) == 2}
-    for name, hessian in (hessians or {}).items():
+    steps = {name: steps_of(*part[1:]).expand_as(part[0]) for name, part in parts.items() if len(part) > 1}
+    for name, hessian in hessians.items():
         jobs = zip(*(matrices_of(tensors, name) for tensors in (state, steps, symbols)), strict=True)
-        # The tied embedding is an input as well, and as such errors in all directions count alike.
-        damping = hp.gptq_damping * (10 if role_of(name) == "embedding" else 1)
-        for i, (weights, row_steps, targets) in enumerate(jobs):
-            H = hessian[i] if hessian.ndim == 3 else hessian
-            result = gptq(torch.cat(weights, -1), torch.cat(row_steps, -1), quant_rule(hp, name)[0], H, damping)
+        for H, (weights, all_steps, targets) in zip(hessian.view(-1, *hessian.shape[-2:]), jobs, strict=True):
+            result = gptq(torch.cat(weights, -1), torch.cat(all_steps, -1), quant_rule(hp, name)[0], H, hp.gptq_damping)
             if result is None:
                 unusable += [name] * (name not in unusable)
                 continue
@@ -976,7 +979,6 @@ def quantize(hp: Hyperparameters, state: dict, factor: float = 1.0, hessians: di
 # ---- Artifact --------------------------------------------------------------------------------------------------------
 # PREFIX | JSON header | streams, each compressed by itself. The model knobs in the header give the names and shapes of
 # all tensors, `storage` one letter per tensor, `streams` the codec and the bytes of each. No pickle.
-
 PREFIX = struct.Struct("<8sHI32s")  # magic, version, bytes of the header, SHA-256 of all other bytes
 ARTIFACT_MAGIC, ARTIFACT_VERSION, CODECS = b"TRMOE\r\n\x1a", 2, {1: "zstd", 2: "brotli"}
 MAX_PAYLOAD_BYTES = 1 << 30  # a stranger's file may not unpack to more
@@ -1023,6 +1025,7 @@ def layout(shapes: dict[str, tuple[int, ...]], storage: str) -> dict[str, list[t
         if kind in "rc":
             entries = [("vector" if role == "vector" else name, "symbols", "i1", stored)]
             entries += [("steps", "codes", "u1", (*shape[:-1], 1))]
+            entries += [("steps", "gains", "u1", shape[-1:])] * (role == "embedding")
             entries += [("columns", "columns", "<u2", shape[-1:])] * (kind == "c")
         for stream, part, dtype, part_shape in entries:
             streams.setdefault(stream, []).append((name, part, np.dtype(dtype), part_shape))
@@ -1031,7 +1034,7 @@ def layout(shapes: dict[str, tuple[int, ...]], storage: str) -> dict[str, list[t
 def pack(hp: Hyperparameters, parts: dict, tokenizer_sha256: str, codec: str) -> tuple[bytes, dict[str, int]]:
     """The artifact of quantized tensors, and its bytes by role of the tensors, with the streams that tensors share."""
     def smallest(name: str) -> tuple[str, dict[str, np.ndarray], tuple[int, bytes] | None]:
-        arrays = dict(zip(("symbols", "codes"), (p.cpu().numpy() for p in parts[name]), strict=False))
+        arrays = dict(zip(("symbols", "codes", "gains"), (p.cpu().numpy() for p in parts[name]), strict=False))
         if len(parts[name]) == 1:
             return "t" if parts[name][0].dtype == torch.uint8 else "h", {"kept": arrays["symbols"]}, None
         if role_of(name) == "vector":
@@ -1105,7 +1108,8 @@ def load_artifact(path: Path, hp: Hyperparameters, device: torch.device) -> tupl
             permutation = torch.equal(part["columns"].long()[place], torch.arange(len(place)))
             require(permutation, f"{what}, the columns of {name} are no permutation")
             part["symbols"] = part["symbols"][place].movedim(0, -1)
-        state[name] = dequantize(part["symbols"], part["codes"]) if "symbols" in part else part["kept"]
+        codes = [part[kind] for kind in ("codes", "gains") if kind in part]
+        state[name] = dequantize(part["symbols"], *codes) if codes else part["kept"]
         state[name] = state[name] if state[name].dtype == torch.uint8 else state[name].float().contiguous()
     require(bool((state["expert_table"] < hp.num_experts).all()), f"{what}, expert out of range")
     model.load_state_dict(state, strict=True, assign=True)
@@ -1124,7 +1128,7 @@ class Fitted:
         """Table of what every role takes, with the entropy of its symbols, tensor by tensor, as the floor in bytes."""
         lines = [f"{'role':<10}{'weights':>12}{'bytes':>12}{'bits/weight':>13}{'entropy floor':>15}"]
         for role, size in self.sizes.items():
-            tensors = [p for name, p in self.parts.items() if role_of(name) == role and len(p) == 2]
+            tensors = [p for name, p in self.parts.items() if role_of(name) == role and len(p) > 1]
             weights, floor = sum(p[0].numel() for p in tensors), entropy_bytes(*(p[0] for p in tensors))
             known = f"{weights:>12,}{size:>12,}{8 * size / max(weights, 1):>13.3f}{floor:>15,.0f}"
             lines.append(f"{role:<10}" + (known if weights else f"{'':>12}{size:>12,}"))
@@ -1166,9 +1170,8 @@ def fit(hp: Hyperparameters, state: dict, tokenizer_sha256: str, codec: str, hes
             return fitted
         if size <= target and (best is None or size > len(best.artifact)):
             best = fitted
-        excess = f"TARGET_BYTES={hp.target_bytes}: {size - target:,} bytes too large with k x {factor:.2f}"
-        shrink = f"lower MODEL_DIM={hp.model_dim} or NUM_LAYERS={hp.num_layers}"
-        require(best is not None or (aim > 0.98 and factor < 4.0), f"{excess}; {shrink}")
+        excess = f"{size - target:,} bytes too large; lower MODEL_DIM={hp.model_dim} or NUM_LAYERS={hp.num_layers}"
+        require(best or (aim > 0.98 and factor < 4.0), f"TARGET_BYTES={hp.target_bytes}: {excess}")
         ratio = size / entropy
     return best
 
@@ -1338,14 +1341,12 @@ def collect_hessians(hp: Hyperparameters, dist: Dist, log: Log, model: GPT, load
     def add(name: str, inputs: Tensor) -> None:
         inputs = inputs.flatten(0, -2).float()
         sums[name] = sums.get(name, 0) + inputs.mT @ inputs
-
     def add_routed(name: str, mlp: TokenRoutedMLP, args: tuple) -> None:
         x, (chosen_BTE,) = args
         add(f"{name}.up.weight", x)
         add(f"{name}.down.weight", mlp.hidden(x, chosen_BTE))
         reached = (x[chosen_BTE[..., expert] > 0].float() for expert in range(hp.num_experts))
         sums[f"{name}.expert_up"] = sums.get(f"{name}.expert_up", 0) + torch.stack([y.mT @ y for y in reached])
-
     with torch.device("meta"):  # the masked dispatch, as only that has all hidden units side by side
         observed = GPT(replace(hp, dispatch="masked"))
     observed.load_state_dict(model.state_dict(), assign=True)
@@ -1376,14 +1377,14 @@ def export(hp, dist: Dist, log: Log, model: GPT, hessians: dict, tokenizer_sha25
         write_atomically(path, fitted.artifact)
         for name in fitted.unusable:
             log(f"warning: the Hessian of {name} is not finite or not positive definite: rounded to nearest")
-        seconds = time.perf_counter() - started
-        log(f"{fitted.budget()}\nSerialized model quantized+{hp.codec}: {total - code} bytes in {seconds:.1f}s")
+        log(f"{fitted.budget()}\nexport_time:{time.perf_counter() - started:.1f}s")
+        log(f"Serialized model quantized+{hp.codec}: {total - code} bytes")
         log(f"Code size: {code} bytes\nTotal submission size quantized+{hp.codec}: {total} bytes")
         if hessians:
             entropy = entropy_bytes(*itertools.chain(*fitted.parts.values()))
             factor, nearest = factor_for(hp, state, entropy)
             parts, _ = quantize(hp, state, factor)
-            model.load_state_dict({n: dequantize(*p) if len(p) == 2 else p[0] for n, p in parts.items()})
+            model.load_state_dict({n: dequantize(*p) if len(p) > 1 else p[0] for n, p in parts.items()})
             log(f"bytes of entropy: GPTQ {entropy:.0f}, round to nearest {nearest:.0f} with k x {factor:.4f}")
     for tensor in model.state_dict().values() if hessians else ():
         dist.all_sum(tensor.mul_(dist.rank == 0))  # a broadcast: the other ranks add zeros

@@ -54,7 +54,7 @@ def main() -> None:
     parts, _ = quantize(hp, torch.load(checkpoint, map_location="cpu", weights_only=True))
     sizes, weights, entropy = defaultdict(int), defaultdict(int), defaultdict(float)
     for name, part in parts.items():
-        if len(part) == 2 and role_of(name) != "vector":
+        if len(part) > 1 and role_of(name) != "vector":
             for role in (role_of(name), "all"):
                 weights[role] += part[0].numel()
                 entropy[role] += entropy_bytes(part[0])

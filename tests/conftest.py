@@ -37,6 +37,7 @@ TINY = {
     "loop_end": 2,
     "loop_passes": 2,
     "parallel_start_layer": 3,
+    "schedule": "sgdr",
     "gptq_batches": 2,
     "eval_stride": 8,
 }
