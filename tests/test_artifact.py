@@ -243,7 +243,8 @@ def test_every_tensor_is_quantized_by_the_rule_of_its_role(mode):
             special = {"embedding": (7, hp.embed_clip), "vector": (8, 0.0)}
             rule = special.get(role, (5, hp.matrix_clip))
             assert quant_rule(hp, name) == rule
-            for part, expected in zip(parts[name], nearest(tensor, *rule), strict=True):
+            gains = [torch.full(tensor.shape[-1:], 192, dtype=torch.uint8)] * (role == "embedding")  # factors of 1
+            for part, expected in zip(parts[name], [*nearest(tensor, *rule), *gains], strict=True):
                 assert part.dtype == expected.dtype
                 assert torch.equal(part, expected), name
 
@@ -253,11 +254,11 @@ def test_a_factor_multiplies_every_k_and_no_vector(factor):
     hp = tiny_hp(**EVERY_ROLE, matrix_clip=100.0, embed_clip=100.0)  # no outlier decides
     state = make_model(hp, noise=0.02).state_dict()
     plain, scaled = quantize(hp, state)[0], quantize(hp, state, factor)[0]
-    roles = {role_of(name) for name in state if len(plain[name]) == 2}
+    roles = {role_of(name) for name in state if len(plain[name]) > 1}
     assert roles == set(ROLES) - {"table"}
     for name, parts in plain.items():
         octaves = 0 if role_of(name) == "vector" else math.log2(factor)
-        if len(parts) == 2:
+        if len(parts) > 1:
             assert torch.equal(scaled[name][1].int(), parts[1].int() + round(8 * octaves)), name
 
 
@@ -340,6 +341,7 @@ def test_every_tensor_has_exactly_one_place_in_the_file(mode, last):
     assert set(places) == set(shapes)
     for (name, shape), kind in zip(shapes.items(), storage, strict=True):
         steps = {"codes": ("steps", "|u1", (*shape[:-1], 1))}
+        steps |= {"gains": ("steps", "|u1", shape[-1:])} if role_of(name) == "embedding" else {}
         by_column = {"columns": ("columns", "<u2", (shape[-1],)), "symbols": (name, "|i1", (shape[-1], *shape[:-1]))}
         expected = {
             "t": {"kept": ("table", "|u1", shape)},
@@ -371,7 +373,7 @@ def test_storage_that_a_tensor_cannot_have_is_an_error(role):
 
 def restored(parts: dict) -> dict[str, torch.Tensor]:
     """What the tensors of a model must be after a trip through the file."""
-    state = {name: dequantize(*p) if len(p) == 2 else p[0] for name, p in parts.items()}
+    state = {name: dequantize(*p) if len(p) > 1 else p[0] for name, p in parts.items()}
     return {name: tensor.float() if tensor.dtype == torch.float16 else tensor for name, tensor in state.items()}
 
 
@@ -451,7 +453,8 @@ def test_any_symbols_and_steps_come_back(tmp_path, seed, columns, half, levels):
         codes = rng.integers(0, 256, (*shape[:-1], 1), np.uint8)
         kept = {"table": rng.integers(0, hp.num_experts, shape, np.uint8)}
         kept |= {"vector": rng.normal(size=shape).astype(np.float16)} if half else {}
-        part = (kept[role_of(name)],) if role_of(name) in kept else (symbols, codes)
+        gains = [rng.integers(0, 256, shape[-1:], np.uint8)] * (role_of(name) == "embedding")
+        part = (kept[role_of(name)],) if role_of(name) in kept else (symbols, codes, *gains)
         parts[name] = tuple(map(torch.from_numpy, part))
     data, sizes = pack(hp, parts, SHA, "zstd")
     assert sum(sizes.values()) == len(data)
@@ -1165,7 +1168,7 @@ def test_the_budget_has_every_role_its_bytes_and_its_entropy(medium):
     assert {role: row[1] if len(row) > 1 else row[0] for role, row in table.items()} == fitted.sizes
     assert {role_of(name) for name in state} | {"header", "steps"} <= set(table)
     for role in {role_of(name) for name in state} - {"table"}:
-        symbols = [parts[0] for name, parts in fitted.parts.items() if role_of(name) == role and len(parts) == 2]
+        symbols = [parts[0] for name, parts in fitted.parts.items() if role_of(name) == role and len(parts) > 1]
         weights, size = sum(part.numel() for part in symbols), fitted.sizes[role]
         floor = sum(entropy_bits(part) * part.numel() / 8 for part in symbols)
         assert table[role] == [weights, size, pytest.approx(8 * size / weights, abs=6e-4), pytest.approx(floor, abs=1)]

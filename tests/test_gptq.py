@@ -28,6 +28,7 @@ from train_gpt import (
     TokenRoutedMLP,
     activate,
     collect_hessians,
+    column_codes,
     dequantize,
     entropy_bytes,
     export,
@@ -220,7 +221,33 @@ def nearest_and_gptq(hp: Hyperparameters, state: dict, hessians: dict) -> tuple[
     return quantize(hp, state)[0], *quantize(hp, state, hessians=hessians)
 
 
-def test_only_tensors_with_a_hessian_change_and_steps_never_do():
+def test_active_inputs_of_the_embedding_get_finer_steps_by_the_fourth_root():
+    weight, activity = matrix(64, 40), torch.logspace(-2, 2, 40)
+    plain = column_codes(None, weight)
+    assert (steps_of(plain) == 1).all()
+    assert torch.equal(column_codes(torch.full((40, 40), math.nan), weight), plain)
+    assert torch.equal(column_codes(torch.eye(40), weight), plain)
+    assert torch.equal(column_codes(torch.zeros(40, 40), weight), plain)
+    gains = steps_of(column_codes(torch.diag(activity), weight))
+    torch.testing.assert_close(gains, activity**-0.25, rtol=0.05, atol=0)
+    extreme = steps_of(column_codes(torch.diag(torch.tensor([1e30, *[1.0] * 38, 0.0])), weight[:, :40]))
+    assert 1 / 16 <= extreme.min() < extreme.max() <= 8
+
+
+def test_a_dominant_input_of_the_head_no_longer_dominates_the_error():
+    hp = tiny_hp(target_bytes=0, matrix_clip=12.85, embed_clip=15.0)
+    state = make_model(hp).state_dict()
+    features = torch.randn(4000, 32, generator=torch.Generator().manual_seed(0))
+    features[:, 5] = 30 + features[:, 5]
+    hessian, weight = features.T @ features, state["tok_emb.weight"]
+    near, parts, _ = nearest_and_gptq(hp, state, {"tok_emb.weight": hessian})
+    errors = [error_of(weight, dequantize(*some["tok_emb.weight"]), hessian) for some in (near, parts)]
+    assert errors[1] < 0.2 * errors[0]
+    sizes = [entropy_bytes(*some["tok_emb.weight"]) for some in (near, parts)]
+    assert sizes[1] < 1.05 * sizes[0]
+
+
+def test_only_tensors_with_a_hessian_change_and_steps_only_the_embeddings():
     hp = tiny_hp()
     state = make_model(hp).state_dict()
     hessians = {"tok_emb.weight": moments(32), "blocks.1.attn.c_k.weight": moments(32, 1)}
@@ -229,13 +256,12 @@ def test_only_tensors_with_a_hessian_change_and_steps_never_do():
     for name, part in parts.items():
         assert torch.equal(part[0], near[name][0]) == (name not in hessians), name
         assert part[0].dtype == near[name][0].dtype
-        assert torch.equal(part[-1], near[name][-1]) or name not in hessians
-        assert len(part) == 1 or torch.equal(part[1], near[name][1])
+        assert len(part) == 1 or torch.equal(part[1], near[name][1]) or name == "tok_emb.weight"
     for name, hessian in hessians.items():
         bits, clip = quant_rule(hp, name)
-        damping = hp.gptq_damping * (10 if name == "tok_emb.weight" else 1)  # as it is an input as well
-        direct = gptq(state[name], steps_for(state[name], bits, clip), bits, hessian, damping)
-        assert torch.equal(parts[name][0].float(), direct)
+        gains = steps_of(column_codes(hessian, state[name])) if name == "tok_emb.weight" else torch.ones(32)
+        steps = steps_for(state[name] / gains, bits, clip) * gains
+        assert torch.equal(parts[name][0].float(), gptq(state[name], steps, bits, hessian, hp.gptq_damping))
     damped = quantize(replace(hp, gptq_damping=0.5), state, hessians=hessians)[0]
     coarser = quantize(hp, state, 2.0, hessians)[0]
     for name in hessians:
@@ -509,7 +535,7 @@ def test_an_expert_that_no_token_reaches_is_rounded_to_nearest(folder, tmp_path)
             assert same == [False, True, True, True], tensor
     export(hp, ALONE, silent, model, hessians, SHA, tmp_path / "a.ptz")
     loaded = load_artifact(tmp_path / "a.ptz", hp, torch.device("cpu"))[0].state_dict()
-    assert all(torch.equal(loaded[name], dequantize(*part)) for name, part in parts.items() if len(part) == 2)
+    assert all(torch.equal(loaded[name], dequantize(*part)) for name, part in parts.items() if len(part) > 1)
 
 
 def test_real_hessians_lower_the_output_error_of_every_matrix(folder):
@@ -518,7 +544,7 @@ def test_real_hessians_lower_the_output_error_of_every_matrix(folder):
     hessians, state = collected(hp, model), model.state_dict()
     near, parts, unusable = nearest_and_gptq(hp, state, hessians)
     assert unusable == []
-    restored = [{n: dequantize(*p) for n, p in some.items() if len(p) == 2} for some in (near, parts)]
+    restored = [{n: dequantize(*p) for n, p in some.items() if len(p) > 1} for some in (near, parts)]
     for name, hessian in hessians.items():
         matrices = [matrices_of(tensors, name) for tensors in (state, *restored)]
         for H, exact, old, new in zip(hessian.view(-1, *hessian.shape[-2:]), *matrices, strict=True):
@@ -610,7 +636,7 @@ def test_export_writes_gptq_and_leaves_weights_rounded_to_nearest_at_the_same_si
     lines = export_lines(hp, model, hessians, path)
     _, parts, _ = nearest_and_gptq(hp, state, hessians)
     loaded = load_artifact(path, hp, torch.device("cpu"))[0].state_dict()
-    assert all(torch.equal(loaded[name], dequantize(*part)) for name, part in parts.items() if len(part) == 2)
+    assert all(torch.equal(loaded[name], dequantize(*part)) for name, part in parts.items() if len(part) > 1)
     assert any("blocks.0.attn.proj.weight" in line and line.startswith("warning") for line in lines)
     compared = next(line for line in lines if line.startswith("bytes of entropy: GPTQ "))
     size, nearest_size = (int(word.strip(",")) for word in compared.split() if word.strip(",").isdigit())
@@ -621,7 +647,7 @@ def test_export_writes_gptq_and_leaves_weights_rounded_to_nearest_at_the_same_si
     nearest_parts, _ = quantize(hp, state, factor_for(hp, state, entropy_bytes(*itertools.chain(*parts.values())))[0])
     left, changed = model.state_dict(), 0
     for name, part in nearest_parts.items():
-        assert torch.equal(left[name], dequantize(*part) if len(part) == 2 else part[0].to(left[name].dtype)), name
+        assert torch.equal(left[name], dequantize(*part) if len(part) > 1 else part[0].to(left[name].dtype)), name
         changed += not torch.equal(left[name], loaded[name])
     assert changed > 10
     assert f"Total submission size quantized+zstd: {CODE + path.stat().st_size} bytes" in lines
