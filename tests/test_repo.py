@@ -42,23 +42,43 @@ def mismatches(readme: Path) -> list[str]:
     wrong = []
     for row in table_rows(readme):
         log = readme.parent / re.search(r"\(([^)]+)\)", row["log"])[1]
-        events = events_of(log)
-        train, slide = events["train_summary"], events["eval_summary"]
+        events, text = events_of(log), log.read_text(encoding="utf-8")
+        train = events["train_summary"]
+        before = re.search(r"^pre-quantization \S+ (val|PARTIAL)_loss:\S+ \w+_bpb:(\S+)", text, re.MULTILINE)
+        nearest = re.search(r"^quantized round to nearest \w+_loss:\S+ \w+_bpb:(\S+)", text, re.MULTILINE)
         measured = {
-            "float": f"{train['val_bpb_float']:.4f}",
-            "int6": f"{train['val_bpb']:.4f}",
-            "sliding": f"{slide['val_bpb']:.4f}",
+            "run": row["run"],
+            "seed": re.search(r"^model_params.* seed:(\d+)", text, re.MULTILINE)[1],
+            "log": row["log"],
             "model bytes": f"{train['bytes_model']:,}",
             "steps": f"{train['steps']:,}",
             "train s": f"{train['train_seconds']:.0f}",
+            "PARTIAL float" if train["partial"] else "float": f"{float(before[2]):.4f}",
         }
-        wrong += [f"{log.name} {name}: {row[name]} is {x}" for name, x in measured.items() if row[name] != x]
+        if not train["partial"]:
+            measured |= {"int6": f"{train['val_bpb']:.4f}", "sliding": f"{events['eval_summary']['val_bpb']:.4f}"}
+        if nearest and not train["partial"]:
+            gap = float(nearest[1]) - train["val_bpb_float"]
+            measured |= {"nearest": f"{float(nearest[1]):.4f}"}
+            measured |= {"gap left": f"{(train['val_bpb'] - train['val_bpb_float']) / gap:.0%}"}
+        wrong += [
+            f"{log.name} {name}: {cell} is {measured.get(name)}"
+            for name, cell in row.items()
+            if cell != measured.get(name)
+        ]
     return wrong
 
 
 @pytest.mark.parametrize("readme", READMES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_every_figure_in_a_results_table_is_the_one_in_its_log(readme):
     assert mismatches(readme) == []
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "records").rglob("codec_table.txt")), ids=lambda p: p.parent.name)
+def test_a_codec_table_in_a_readme_is_what_the_tool_printed(path):
+    table = path.read_text(encoding="utf-8").strip()
+    assert table.startswith("| tensors | weights | entropy |")
+    assert table in (path.parent / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("readme", [p for p in READMES if "Means of n" in p.read_text()], ids=lambda p: p.parent.name)
