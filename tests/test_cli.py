@@ -431,7 +431,7 @@ BAD_KNOBS = {  # the message has to name the last variable of each
     "batch_below_a_sequence": {"TRAIN_BATCH_TOKENS": "16", "TRAIN_SEQ_LEN": "32"},
     "stride": {"EVAL_STRIDE": "33"},
     "stride_of_eval_window": {"EVAL_SEQ_LEN": "7", "EVAL_STRIDE": "8"},
-    "swa": {"AVERAGE": "swa", "SWA_START_FRAC": "0.2"},
+    "swa": {"SCHEDULE": "sgdr", "AVERAGE": "swa", "SWA_START_FRAC": "0.2"},
     "swa_end": {"AVERAGE": "swa", "SWA_START_FRAC": "1.0"},
     "swa_linear": {"AVERAGE": "swa", "SCHEDULE": "linear", "WARMDOWN_FRAC": "0.1", "SWA_START_FRAC": "0.85"},
     "moe_start": {"MOE_START_LAYER": "2", "NUM_LAYERS": "2"},
@@ -650,7 +650,14 @@ def golden_losses() -> list[float]:
             **{"num_kv_heads": 2, "rope_dims": 4, "expert_dim": 8, "shared_dim": 32, "iterations": 25},
             **{"dtype": "float32", "compile": False, "warmup_steps": 0, "max_wallclock_seconds": 0.0},
             **{"train_batch_tokens": 256, "micro_batch_tokens": 128, "data_path": folder, "eval_stride": 32},
-            **{"loop_start": 1, "loop_end": 1, "loop_passes": 2, "parallel_start_layer": 2, "bigram_buckets": 40},
+            **{
+                "schedule": "sgdr",
+                "loop_start": 1,
+                "loop_end": 1,
+                "loop_passes": 2,
+                "parallel_start_layer": 2,
+                "bigram_buckets": 40,
+            },
         )
         precision = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")
