@@ -115,13 +115,13 @@ class Hyperparameters:
     # -- schedule and averaging, in fractions of the budget (wall-clock if capped, else steps)
     schedule: str = "linear"  # linear: constant, then linear warmdown | sgdr: cosine cycles with restarts
     loop_from: float = 0.35  # the depth recurrence is on from this fraction of the budget
-    sgdr_cycles: int = 2  # each twice as long as the one before, peak 0.7 times as high; the last starts at LOOP_FROM
+    sgdr_cycles: int = 2  # each twice as long as the last, 0.7 times as high; the last from LOOP_FROM; 1 = no restart
     warmdown_frac: float = 0.85  # of the budget, for SCHEDULE=linear; 0 = constant
     min_lr: float = 0.1  # floor of both schedules as a fraction of the peak
     average: str = "ema"  # ema: over all steps | swa: equal weights from SWA_START_FRAC on | off
     ema_decay: float = 0.9965  # per step, warmed up as (1 + t) / (10 + t)
     swa_start_frac: float = 0.85  # of the budget; must lie inside the last descent
-    # -- export and sliding-window evaluation
+    # -- export
     matrix_bits: int = 6  # of matrices and experts
     embed_bits: int = 7  # of the tied embedding
     matrix_clip: float = 12.85  # k: quantization step = k * std(row) / (2^(bits-1) - 1); larger = smaller file
@@ -131,8 +131,17 @@ class Hyperparameters:
     gptq_reserve_seconds: float = 12.0  # s of MAX_WALLCLOCK_SECONDS kept for them
     gptq_damping: float = 0.01  # added to the Hessian's diagonal, times its mean
     codec: str = "auto"  # zstd | brotli | auto (the smaller of both)
-    eval_stride: int = 64  # for eval_sliding.py: targets scored per window after the first
-    eval_seq_len: int = 0  # for eval_sliding.py: window, tokens; 0 = TRAIN_SEQ_LEN
+    # -- eval_sliding.py
+    eval_stride: int = 64  # targets scored per window
+    eval_seq_len: int = 0  # window, tokens; 0 = TRAIN_SEQ_LEN
+    eval_max_seconds: float = 600.0  # s since the start; epochs of TTT, never targets, are left out to keep it; 0 = off
+    ttt: str = "off"  # score-first test-time training on what has been scored: sgd | off
+    ttt_scope: str = "all"  # parameters that it changes: all | mu | vectors | experts
+    ttt_lr: float = 0.005  # of the first chunk; a cosine takes it to 0 over the chunks of a segment
+    ttt_momentum: float = 0.9  # of SGD; 0 = off
+    ttt_epochs: int = 3  # steps on a chunk once it is scored, each over all of its targets
+    ttt_chunk_tokens: int = 32_768  # targets scored between two updates
+    ttt_segments: int = 8  # contiguous parts of the split that know nothing of each other; ranks share them
 
     @classmethod
     def from_env(cls, environ: dict[str, str]) -> "Hyperparameters":
@@ -218,13 +227,13 @@ class Hyperparameters:
 CHOICES = {"device": "auto cuda cpu", "dtype": "bfloat16 float32", "attention": "auto fa3 cudnn flash math"}
 CHOICES |= {"routing": "zipf hash modulo dense", "dispatch": "masked grouped", "mu": "vector lowrank full off"}
 CHOICES |= {"schedule": "sgdr linear", "average": "ema swa off", "codec": "auto zstd brotli"}
-CHOICES |= {"activation": "leaky_relu2 relu2 swiglu"}
+CHOICES |= {"activation": "leaky_relu2 relu2 swiglu", "ttt": "off sgd", "ttt_scope": "all mu vectors experts"}
 RANGES = {"vocab_size": (4, 65_536), "num_experts": (1, 256), "sgdr_cycles": (1, 16), "seed": (0, 2**63 - 1)}
 RANGES |= dict.fromkeys(["muon_momentum", "warmdown_frac", "min_lr", "ema_decay", "swa_start_frac"], (0, 1))
-RANGES |= dict.fromkeys(["loop_from", "gptq_damping"], (0, 1)) | {"loop_passes": (1, 16), "num_layers": (1, 1024)}
+RANGES |= dict.fromkeys(["loop_from", "gptq_damping", "ttt_momentum"], (0, 1)) | {"loop_passes": (1, 16)}
 RANGES |= dict.fromkeys(["warmup_steps", "val_loss_every", "val_max_tokens", "eval_seq_len"], (0, 2**63 - 1))
 RANGES |= {"gptq_batches": (0, 1 << 20), "target_bytes": (0, MAX_SUBMISSION_BYTES - 1), "bigram_buckets": (0, 1 << 24)}
-RANGES |= dict.fromkeys(["expert_dim", "shared_dim", "mu_rank", "bigram_dim"], (1, 65_536))
+RANGES |= dict.fromkeys(["expert_dim", "shared_dim", "mu_rank", "bigram_dim"], (1, 65_536)) | {"num_layers": (1, 1024)}
 RANGES |= dict.fromkeys(["moe_start_layer", "parallel_start_layer", "loop_start", "loop_end"], (0, 1024))
 RANGES |= {"model_dim": (GATE_CHANNELS, 65_536), "rope_dims": (0, 65_536), "matrix_bits": (2, 8), "embed_bits": (2, 8)}
 ALL_KNOBS = [f.name for f in fields(Hyperparameters)]
@@ -292,12 +301,12 @@ class Log:
 class Progress:
     """One updating line with ETA on a terminal; silent elsewhere, and on all ranks but the first."""
     def __init__(self, label: str, total: float, rank: int = 0):
-        self.label, self.total, self.started, self.shown = label, total, time.perf_counter(), 0.0
+        self.label, self.total, self.started, self.shown, self.done = label, total, time.perf_counter(), 0.0, 0
         self.enabled = rank == 0 and sys.stderr.isatty()
 
     def update(self, done: float, note: str = "") -> None:
         """Redraw at most five times a second; `done` counts in the unit of `total`."""
-        now = time.perf_counter()
+        now, self.done = time.perf_counter(), done
         if self.enabled and (now - self.shown > 0.2 or done >= self.total):
             self.shown, eta = now, (now - self.started) * max(self.total - done, 0) / max(done, 1e-9)
             line = f"{self.label} {done / max(self.total, 1e-9):4.0%} ETA {eta:.0f}s {note}"
@@ -413,15 +422,16 @@ class TokenLoader:
         batch = batch.to(self.dist.device, non_blocking=True)
         return batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
 
-def build_sentencepiece_luts(sp: spm.SentencePieceProcessor, vocab_size: int, device: torch.device) -> list[Tensor]:
-    """Tables (V,): UTF-8 bytes of a piece but for its space mark; whether it has one; whether one after it is void."""
-    base_bytes, (has_space, boundary) = np.zeros(vocab_size, np.int32), np.full((2, vocab_size), [[False], [True]])
+def token_bytes(sp: spm.SentencePieceProcessor, tokens: np.ndarray) -> np.ndarray:
+    """UTF-8 bytes that each token but the first adds to the text, (n,) -> (n - 1,) int32. The space that a piece starts
+    with counts unless a token without text, such as BOS, comes before it."""
+    base_bytes, has_space, void = (np.full(sp.vocab_size(), fill) for fill in (np.int32(0), False, True))
     for i in range(sp.vocab_size()):
         if not (sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i)):
             piece = sp.id_to_piece(i)
-            boundary[i], has_space[i] = False, piece.startswith("\u2581")
+            void[i], has_space[i] = False, piece.startswith("\u2581")
             base_bytes[i] = 1 if sp.is_byte(i) else len(piece.removeprefix("\u2581").replace("\u2581", " ").encode())
-    return [torch.from_numpy(table).to(device) for table in (base_bytes, has_space, boundary)]
+    return base_bytes[tokens[1:]] + (has_space[tokens[1:]] & ~void[tokens[:-1]])
 
 def load_tokenizer(hp: Hyperparameters) -> tuple[spm.SentencePieceProcessor, str]:
     """The SentencePiece model and the SHA-256 of its file. Raises Refusal when missing, damaged or of another size."""
@@ -439,29 +449,29 @@ def load_tokenizer(hp: Hyperparameters) -> tuple[spm.SentencePieceProcessor, str
 
 @dataclass(frozen=True)
 class ValData:
-    """The validation split and the tables that turn its tokens into bytes, on the device."""
+    """The validation split on the device; target i is token i + 1 and stands for target_bytes[i] bytes of text."""
     tokens: Tensor  # (targets + 1,) int32
-    base_bytes_lut: Tensor
-    has_leading_space_lut: Tensor
-    is_boundary_token_lut: Tensor
+    target_bytes: Tensor  # (targets,) int32
     tokenizer_sha256: str
     partial: bool  # holds fewer targets than the split
 
     @classmethod
     def load(cls, hp: Hyperparameters, device: torch.device) -> "ValData":
-        """Read and check the whole split. Raises Refusal."""
-        sp, digest = load_tokenizer(hp)
-        paths = list_shards(hp.dataset_dir, "val")
-        tokens = np.concatenate([check_vocab(load_data_shard(path), hp.vocab_size, path) for path in paths])
+        """Read and check the whole split. Where a shard fineweb_val_N.bin has a sidecar fineweb_val_bytes_N.bin, the
+        bytes of the original text are read from there, as after a lossless transform (#1729). Raises Refusal."""
+        (sp, digest), paths = load_tokenizer(hp), list_shards(hp.dataset_dir, "val")
+        shards = [check_vocab(load_data_shard(path), hp.vocab_size, path) for path in paths]
+        tokens, sidecars = np.concatenate(shards), [p.with_name("fineweb_val_bytes_" + p.name[12:]) for p in paths]
         require(len(tokens) > 1, f"{hp.dataset_dir}: the validation split has no target to score")
+        sizes = [load_data_shard(path) for path in sidecars if path.exists()]
+        counts = [len(shard) for shard in shards], [len(size) for size in sizes]
+        unmatched = f"{sidecars[0]}, ...: bytes of {counts[1]} tokens, but the shards have {counts[0]}"
+        require(not sizes or counts[0] == counts[1], unmatched)
+        target_bytes = np.concatenate(sizes)[1:].astype(np.int32) if sizes else token_bytes(sp, tokens)
         partial = 0 < hp.val_max_tokens < len(tokens) - 1
-        tokens = torch.from_numpy(tokens[: hp.val_max_tokens + 1 if partial else None].astype(np.int32))
-        return cls(tokens.to(device), *build_sentencepiece_luts(sp, hp.vocab_size, device), digest, partial)
-
-    def token_bytes(self, prev_ids: Tensor, target_ids: Tensor) -> Tensor:
-        """UTF-8 bytes that each target adds to the text; a leading space counts unless it follows a boundary token."""
-        space = self.has_leading_space_lut[target_ids] & ~self.is_boundary_token_lut[prev_ids]
-        return self.base_bytes_lut[target_ids] + space
+        count = hp.val_max_tokens if partial else len(tokens) - 1
+        arrays = tokens[: count + 1].astype(np.int32), target_bytes[:count]
+        return cls(*(torch.from_numpy(array).to(device) for array in arrays), digest, partial)
 
 # ---- Routing ---------------------------------------------------------------------------------------------------------
 def mix32(x):
@@ -512,9 +522,14 @@ def activate(h: Tensor, kind: str) -> Tensor:
         return F.silu(gate) * value
     return (F.leaky_relu(h, 0.3) if kind == "leaky_relu2" else F.relu(h)).square()
 
-def rotary_tables(seq_len: int, dims: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def rotary_base(seq_len: int, trained_len: int, dims: int) -> float:
+    """10,000; beyond the trained length so much more that the slowest rotation turns as far as it did in training."""
+    return 10_000.0 * max(1.0, seq_len / trained_len) ** (dims / max(dims - 2, 1))
+
+def rotary_tables(seq_len: int, trained_len: int, dims: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the rotation angles, each (T, 1, dims / 2) float32."""
-    frequencies = 10_000.0 ** (-torch.arange(0, dims, 2, device=device, dtype=torch.float32) / max(dims, 1))
+    powers = -torch.arange(0, dims, 2, device=device, dtype=torch.float32) / max(dims, 1)
+    frequencies = rotary_base(seq_len, trained_len, dims) ** powers
     angles = torch.arange(seq_len, device=device, dtype=torch.float32)[:, None, None] * frequencies
     return angles.cos(), angles.sin()
 
@@ -531,6 +546,17 @@ class CastedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype))
+
+def pick(x: Tensor, positions_BS: Tensor | None) -> Tensor:
+    """(B, T, ...) at some positions of each row, (B, S, ...); all of x if these are None."""
+    return x if positions_BS is None else x[torch.arange(len(x), device=x.device)[:, None], positions_BS]
+
+def attend_at(positions_BS: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention of queries (B, S, H, K) that stand at some positions, to k and v (B, T, Hkv, K)."""
+    visible_BST = torch.arange(k.size(1), device=k.device) <= positions_BS[..., None]
+    scores = torch.einsum("bsgrk,btgk->bgrst", q.unflatten(2, (k.size(2), -1)), k).float() * q.size(-1) ** -0.5
+    weights = scores.masked_fill(~visible_BST[:, None, None], -math.inf).softmax(-1).to(v.dtype)
+    return torch.einsum("bgrst,btgk->bsgrk", weights, v).flatten(2, 3)
 
 def attention_kernel(name: str):
     """Causal attention, FlashAttention-3's or PyTorch's: q (B, T, H, K), k and v (B, T, Hkv, K) -> (B, T, H, K)."""
@@ -556,29 +582,30 @@ class CausalSelfAttention(nn.Module):
         elif hp.mu != "off":
             self.mu_read = CastedLinear(mu_dim, D + 2 * kv_dim)
 
-    def qkv(self, x: Tensor, mu: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Projections of the normalised input, guided by mu: (B, T, D) twice -> (B, T, D), 2 x (B, T, Hkv * K)."""
+    def qkv(self, x: Tensor, mu: Tensor | None, scored: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Projections of the normalised input, guided by mu: (B, T, D) twice -> (B, S, D), 2 x (B, T, Hkv * K)."""
         if self.hp.mu == "vector":
             q_gain, k_gain, v_gain = self.mu_gain.to(x.dtype)
-            return self.c_q(x + q_gain * mu), self.c_k(x + k_gain * mu), self.c_v(x + v_gain * mu)
-        q, k, v = self.c_q(x), self.c_k(x), self.c_v(x)
+            return self.c_q(pick(x + q_gain * mu, scored)), self.c_k(x + k_gain * mu), self.c_v(x + v_gain * mu)
+        q, k, v = self.c_q(pick(x, scored)), self.c_k(x), self.c_v(x)
         if self.hp.mu == "off":
             return q, k, v
         mu_q, mu_k, mu_v = self.mu_read(mu).split([q.size(-1), k.size(-1), v.size(-1)], dim=-1)
-        return q + mu_q, k + mu_k, v + mu_v
+        return q + pick(mu_q, scored), k + mu_k, v + mu_v
 
-    def forward(self, x: Tensor, mu: Tensor | None, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        """Normalised input (B, T, D), mu (B, T, mu_dim) or None, cosines and sines -> (B, T, D)."""
-        hp, (B, T, D) = self.hp, x.shape
-        q, k, v = (y.view(B, T, -1, hp.head_dim) for y in self.qkv(x, mu))
-        q = apply_rotary(norm(q), *rotary) * self.q_gain.to(x.dtype)[:, None]
-        y = self.attend(q, apply_rotary(norm(k), *rotary), v)
+    def forward(self, x: Tensor, mu: Tensor | None, rotary: tuple[Tensor, Tensor], scored=None) -> Tensor:
+        """Normalised input (B, T, D), mu (B, T, mu_dim) or None, cosines and sines -> (B, S, D) at scored positions."""
+        hp, q_rotary = self.hp, rotary if scored is None else [table[scored] for table in rotary]
+        q, k, v = (y.unflatten(-1, (-1, hp.head_dim)) for y in self.qkv(x, mu, scored))
+        q, k = apply_rotary(norm(q), *q_rotary) * self.q_gain.to(x.dtype)[:, None], apply_rotary(norm(k), *rotary)
+        y = self.attend(q, k, v) if scored is None else attend_at(scored, q, k, v)
+        x, v = pick(x, scored), pick(v, scored)
         if hp.xsa:  # exclusive self attention, upstream PR #478: the stream holds the token's own value already
             y, own = y.unflatten(2, (hp.num_kv_heads, -1)), F.normalize(v, dim=-1)[:, :, :, None]
             y = (y - (y * own).sum(-1, keepdim=True) * own).flatten(2, 3)
         if hp.attn_gate:  # SparseAttnGate of upstream PR #1787, neutral at the start
             y = y * (2 * torch.sigmoid(F.linear(x[..., :GATE_CHANNELS], self.gate.to(x.dtype))))[..., None]
-        return self.proj(y.reshape(B, T, D))
+        return self.proj(y.flatten(2))
 
 class TokenRoutedMLP(nn.Module):
     """shared(x) + expert[table[token id]](x); without experts, a plain MLP of the same total width."""
@@ -640,14 +667,16 @@ class Block(nn.Module):
             return norm(keep * mu + write * norm(x))
         return norm(self.mu_base.to(x.dtype) + self.mu_write(norm(x)))
 
-    def forward(self, x, x0, mu, rotary, route) -> tuple[Tensor, Tensor | None]:
-        """(B, T, D) twice, mu (B, T, mu_dim) or None, rotary tables and this layer's dispatch -> new x, new mu."""
+    def forward(self, x, x0, mu, rotary, route, scored=None) -> tuple[Tensor, Tensor | None]:
+        """(B, T, D) twice, mu (B, T, mu_dim) or None, rotary tables and this layer's dispatch -> new x, new mu. With
+        scored positions (B, S), to which the dispatch belongs then, only the x there, and no mu: for the last layer."""
         keep, inject = self.resid_mix.to(x.dtype)
         x = keep * x + inject * x0
-        attended = x + self.attn_scale.to(x.dtype) * self.attn(norm(x) * self.input_scale, mu, rotary)
+        y, x = self.attn(norm(x) * self.input_scale, mu, rotary, scored), pick(x, scored)
+        attended = x + self.attn_scale.to(x.dtype) * y
         mlp_input = norm(x if self.parallel else attended) * self.input_scale
         x = attended + self.mlp_scale.to(x.dtype) * self.mlp(mlp_input, route)
-        return x, self.next_mu(mu, x) if self.makes_mu else None
+        return x, self.next_mu(mu, x) if self.makes_mu and scored is None else None
 
 class GPT(nn.Module):
     """Decoder-only transformer with tied embedding, U-Net skips and token-routed MLPs."""
@@ -715,28 +744,31 @@ class GPT(nn.Module):
             added = added + self.bigram_proj(self.bigram(bigram).to(x.dtype))
         return x + added * follows[..., None]
 
-    def features(self, input_ids: Tensor, looped: bool = True) -> Tensor:
-        """The normalised input of the output head: (B, T) int64 -> (B, T, D)."""
+    def features(self, input_ids: Tensor, looped: bool = True, scored: Tensor | None = None) -> Tensor:
+        """The normalised input of the output head: (B, T) int64 -> (B, T, D), or (B, S, D) at the scored positions,
+        where alone the last layer then works."""
         hp, order, x = self.hp, self.hp.execution_order(looped), self.tok_emb(input_ids).to(self.dtype)
         if hp.smear_gate or hp.bigram_buckets:
             x = self.add_previous_token(x, input_ids)
         x = x0 = norm(x)
-        rotary, skips = rotary_tables(input_ids.size(1), hp.rope_dims, input_ids.device), []
+        rotary, skips = rotary_tables(input_ids.size(1), hp.train_seq_len, hp.rope_dims, input_ids.device), []
         mu = norm(self.mu_init.to(self.dtype)).expand(*input_ids.shape, -1) if hp.mu != "off" else None
-        for step, (layer, route) in enumerate(zip(order, self.routes(input_ids, order), strict=True)):
+        routes = self.routes(input_ids, order)[:-1] + self.routes(pick(input_ids, scored), order)[-1:]
+        for step, (layer, route) in enumerate(zip(order, routes, strict=True)):
             decoder_step = step - len(order) // 2
             if decoder_step >= 0 and skips:
                 skip = self.skip_weights[decoder_step].to(x.dtype) * skips.pop()
                 gate = torch.sigmoid(self.skip_gates[decoder_step]).to(x.dtype) if hp.skip_gates else None
                 x = x + skip if gate is None else torch.lerp(skip, x, gate)
-            x, mu = self.blocks[layer](x, x0, mu, rotary, route)
+            x, mu = self.blocks[layer](x, x0, mu, rotary, route, scored if step == len(order) - 1 else None)
             if decoder_step < 0:
                 skips.append(x)
         return norm(x)
 
-    def forward(self, input_ids, target_ids=None, reduction: str = "mean", looped: bool = True) -> Tensor:
-        """Logits (B, T, V) or, given targets, cross-entropy in nats; `looped` is off until the recurrence begins."""
-        x = self.features(input_ids, looped)
+    def forward(self, input_ids, target_ids=None, reduction="mean", looped: bool = True, scored=None) -> Tensor:
+        """Logits (B, T, V) or, given targets, cross-entropy in nats; `looped` is off until the recurrence begins. Given
+        `scored` positions (B, S) int64, logits, targets and losses are those of these positions, (B, S, ...)."""
+        x = self.features(input_ids, looped, scored)
         logits_BTV = 30.0 * torch.tanh(F.linear(x, self.tok_emb.weight.to(x.dtype)).float() / 30.0)
         if target_ids is None:
             return logits_BTV
@@ -1171,7 +1203,7 @@ def fit(hp: Hyperparameters, state: dict, tokenizer_sha256: str, codec: str, hes
         if size <= target and (best is None or size > len(best.artifact)):
             best = fitted
         excess = f"{size - target:,} bytes too large; lower MODEL_DIM={hp.model_dim} or NUM_LAYERS={hp.num_layers}"
-        require(best or (aim > 0.98 and factor < 4.0), f"TARGET_BYTES={hp.target_bytes}: {excess}")
+        require(best is not None or (aim > 0.98 and factor < 4.0), f"TARGET_BYTES={hp.target_bytes}: {excess}")
         ratio = size / entropy
     return best
 
@@ -1190,13 +1222,11 @@ def dry_run(hp: Hyperparameters, model: GPT) -> Fitted:
     return fit(hp, state, "0" * 64, "zstd" if hp.codec == "auto" else hp.codec)
 
 # ---- Evaluation ------------------------------------------------------------------------------------------------------
-def scoring_windows(num_targets: int, seq_len: int, stride: int) -> list[tuple[int, int, int]]:
-    """Windows (start, first scored target, end); each begins `stride` after the last and scores only what is new."""
-    windows = [(0, 0, min(seq_len, num_targets))]
-    while windows[-1][2] < num_targets:
-        start, _, end = windows[-1]
-        windows.append((start + stride, end, min(end + stride, num_targets)))
-    return windows
+def scoring_windows(num_targets: int, seq_len: int, stride: int) -> Tensor:
+    """Windows that score `stride` targets each, (W, 3) int64: start, first scored target, end. A window reads `seq_len`
+    tokens up to its last target, so that each target sees the `seq_len - stride` before its window's, if there are."""
+    first = torch.arange(0, num_targets, stride)
+    return torch.stack([(first + stride - seq_len).clamp(min=0), first, (first + stride).clamp(max=num_targets)], 1)
 
 @dataclass(frozen=True)
 class Score:
@@ -1212,31 +1242,56 @@ class Score:
         name = "PARTIAL" if self.partial else "val"
         return f"{name}_loss:{self.val_loss:.8f} {name}_bpb:{self.bpb:.8f}"
 
-@torch.no_grad()
+class Scorer:
+    """Scores windows of a split; keeps the loss of every target, in nats, and how often it has been scored."""
+    def __init__(self, forward, val: ValData, hp: Hyperparameters, dist: Dist, stride: int, label: str):
+        self.forward, self.val, self.dist, self.stride, self.label = forward, val, dist, stride, label
+        self.num_targets, self.seq_len = len(val.tokens) - 1, hp.eval_seq_len or hp.train_seq_len
+        self.batch_size = max(1, hp.micro_batch_tokens // self.seq_len)  # windows per forward pass
+        self.windows = scoring_windows(self.num_targets, self.seq_len, stride).to(dist.device)
+        self.sums = torch.zeros(2, self.num_targets + 1, device=dist.device)  # the last column is for padding
+        # Ranks share whole batches, so that a window has the same neighbours, and rounding, at any world size.
+        batch = torch.arange(len(self.windows), device=dist.device) // self.batch_size
+        self.share = self.windows[batch % dist.world_size == dist.rank]
+        self.progress = Progress(label, len(self.share), dist.rank)
+
+    def batch(self, windows: Tensor, stride: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """Inputs (B, T), targets (B, S), scored positions (B, S), None for all, and the column of each loss (B, S).
+        What lies after a window's last target is filled with its last input, so that nothing beyond is read."""
+        start, first, end = windows.T[..., None]
+        position_BT = (start + torch.arange(self.seq_len, device=windows.device)).minimum(end - 1).clamp(min=0)
+        target_BS = first + torch.arange(stride, device=windows.device)
+        column_BS = torch.where(target_BS < end, target_BS, self.num_targets)
+        target_BS = target_BS.minimum(end - 1).clamp(min=0)
+        scored_BS = None if stride == self.seq_len else target_BS - start
+        return self.val.tokens[position_BT].long(), self.val.tokens[target_BS + 1].long(), scored_BS, column_BS
+
+    @torch.no_grad()
+    def score(self, windows: Tensor) -> None:
+        """Score windows (W, 3). All batches have one shape: a short one is padded by windows without targets."""
+        for batch in windows.split(self.batch_size):
+            padded = F.pad(batch, (0, 0, 0, self.batch_size - len(batch)))
+            input_ids, target_ids, scored_BS, column_BS = self.batch(padded, self.stride)
+            nll_BS = self.forward(input_ids, target_ids, reduction="none", scored=scored_BS)
+            self.sums.index_add_(1, column_BS.flatten(), torch.stack([nll_BS, torch.ones_like(nll_BS)]).flatten(1))
+            self.progress.update(self.progress.done + len(batch))
+
+    def total(self, finished: bool = True) -> Score:
+        """The score of what all ranks have scored, each target once; unless finished, of what this rank has. Summed in
+        float64 in the order of the text, whatever the ranks and batches. Raises Refusal."""
+        nll, times = (self.dist.all_sum(self.sums) if finished else self.sums)[:, :-1]
+        once, partial = times == 1, self.val.partial or not finished
+        assert not finished or bool(once.all()), f"{int((~once).sum())} of {self.num_targets} targets not scored once"
+        nats, scored_bytes = nll[once].double().sum().item(), int(self.val.target_bytes[once].sum())
+        require(math.isfinite(nats) and scored_bytes > 0, f"{self.label}: total loss {nats} over {scored_bytes} bytes")
+        count, seconds = int(once.sum()), time.perf_counter() - self.progress.started
+        return Score(nats / count, nats / math.log(2) / scored_bytes, count, scored_bytes, seconds, partial)
+
 def evaluate(model: nn.Module, val: ValData, hp: Hyperparameters, dist: Dist, stride: int, label: str) -> Score:
-    """Score the split by windows of EVAL_SEQ_LEN tokens that advance by `stride`, a whole window in plain validation.
-    Ranks take every world_size-th window. All batches have one shape: a short window is padded to the right, where
-    causality keeps it harmless, a short batch by windows that score nothing. Sums are float64. Raises Refusal."""
-    started, num_targets, seq_len = time.perf_counter(), len(val.tokens) - 1, hp.eval_seq_len or hp.train_seq_len
-    windows = scoring_windows(num_targets, seq_len, stride)[dist.rank :: dist.world_size]
-    batch_size = max(1, hp.micro_batch_tokens // seq_len)
-    windows += [(0, 0, 0)] * (-len(windows) % batch_size)
-    windows_3W1 = torch.tensor(windows, device=dist.device).view(len(windows), 3).T[..., None]
-    totals, progress = torch.zeros(3, dtype=torch.float64, device=dist.device), Progress(label, len(windows), dist.rank)
-    for i in range(0, len(windows), batch_size):
-        start, first, end = windows_3W1[:, i : i + batch_size]
-        position_BT = start + torch.arange(seq_len, device=dist.device)
-        scored_BT, readable_BT = (position_BT >= first) & (position_BT < end), position_BT.clamp(max=num_targets - 1)
-        input_ids, target_ids = val.tokens[readable_BT].long(), val.tokens[readable_BT + 1].long()
-        nll_BT = torch.where(scored_BT, model(input_ids, target_ids, reduction="none"), 0)
-        bytes_BT = torch.where(scored_BT, val.token_bytes(input_ids, target_ids), 0)
-        totals += torch.stack([t.double().sum() for t in (nll_BT, bytes_BT, scored_BT)])
-        progress.update(i + batch_size)
-    nll, scored_bytes, scored_targets = dist.all_sum(totals).tolist()
-    assert scored_targets == num_targets, f"{scored_targets} of {num_targets} targets scored"
-    require(math.isfinite(nll) and scored_bytes > 0, f"{label}: total loss {nll} over {scored_bytes} bytes")
-    bpb, seconds = nll / math.log(2) / scored_bytes, time.perf_counter() - started
-    return Score(nll / num_targets, bpb, num_targets, int(scored_bytes), seconds, val.partial)
+    """Score the split by windows that score `stride` targets, a whole window in plain validation. Raises Refusal."""
+    scorer = Scorer(model, val, hp, dist, stride, label)
+    scorer.score(scorer.share)
+    return scorer.total()
 
 # ---- Training --------------------------------------------------------------------------------------------------------
 class Gradients:
@@ -1365,8 +1420,7 @@ def collect_hessians(hp: Hyperparameters, dist: Dist, log: Log, model: GPT, load
     return {name: dist.all_sum(hessian) for name, hessian in sums.items()}, dist.synchronize() - started
 
 def export(hp, dist: Dist, log: Log, model: GPT, hessians: dict, tokenizer_sha256: str, path: Path) -> None:
-    """Write the artifact, and the checkpoint if asked for, from rank 0. If there are Hessians, leave in `model`, for
-    comparison, the weights rounded to nearest at the same size. Raises Refusal at the cap or when it cannot write."""
+    """Write the artifact, and the checkpoint if asked for, from rank 0. Raises Refusal at the cap or when it cannot."""
     if dist.rank == 0:
         started, checkpoint, state = time.perf_counter(), io.BytesIO(), model.state_dict()
         if hp.save_checkpoint:
@@ -1380,14 +1434,6 @@ def export(hp, dist: Dist, log: Log, model: GPT, hessians: dict, tokenizer_sha25
         log(f"{fitted.budget()}\nexport_time:{time.perf_counter() - started:.1f}s")
         log(f"Serialized model quantized+{hp.codec}: {total - code} bytes")
         log(f"Code size: {code} bytes\nTotal submission size quantized+{hp.codec}: {total} bytes")
-        if hessians:
-            entropy = entropy_bytes(*itertools.chain(*fitted.parts.values()))
-            factor, nearest = factor_for(hp, state, entropy)
-            parts, _ = quantize(hp, state, factor)
-            model.load_state_dict({n: dequantize(*p) if len(p) > 1 else p[0] for n, p in parts.items()})
-            log(f"bytes of entropy: GPTQ {entropy:.0f}, round to nearest {nearest:.0f} with k x {factor:.4f}")
-    for tensor in model.state_dict().values() if hessians else ():
-        dist.all_sum(tensor.mul_(dist.rank == 0))  # a broadcast: the other ranks add zeros
     dist.synchronize()
 
 def main() -> None:
@@ -1423,9 +1469,6 @@ def main() -> None:
     log(f"step:{steps}/{hp.iterations} {before} {timing(seconds, steps)}")
     log(f"pre-quantization post-{hp.average} {before} eval_time:{1000 * before.seconds:.0f}ms")
     export(hp, dist, log, model, hessians, val.tokenizer_sha256, path)
-    if hessians:
-        nearest = evaluate(model, val, hp, dist, hp.train_seq_len, "validate round to nearest")
-        log(f"quantized round to nearest {nearest} eval_time:{1000 * nearest.seconds:.0f}ms")
     after = evaluate(load_artifact(path, hp, dist.device)[0], val, hp, dist, hp.train_seq_len, "validate the artifact")
     log(f"quantized {after} eval_time:{1000 * after.seconds:.0f}ms\nfinal_roundtrip_exact {after}")
     code, total = submission_bytes(hp, path.stat().st_size, "artifact")

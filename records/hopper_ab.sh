@@ -37,16 +37,16 @@ def flops_per_token(looped: bool) -> float:
     layers = sum(size for layer in order for name, size in matrices.items() if name.startswith(f"blocks.{layer}."))
     return 6 * (layers + hp.vocab_size * hp.model_dim + len(order) * hp.train_seq_len * hp.model_dim)
 
-print("| run | steps | tok/s | MFU at the end | float | round to nearest | gptq | sliding | bytes |")
-print("|---|---|---|---|---|---|---|---|---|")
+print("| run | steps | tok/s | MFU at the end | float | int6 | sliding | bytes |")
+print("|---|---|---|---|---|---|---|---|")
 for path in sys.argv[1:]:
     with open(path, encoding="utf-8") as file:
         log = file.read()
     train, slide = (json.loads(line) for line in log.splitlines() if line.startswith('{"event": '))
-    (step_a, ms_a), (step_b, ms_b) = [map(int, m) for m in re.findall(r"^step:(\d+)/\d+ train_loss:\S+ train_time:(\d+)ms", log, re.M)][-2:]
+    logged = re.findall(r"^step:(\d+)/\d+ train_loss:\S+ train_time:(\d+)ms", log, re.M)
+    (step_a, ms_a), (step_b, ms_b) = [map(int, pair) for pair in logged[-2:]]
     late = (step_b - step_a) * hp.train_batch_tokens / (ms_b - ms_a) * 1000
-    nearest = float(re.search(r"^quantized round to nearest val_loss:\S+ val_bpb:(\S+)", log, re.M)[1])
-    scores = [train["val_bpb_float"], nearest, train["val_bpb"], slide["val_bpb"]]
+    scores = [train["val_bpb_float"], train["val_bpb"], slide["val_bpb"]]
     print(f"| {train['run_id']} | {train['steps']} | {train['tokens'] / train['train_seconds']:,.0f} | "
           f"{late * flops_per_token(True) / 989e12:.1%} | " + " | ".join(f"{s:.4f}" for s in scores)
           + f" | {train['bytes_total']:,} |")

@@ -624,7 +624,7 @@ def test_a_stride_above_the_window_of_the_artifact_is_refused(artifact, dataset)
 
 def test_scoring_without_an_artifact_shows_its_usage_in_one_line(dataset, tmp_path):
     result = run_command("eval_sliding.py", eval_env(dataset), tmp_path)
-    assert_refused(result, "usage: ", "eval_sliding.py ARTIFACT")
+    assert_refused(result, "usage: eval_sliding.py [--self-check N | --audit] ARTIFACT")
     assert_refused(run_in_process(eval_sliding.main, eval_env(dataset), tmp_path, "a.ptz", "b.ptz"), "usage: ")
 
 
@@ -684,7 +684,7 @@ def test_losses_of_the_fixed_run_are_the_golden_ones():
     assert deviation(losses) < GOLDEN_TOLERANCE
 
 
-def other_rotary_base(seq_len, dims, device):
+def other_rotary_base(seq_len, trained_len, dims, device):
     angles = torch.arange(seq_len)[:, None, None] * 5_000.0 ** (-torch.arange(0, dims, 2) / dims)
     return angles.cos(), angles.sin()
 

@@ -323,28 +323,25 @@ def test_a_tokenizer_without_a_piece_for_the_lone_space_is_refused(tmp_path, tok
     train_gpt.load_tokenizer(val_hp(tmp_path, tokenizer_path))
 
 
-# ---- Byte tables
+# ---- Bytes
 
 
-def byte_tables(model: bytes) -> tuple[sentencepiece.SentencePieceProcessor, ValData]:
-    sp = sentencepiece.SentencePieceProcessor(model_proto=model)
-    tables = train_gpt.build_sentencepiece_luts(sp, sp.vocab_size(), CPU)
-    return sp, ValData(torch.zeros(2, dtype=torch.int32), *tables, "", False)
+def processor(model: bytes) -> sentencepiece.SentencePieceProcessor:
+    return sentencepiece.SentencePieceProcessor(model_proto=model)
 
 
-def counted_bytes(val: ValData, document: list[int]) -> int:
-    tokens = torch.tensor(document)
-    return int(val.token_bytes(tokens[:-1], tokens[1:]).sum())
+def counted_bytes(sp: sentencepiece.SentencePieceProcessor, document: list[int]) -> int:
+    return int(train_gpt.token_bytes(sp, np.array(document)).sum())
 
 
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
 def test_counted_bytes_are_the_bytes_of_the_decoded_document(text):
-    sp, val = byte_tables(tiny_tokenizer())
-    assert counted_bytes(val, [BOS, *sp.encode(text)]) == len(sp.decode(sp.encode(text)).encode())
+    sp = processor(tiny_tokenizer())
+    assert counted_bytes(sp, [BOS, *sp.encode(text)]) == len(sp.decode(sp.encode(text)).encode())
 
 
 def test_the_texts_reach_byte_fallback_lone_spaces_and_leading_spaces():
-    sp, _ = byte_tables(tiny_tokenizer())
+    sp = processor(tiny_tokenizer())
     ids = {i for text in TEXTS.values() for i in sp.encode(text)}
     assert any(sp.is_byte(i) for i in ids)
     assert sp.piece_to_id("\u2581") in ids
@@ -354,33 +351,32 @@ def test_the_texts_reach_byte_fallback_lone_spaces_and_leading_spaces():
 @pytest.mark.skipif(not TOKENIZERS, reason="shared/data/tokenizers is not here")
 @pytest.mark.parametrize("path", TOKENIZERS, ids=lambda path: path.stem)
 def test_counted_bytes_are_the_bytes_of_the_decoded_document_with_real_tokenizers(path):
-    sp, val = byte_tables(path.read_bytes())
+    sp = processor(path.read_bytes())
     for text in [*TEXTS.values(), *make_sentences(4, 20)]:
-        assert counted_bytes(val, [BOS, *sp.encode(text)]) == len(sp.decode(sp.encode(text)).encode()), text
+        assert counted_bytes(sp, [BOS, *sp.encode(text)]) == len(sp.decode(sp.encode(text)).encode()), text
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="shared/data is not here")
 @pytest.mark.parametrize("path", TOKENIZERS, ids=lambda path: path.stem)
 def test_counted_bytes_are_right_on_real_documents_in_a_row(path):
-    sp, val = byte_tables(path.read_bytes())
+    sp = processor(path.read_bytes())
     texts = list(itertools.islice(tokenize_docs.read_documents([SHARED / "fineweb_val.jsonl.xz"]), 40))
     stream = [token for text in texts for token in [BOS, *sp.encode(text)]]
-    assert counted_bytes(val, stream) == sum(len(sp.decode(sp.encode(text)).encode()) for text in texts)
+    assert counted_bytes(sp, stream) == sum(len(sp.decode(sp.encode(text)).encode()) for text in texts)
 
 
 def test_each_piece_has_its_own_bytes():
-    sp, val = byte_tables(tiny_tokenizer())
+    sp = processor(tiny_tokenizer())
+    letter = sp.piece_to_id("a")
     for i in range(sp.vocab_size()):
-        piece, base = sp.id_to_piece(i), int(val.base_bytes_lut[i])
-        special = i in (0, 1, 2, 3)
-        assert bool(val.is_boundary_token_lut[i]) == special
-        if special:
-            assert base == 0
+        piece, (after_text, after_bos) = sp.id_to_piece(i), (counted_bytes(sp, [before, i]) for before in (letter, BOS))
+        if i in (0, 1, 2, 3):
+            assert (after_text, after_bos) == (0, 0)
         elif piece.startswith("<0x"):
-            assert (base, bool(val.has_leading_space_lut[i])) == (1, False)
+            assert (after_text, after_bos) == (1, 1)
         else:
-            assert base == len(piece.replace("\u2581", "").encode())
-            assert bool(val.has_leading_space_lut[i]) == piece.startswith("\u2581")
+            assert after_text == len(piece.replace("\u2581", " ").encode())
+            assert after_bos == len(piece.removeprefix("\u2581").encode())
 
 
 def test_a_space_inside_a_piece_counts_one_byte():
@@ -395,10 +391,10 @@ def test_a_space_inside_a_piece_counts_one_byte():
         minloglevel=2,
         **{"pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3},
     )
-    sp, val = byte_tables(model.getvalue())
+    sp = processor(model.getvalue())
     ids = sp.encode("of the people")
     assert any("\u2581" in sp.id_to_piece(i)[1:] for i in ids)
-    assert counted_bytes(val, [BOS, *ids]) == len("of the people")
+    assert counted_bytes(sp, [BOS, *ids]) == len("of the people")
 
 
 @pytest.mark.parametrize(
@@ -418,22 +414,13 @@ def test_a_space_inside_a_piece_counts_one_byte():
     ],
 )
 def test_a_leading_space_counts_unless_it_follows_a_boundary_token(previous, target, expected):
-    sp, val = byte_tables(tiny_tokenizer())
-    ids = [torch.tensor([sp.piece_to_id(p) if isinstance(p, str) else p]) for p in (previous, target)]
-    assert val.token_bytes(*ids).tolist() == [expected]
-
-
-def test_ids_beyond_the_tokenizer_are_boundaries_without_bytes():
-    sp, _ = byte_tables(tiny_tokenizer())
-    base, space, boundary = train_gpt.build_sentencepiece_luts(sp, VOCAB_SIZE + 5, CPU)
-    assert base[VOCAB_SIZE:].tolist() == [0] * 5
-    assert space[VOCAB_SIZE:].tolist() == [False] * 5
-    assert boundary[VOCAB_SIZE:].tolist() == [True] * 5
+    sp = processor(tiny_tokenizer())
+    ids = [sp.piece_to_id(piece) if isinstance(piece, str) else piece for piece in (previous, target)]
+    assert counted_bytes(sp, ids) == expected
 
 
 def test_a_generated_data_set_decodes_to_its_sentences_and_scores_their_bytes(tmp_path):
     dataset = write_dataset(tmp_path / "set", val_seed=9, val_docs=5)
     val = ValData.load(Hyperparameters.from_env(cli_env(dataset)), CPU)
-    tokens = val.tokens.long()
-    assert int(val.token_bytes(tokens[:-1], tokens[1:]).sum()) == sum(map(len, make_sentences(9, 5)))
-    assert int((tokens == BOS).sum()) == 5
+    assert int(val.target_bytes.sum()) == sum(map(len, make_sentences(9, 5)))
+    assert int((val.tokens == BOS).sum()) == 5

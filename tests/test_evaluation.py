@@ -1,6 +1,5 @@
 """Properties of the scoring windows and of the score itself.   pytest tests/test_evaluation.py"""
 
-import itertools
 import json
 import math
 from dataclasses import dataclass, field, replace
@@ -48,31 +47,21 @@ def model() -> train_gpt.GPT:
 
 
 def make_val(num_targets: int, partial: bool = False) -> ValData:
-    """Random tokens with a random but plausible byte table."""
+    """Random tokens that stand for random numbers of bytes."""
     rng = np.random.default_rng(num_targets)
-    tables = (rng.integers(0, 9, V).astype(np.int32), rng.random(V) < 0.5, rng.random(V) < 0.1)
-    tokens = torch.from_numpy(rng.integers(0, V, num_targets + 1).astype(np.int32))
-    return ValData(tokens, *map(torch.from_numpy, tables), "", partial)
+    tokens, sizes = rng.integers(0, V, num_targets + 1), rng.integers(0, 9, num_targets)
+    return ValData(*(torch.from_numpy(array.astype(np.int32)) for array in (tokens, sizes)), "", partial)
 
 
 def with_window(seq_len: int, **changes) -> Hyperparameters:
     return replace(HP, eval_seq_len=seq_len, **changes)
 
 
-def count_bytes(val: ValData) -> int:
-    """Bytes of all targets, one at a time."""
-    total, tokens = 0, val.tokens.tolist()
-    for previous, target in itertools.pairwise(tokens):
-        total += int(val.base_bytes_lut[target])
-        total += bool(val.has_leading_space_lut[target]) and not bool(val.is_boundary_token_lut[previous])
-    return total
-
-
 def naive_loss(model: torch.nn.Module, val: ValData, seq_len: int, stride: int) -> float:
     """Mean loss by one forward pass per target, which sees nothing that comes after it."""
     tokens, total = val.tokens.long(), 0.0
     for target in range(len(tokens) - 1):
-        start = 0 if target < seq_len else math.ceil((target + 1 - seq_len) / stride) * stride
+        start = max(0, (target // stride + 1) * stride - seq_len)
         with torch.no_grad():
             logits = model(tokens[None, start : target + 1])[0, -1].tolist()
         top = max(logits)
@@ -99,23 +88,25 @@ def naive_loss(model: torch.nn.Module, val: ValData, seq_len: int, stride: int) 
 @example(num_targets=5, lengths=(1, 1))
 def test_scored_spans_tile_all_targets_and_every_window_has_its_context(num_targets, lengths):
     seq_len, stride = lengths
-    windows = scoring_windows(num_targets, seq_len, stride)
+    windows = scoring_windows(num_targets, seq_len, stride).tolist()
     scored = [target for _, first, end in windows for target in range(first, end)]
     assert scored == list(range(num_targets))
-    assert windows[0][:2] == (0, 0)
+    assert len(windows) == math.ceil(num_targets / stride)
     for start, first, end in windows:
         assert 0 <= start <= first < end <= start + seq_len
-    for start, first, end in windows[1:]:
-        assert first - start == seq_len - stride
-        assert end - first == stride or end == num_targets
+        assert start == 0 or first - start == seq_len - stride
+        assert first == 0 or end - first == stride or end == num_targets
 
 
-def test_the_number_of_windows_is_the_fewest_possible():
-    assert len(scoring_windows(16, 16, 4)) == 1
-    assert len(scoring_windows(17, 16, 4)) == 2
-    assert len(scoring_windows(20, 16, 4)) == 2
-    assert len(scoring_windows(21, 16, 4)) == 3
-    assert len(scoring_windows(10_007, 2048, 64)) == 1 + math.ceil((10_007 - 2048) / 64)
+@pytest.mark.parametrize("stride", [1, 4, 16])
+def test_windows_of_the_usual_strides_are_those_of_the_challenge(stride):
+    """The first window scores all of its targets, the next ones, each a stride further, their last `stride` targets."""
+    seq_len, num_targets = 16, 60
+    theirs = {(0, target) for target in range(seq_len)}
+    for start in range(stride, num_targets - seq_len + stride, stride):
+        theirs |= {(start, target) for target in range(start + seq_len - stride, min(start + seq_len, num_targets))}
+    ours = scoring_windows(num_targets, seq_len, stride).tolist()
+    assert {(start, target) for start, first, end in ours for target in range(first, end)} == theirs
 
 
 # ---- Score
@@ -127,8 +118,9 @@ def test_the_score_equals_one_forward_pass_per_target(model, num_targets, seq_le
     score = evaluate(model, val, with_window(seq_len), ALONE, stride, "test")
     expected = naive_loss(model, val, seq_len, stride)
     assert score.val_loss == pytest.approx(expected, abs=1e-6)
-    assert score.bpb == pytest.approx(expected * num_targets / math.log(2) / count_bytes(val), rel=1e-6)
-    assert (score.target_tokens, score.scored_bytes, score.partial) == (num_targets, count_bytes(val), False)
+    scored_bytes = sum(val.target_bytes.tolist())
+    assert score.bpb == pytest.approx(expected * num_targets / math.log(2) / scored_bytes, rel=1e-6)
+    assert (score.target_tokens, score.scored_bytes, score.partial) == (num_targets, scored_bytes, False)
 
 
 def test_a_longer_context_and_another_stride_change_the_score(model):
@@ -157,7 +149,7 @@ def test_the_score_does_not_depend_on_the_batch_size(model, stride):
     scores = [evaluate(model, val, replace(HP, micro_batch_tokens=size), ALONE, stride, "test") for size in sizes]
     for score in scores:
         assert score.val_loss == pytest.approx(scores[0].val_loss, abs=1e-6)
-        assert score.scored_bytes == count_bytes(val)
+        assert score.scored_bytes == int(val.target_bytes.sum())
 
 
 class NotYet(Exception):
@@ -193,9 +185,8 @@ def test_every_rank_reports_the_score_of_one_process(model, world_size, num_targ
     val = make_val(num_targets)
     alone = evaluate(model, val, HP, ALONE, stride, "test")
     for score in score_by_ranks(model, val, world_size, stride):
-        assert score.val_loss == pytest.approx(alone.val_loss, abs=1e-9)
-        assert score.bpb == pytest.approx(alone.bpb, abs=1e-9)
-        assert (score.target_tokens, score.scored_bytes) == (num_targets, count_bytes(val))
+        assert (score.val_loss, score.bpb) == (alone.val_loss, alone.bpb)
+        assert (score.target_tokens, score.scored_bytes) == (num_targets, int(val.target_bytes.sum()))
 
 
 def test_evaluation_leaves_no_trace_and_repeats_exactly(model):
@@ -218,14 +209,13 @@ class PoisonedModel(torch.nn.Module):
         super().__init__()
         self.poison = poison
 
-    def forward(self, input_ids, target_ids, reduction):
+    def forward(self, input_ids, target_ids, reduction, scored):
         return torch.where(input_ids == self.poison, math.nan, 1.0)
 
 
 def test_a_loss_that_is_not_a_number_is_refused():
     val = make_val(40)
     val.tokens[:] = 1
-    val.base_bytes_lut[:] = 3
     assert evaluate(PoisonedModel(2), val, HP, ALONE, 16, "test").val_loss == 1.0
     val.tokens[33] = 2
     with pytest.raises(Refusal, match="test: total loss nan over"):
@@ -234,8 +224,7 @@ def test_a_loss_that_is_not_a_number_is_refused():
 
 def test_a_text_of_no_bytes_is_refused():
     val = make_val(40)
-    val.base_bytes_lut[:] = 0
-    val.has_leading_space_lut[:] = False
+    val.target_bytes[:] = 0
     with pytest.raises(Refusal, match="over 0"):
         evaluate(PoisonedModel(V), val, HP, ALONE, 16, "test")
 
@@ -247,7 +236,7 @@ class PartlyPoisonedModel(torch.nn.Module):
         super().__init__()
         self.rows, self.columns = rows, columns
 
-    def forward(self, input_ids, target_ids, reduction):
+    def forward(self, input_ids, target_ids, reduction, scored):
         loss = torch.full(input_ids.shape, math.nan)
         loss[: self.rows, : self.columns] = 1.0
         return loss

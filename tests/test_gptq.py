@@ -32,7 +32,6 @@ from train_gpt import (
     dequantize,
     entropy_bytes,
     export,
-    factor_for,
     fit,
     gptq,
     load_artifact,
@@ -426,7 +425,7 @@ class Observed:
 
     def hook(self, name: str, module: torch.nn.Module):
         def attention(module: CausalSelfAttention, args: tuple) -> None:
-            x, mu, _ = args
+            x, mu, *_ = args
             for i, part in enumerate("qkv"):
                 guided = x + module.mu_gain[i] * mu if self.hp.mu == "vector" else x
                 self.add(f"{name}.c_{part}.weight", guided)
@@ -628,7 +627,7 @@ def export_lines(hp: Hyperparameters, model: GPT, hessians: dict, path: Path) ->
     return lines
 
 
-def test_export_writes_gptq_and_leaves_weights_rounded_to_nearest_at_the_same_size(folder, tmp_path):
+def test_export_writes_what_gptq_made_and_leaves_the_model_alone(folder, tmp_path):
     hp = data_hp(folder, target_bytes=0, codec="zstd")
     model, path = make_model(hp), tmp_path / "a.ptz"
     state, hessians = {n: t.clone() for n, t in model.state_dict().items()}, collected(hp, model)
@@ -638,18 +637,7 @@ def test_export_writes_gptq_and_leaves_weights_rounded_to_nearest_at_the_same_si
     loaded = load_artifact(path, hp, torch.device("cpu"))[0].state_dict()
     assert all(torch.equal(loaded[name], dequantize(*part)) for name, part in parts.items() if len(part) > 1)
     assert any("blocks.0.attn.proj.weight" in line and line.startswith("warning") for line in lines)
-    compared = next(line for line in lines if line.startswith("bytes of entropy: GPTQ "))
-    size, nearest_size = (int(word.strip(",")) for word in compared.split() if word.strip(",").isdigit())
-    factor = float(compared.split()[-1])
-    assert entropy_bytes(*itertools.chain(*parts.values())) == pytest.approx(size, abs=1)
-    assert factor_for(hp, state, size + 0.5) == pytest.approx((factor, nearest_size), rel=1e-3)
-    assert 0.99 * size <= nearest_size <= size
-    nearest_parts, _ = quantize(hp, state, factor_for(hp, state, entropy_bytes(*itertools.chain(*parts.values())))[0])
-    left, changed = model.state_dict(), 0
-    for name, part in nearest_parts.items():
-        assert torch.equal(left[name], dequantize(*part) if len(part) > 1 else part[0].to(left[name].dtype)), name
-        changed += not torch.equal(left[name], loaded[name])
-    assert changed > 10
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
     assert f"Total submission size quantized+zstd: {CODE + path.stat().st_size} bytes" in lines
     assert any(line.startswith("total ") for line in lines)
 

@@ -87,10 +87,10 @@ def test_row_is_independent_of_the_other_rows(mode):
 @pytest.mark.parametrize("mode", MODES + SWITCHES, ids=label)
 @torch.no_grad()
 def test_logits_of_a_prefix_are_a_prefix_of_the_logits(mode):
-    hp = tiny_hp(**mode)
-    model, ids = make_model(hp), make_ids(hp, 2, 2 * hp.train_seq_len)
+    hp = tiny_hp(**{"train_seq_len": 32, **mode})
+    model, ids = make_model(hp), make_ids(hp, 2, 32)
     logits = model(ids)
-    for n in (1, 5, hp.train_seq_len, 2 * hp.train_seq_len - 1):
+    for n in (1, 5, 16, 31):
         torch.testing.assert_close(model(ids[:, :n]), logits[:, :n], rtol=0, atol=1e-5)
     assert (logits[:, 1:] - logits[:, :-1]).abs().max() > 1e-2
 

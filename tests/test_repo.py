@@ -101,7 +101,7 @@ def test_a_wrong_figure_in_a_table_is_found(tmp_path):
 
 
 def test_line_and_function_limits():
-    assert len((ROOT / "train_gpt.py").read_text().splitlines()) < 1450
+    assert len((ROOT / "train_gpt.py").read_text().splitlines()) <= 1500
     assert len((ROOT / "eval_sliding.py").read_text().splitlines()) < 500
     for path in SHIPPED:
         functions = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef)]
