@@ -44,10 +44,8 @@ from train_gpt import (
     load_tokenizer,
     require,
     role_of,
-    rotary_base,
     run_entry_point,
     scoring_windows,
-    token_bytes,
 )
 
 TTT_CLIP_NORM = 1.0  # L2 norm of the gradients of test-time training (upstream PR #1413)
@@ -87,16 +85,17 @@ def score_split(scorer: Scorer, model: GPT, hp: Hyperparameters, log: Callable, 
     return torch.zeros(2, dtype=torch.int64)
 
 
-def compile_on_random_tokens(forward, model: GPT, hp: Hyperparameters, device: torch.device) -> Hyperparameters:
+def compile_on_random_tokens(forward, model: GPT, hp: Hyperparameters, dist: Dist) -> Hyperparameters:
     """Run everything once on tokens that are not the validation split's, and leave the weights as they were. Returns
-    `hp` with the batch that fitted the memory."""
+    `hp` with the batch that fits the memory of every rank."""
+    device = dist.device
     count = hp.ttt_chunk_tokens + hp.eval_stride if hp.ttt == "sgd" else hp.eval_stride
     tokens = torch.randint(hp.vocab_size, (count + 1,), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
     val = ValData(tokens.to(device), torch.ones(count, dtype=torch.int32, device=device), "", False)
     trial = replace(hp, ttt_segments=1, ttt_epochs=1, eval_max_seconds=0.0)
     scorer = Scorer(forward, val, trial, Dist(0, 1, device), hp.eval_stride, "compile")
     score_split(scorer, model, trial, lambda text: None, 0.0)
-    return replace(hp, micro_batch_tokens=scorer.batch_size * scorer.seq_len)
+    return replace(hp, micro_batch_tokens=-int(dist.all_max(-scorer.batch_size)) * scorer.seq_len)
 
 
 @torch.no_grad()
@@ -175,11 +174,10 @@ def adapt(scorer: Scorer, optimizer: torch.optim.Optimizer, first: int, end: int
 
 def affordable_epochs(hp: Hyperparameters, elapsed: float, to_score: float, per_epoch: float, updates: int) -> int:
     """Epochs for the next of `updates` updates, at most TTT_EPOCHS: as many as fit EVAL_MAX_SECONDS with `to_score`
-    seconds of scoring to come, if all updates get so many of `per_epoch` seconds each. 2 % are kept in reserve."""
-    if not hp.eval_max_seconds or not per_epoch:
-        return hp.ttt_epochs
-    spare = 0.98 * hp.eval_max_seconds - elapsed - to_score
-    return int(min(max(spare / (per_epoch * updates), 0), hp.ttt_epochs))
+    seconds of scoring to come, if all updates get so many of `per_epoch` seconds each, 0 = not known yet. 2 % are kept
+    in reserve."""
+    spare = 0.98 * hp.eval_max_seconds - elapsed - to_score if hp.eval_max_seconds else math.inf
+    return int(min(max(spare, 0) / max(per_epoch * updates, 1e-9), hp.ttt_epochs))
 
 
 def score_first(scorer: Scorer, model: GPT, hp: Hyperparameters, log: Callable, started: float, score) -> Tensor:
@@ -281,13 +279,13 @@ def audit_bytes(val: ValData, sp, max_tokens: int = 1_000_000) -> tuple[str, str
     tokens."""
     tokens, sizes = val.tokens[: max_tokens + 1].cpu(), val.target_bytes[:max_tokens].cpu()
     starts = torch.nonzero(tokens == BOS_ID).flatten().tolist()
-    if len(tokens) == len(val.tokens) and not val.partial:
+    if len(starts) < 2 or (len(tokens) == len(val.tokens) and not val.partial):
         starts.append(len(tokens))  # where the document after the split's last would begin
     documents = [tokens[a:b].tolist() for a, b in itertools.pairwise(starts)]
-    counted = int(sizes[starts[0] : starts[-1] - 1].sum()) if documents else 0
+    counted = int(sizes[starts[0] : starts[-1] - 1].sum())
     decoded = sum(len(sp.decode(document).encode()) for document in documents)
     test = f"counted against the UTF-8 text that SentencePiece decodes, {len(documents)} whole documents"
-    if np.array_equal(token_bytes(sp, tokens.numpy()), sizes.numpy()):
+    if not val.sidecar:
         return "bytes", test, f"{counted} against {decoded}", counted == decoded > 0
     unpaid = int(sizes[tokens[1:] == BOS_ID].sum())
     return "bytes", "sidecar: the original text's", f"{counted}; 0 expected for BOS, {unpaid} found", unpaid == 0
@@ -300,7 +298,8 @@ def audit_rows(model: GPT, hp: Hyperparameters, val: ValData) -> list[tuple[str,
     artifact, count, stride = snapshot(model), len(val.tokens) - 1, hp.eval_stride
     losses, times, states = observed_run(model, hp, val)
 
-    places = [count // 4 + stride // 2, 3 * count // 4 + stride // 2]  # amid windows and, in TTT, amid chunks
+    # Amid the targets of a window, which then reads tokens that the first half must not know, and amid a TTT chunk.
+    places = [quarter * count // 4 // stride * stride + (stride - 1) // 2 for quarter in (1, 3)]
     futures = [observed_run(model, hp, rewritten(val, slice(p + 1, None), hp.vocab_size)) for p in places]
     past, _, _ = observed_run(model, hp, rewritten(val, slice(0, places[1]), hp.vocab_size))
     leak = max(float((future - losses)[:p].abs().max()) for p, (future, _, _) in zip(places, futures, strict=True))
@@ -318,7 +317,7 @@ def audit_rows(model: GPT, hp: Hyperparameters, val: ValData) -> list[tuple[str,
     finding = f"probabilities add up to 1 within {off:.1e}; the true token's loss within {apart:.1e} nats"
     rows += [("C2 normalised", test, finding, off < 1e-3 and apart <= rounding)]
 
-    at = next(i for i, (windows, _) in enumerate(states) if windows[0, 1] <= places[1] < windows[-1, 2])
+    at = max(i for i, (windows, _) in enumerate(states) if windows[0, 1] <= places[1])
     windows, weights = states[at]
     trained, blind = not same(weights, artifact), same(weights, futures[1][2][at][1])
     model.load_state_dict(weights)
@@ -327,7 +326,8 @@ def audit_rows(model: GPT, hp: Hyperparameters, val: ValData) -> list[tuple[str,
     test = f"chunk {at + 1} of {len(states)} again with the weights that scored it; the run with other tokens in it"
     finding = f"losses within {apart:.1e} nats; {'trained' if trained else 'untrained'} weights, "
     finding += "the same in both" if blind else "OTHER ones with other tokens"
-    rows += [("C3 score before update", test, finding, apart <= rounding and blind and trained == (hp.ttt != "off"))]
+    learns = hp.ttt != "off" and hp.ttt_lr > 0
+    rows += [("C3 score before update", test, finding, apart <= rounding and blind and trained == learns)]
 
     once = int((times == 1).sum())
     rows += [("C4 single pass", "a counter on every target", f"{once} of {count} scored once", once == count)]
@@ -385,7 +385,9 @@ def parse_arguments() -> argparse.Namespace:
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--self-check", type=int, default=0, metavar="N", help="score N windows again, one at a time")
     modes.add_argument("--audit", action="store_true", help="test the rules; exit status 1 if one does not hold")
-    return parser.parse_args()
+    args = parser.parse_args()
+    require(args.self_check >= 0, f"--self-check {args.self_check}: expected a number of windows")
+    return args
 
 
 def ttt_settings(hp: Hyperparameters) -> str:
@@ -395,6 +397,9 @@ def ttt_settings(hp: Hyperparameters) -> str:
 
 
 def interrupt(number: int, frame: object) -> None:
+    """Signal handler: raises KeyboardInterrupt(number), once; launchers may signal again before the report is out."""
+    for ignored in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(ignored, signal.SIG_IGN)
     raise KeyboardInterrupt(number)
 
 
@@ -429,23 +434,22 @@ def main() -> None:
     require(dist.world_size == 1 or not args.audit, "--audit is for one process; it plays two ranks itself")
     log = Log(dist, path.with_suffix(".txt"))
     log(f"sliding evaluation of {path} window:{window} stride:{hp.eval_stride} world_size:{dist.world_size}")
-    base = rotary_base(window, hp.train_seq_len, hp.rope_dims)
-    log(f"trained_window:{hp.train_seq_len} rope_base:{base:.0f} {ttt_settings(hp)}")
+    log(f"trained_window:{hp.train_seq_len} rope_base:{hp.rope_base:.0f} sidecar:{val.sidecar} {ttt_settings(hp)}")
     choose_attention(model, dist.device, log)
     if args.audit:
         sys.exit(0 if audit(model, hp, val, log) else 1)
     forward, compiles = model, can_compile(hp, dist.device)
     if compiles:
         forward = torch.compile(model, fullgraph=True, dynamic=False)
-        hp = compile_on_random_tokens(forward, model, hp, dist.device)
+        hp = compile_on_random_tokens(forward, model, hp, dist)
         log(f"compiled on random tokens, {time.perf_counter() - started:.1f}s since the start")
     scorer = Scorer(forward, val, hp, dist, hp.eval_stride, "slide" if hp.ttt == "off" else "slide and train")
     epochs = dist.all_sum(score_or_stop(scorer, model, hp, log, started).to(dist.device)).tolist()
     score = scorer.total()
     rate, kind = score.target_tokens / score.seconds, "sliding_window" if hp.ttt == "off" else "ttt"
-    log(f"quantized_{kind} {score} eval_time:{1000 * score.seconds:.0f}ms tok/s: {rate:.0f}")
+    log(f"quantized_{kind} {score} eval_time:{1000 * score.seconds:.0f}ms")
     log(f"final_{kind}_exact {score}")
-    log(f"target_tokens:{score.target_tokens} scored_bytes:{score.scored_bytes}")
+    log(f"target_tokens:{score.target_tokens} scored_bytes:{score.scored_bytes}\nscored tok/s: {rate:.0f}")
     if hp.ttt != "off":
         log(f"ttt_epochs: {epochs[0]} of {epochs[1]}")
     if args.self_check:

@@ -134,7 +134,7 @@ show = lambda value: "PARTIAL, see the log" if value is None else f"{value:.4f}"
 print(f"""
 val_bpb before quantization   {show(train["val_bpb_float"])}
 val_bpb of the artifact       {show(train["val_bpb"])}
-val_bpb by sliding window     {show(slide["val_bpb"])}  (stride {slide["stride"]}, {slide["target_tokens"]:,} targets)
+val_bpb by sliding window     {show(slide["val_bpb"])}  (stride {slide["stride"]}, {slide["target_tokens"]:,} targets{'' if slide["ttt"] == "off" else ', test-time training'})
 code + model                  {train["bytes_code"]:,} + {train["bytes_model"]:,} = {train["bytes_total"]:,} of 16,000,000 bytes
 training, evaluation          {train["train_seconds"]:.1f} s in {train["steps"]:,} steps, {slide["eval_seconds"]:.1f} s
 log, artifact                 {sys.argv[1]}, {train["artifact_path"]}""")

@@ -181,6 +181,12 @@ class Hyperparameters:
         return max(self.max_wallclock_seconds - self.gptq_reserve_seconds * (self.gptq_batches > 0), 0.0)
 
     @property
+    def rope_base(self) -> float:
+        """10,000; for windows beyond the trained one so much more that the slowest rotation turns as far as it did."""
+        dims, longer = self.rope_dims, max(1.0, self.eval_seq_len / self.train_seq_len)
+        return 10_000.0 * longer ** (dims / max(dims - 2, 1))
+
+    @property
     def dataset_dir(self) -> Path:
         return Path(self.data_path or f"data/datasets/fineweb10B_sp{self.vocab_size}")
 
@@ -424,13 +430,15 @@ class TokenLoader:
 
 def token_bytes(sp: spm.SentencePieceProcessor, tokens: np.ndarray) -> np.ndarray:
     """UTF-8 bytes that each token but the first adds to the text, (n,) -> (n - 1,) int32. The space that a piece starts
-    with counts unless a token without text, such as BOS, comes before it."""
+    with counts unless a token without text, such as BOS, comes before it; private-use characters, the operators of
+    lossless transforms (#1729), do not."""
     base_bytes, has_space, void = (np.full(sp.vocab_size(), fill) for fill in (np.int32(0), False, True))
     for i in range(sp.vocab_size()):
         if not (sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i)):
             piece = sp.id_to_piece(i)
             void[i], has_space[i] = False, piece.startswith("\u2581")
-            base_bytes[i] = 1 if sp.is_byte(i) else len(piece.removeprefix("\u2581").replace("\u2581", " ").encode())
+            text = re.sub("[\ue000-\uf8ff]", "", piece.removeprefix("\u2581").replace("\u2581", " "))
+            base_bytes[i] = 1 if sp.is_byte(i) else len(text.encode())
     return base_bytes[tokens[1:]] + (has_space[tokens[1:]] & ~void[tokens[:-1]])
 
 def load_tokenizer(hp: Hyperparameters) -> tuple[spm.SentencePieceProcessor, str]:
@@ -454,24 +462,26 @@ class ValData:
     target_bytes: Tensor  # (targets,) int32
     tokenizer_sha256: str
     partial: bool  # holds fewer targets than the split
+    sidecar: bool = False  # target_bytes were read, not counted
 
     @classmethod
     def load(cls, hp: Hyperparameters, device: torch.device) -> "ValData":
-        """Read and check the whole split. Where a shard fineweb_val_N.bin has a sidecar fineweb_val_bytes_N.bin, the
-        bytes of the original text are read from there, as after a lossless transform (#1729). Raises Refusal."""
+        """Read and check the whole split. If the shards fineweb_val_N.bin have sidecars fineweb_val_bytes_N.bin, these
+        give the bytes of the text before a lossless transform (#1729). Raises Refusal."""
         (sp, digest), paths = load_tokenizer(hp), list_shards(hp.dataset_dir, "val")
         shards = [check_vocab(load_data_shard(path), hp.vocab_size, path) for path in paths]
-        tokens, sidecars = np.concatenate(shards), [p.with_name("fineweb_val_bytes_" + p.name[12:]) for p in paths]
+        tokens, sidecars = np.concatenate(shards), sorted(hp.dataset_dir.glob("fineweb_val_bytes_*.bin"))
         require(len(tokens) > 1, f"{hp.dataset_dir}: the validation split has no target to score")
-        sizes = [load_data_shard(path) for path in sidecars if path.exists()]
-        counts = [len(shard) for shard in shards], [len(size) for size in sizes]
-        unmatched = f"{sidecars[0]}, ...: bytes of {counts[1]} tokens, but the shards have {counts[0]}"
-        require(not sizes or counts[0] == counts[1], unmatched)
+        odd = {path.name.replace("_bytes", "") for path in sidecars} ^ {path.name for path in paths if sidecars}
+        require(not odd, f"{hp.dataset_dir}: without a sidecar of bytes, or the shard to it: {', '.join(sorted(odd))}")
+        sizes = [load_data_shard(path) for path in sidecars]
+        for path, size, shard in zip(sidecars, sizes, shards, strict=False):
+            require(len(size) == len(shard), f"{path}: bytes of {len(size)} tokens, but the shard has {len(shard)}")
         target_bytes = np.concatenate(sizes)[1:].astype(np.int32) if sizes else token_bytes(sp, tokens)
         partial = 0 < hp.val_max_tokens < len(tokens) - 1
         count = hp.val_max_tokens if partial else len(tokens) - 1
         arrays = tokens[: count + 1].astype(np.int32), target_bytes[:count]
-        return cls(*(torch.from_numpy(array).to(device) for array in arrays), digest, partial)
+        return cls(*(torch.from_numpy(array).to(device) for array in arrays), digest, partial, len(sizes) > 0)
 
 # ---- Routing ---------------------------------------------------------------------------------------------------------
 def mix32(x):
@@ -522,14 +532,9 @@ def activate(h: Tensor, kind: str) -> Tensor:
         return F.silu(gate) * value
     return (F.leaky_relu(h, 0.3) if kind == "leaky_relu2" else F.relu(h)).square()
 
-def rotary_base(seq_len: int, trained_len: int, dims: int) -> float:
-    """10,000; beyond the trained length so much more that the slowest rotation turns as far as it did in training."""
-    return 10_000.0 * max(1.0, seq_len / trained_len) ** (dims / max(dims - 2, 1))
-
-def rotary_tables(seq_len: int, trained_len: int, dims: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def rotary_tables(seq_len: int, base: float, dims: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the rotation angles, each (T, 1, dims / 2) float32."""
-    powers = -torch.arange(0, dims, 2, device=device, dtype=torch.float32) / max(dims, 1)
-    frequencies = rotary_base(seq_len, trained_len, dims) ** powers
+    frequencies = base ** (-torch.arange(0, dims, 2, device=device, dtype=torch.float32) / max(dims, 1))
     angles = torch.arange(seq_len, device=device, dtype=torch.float32)[:, None, None] * frequencies
     return angles.cos(), angles.sin()
 
@@ -751,7 +756,7 @@ class GPT(nn.Module):
         if hp.smear_gate or hp.bigram_buckets:
             x = self.add_previous_token(x, input_ids)
         x = x0 = norm(x)
-        rotary, skips = rotary_tables(input_ids.size(1), hp.train_seq_len, hp.rope_dims, input_ids.device), []
+        rotary, skips = rotary_tables(input_ids.size(1), hp.rope_base, hp.rope_dims, input_ids.device), []
         mu = norm(self.mu_init.to(self.dtype)).expand(*input_ids.shape, -1) if hp.mu != "off" else None
         routes = self.routes(input_ids, order)[:-1] + self.routes(pick(input_ids, scored), order)[-1:]
         for step, (layer, route) in enumerate(zip(order, routes, strict=True)):

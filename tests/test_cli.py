@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,8 +19,10 @@ import pytest
 import torch
 from helpers_cli import (
     ALONE,
+    BOS,
     ROOT,
     TINY_MODEL,
+    Dataset,
     Result,
     assert_refused,
     cli_env,
@@ -450,7 +453,17 @@ BAD_KNOBS = {  # the message has to name the last variable of each
     "few_bits": {"EMBED_BITS": "1"},
     "slash": {"RUN_ID": "../run"},
     "space": {"RUN_ID": "a b"},
+    "ttt": {"TTT": "adam"},
+    "ttt_scope": {"TTT_SCOPE": "head"},
+    "ttt_lr": {"TTT_LR": "-1"},
+    "ttt_momentum": {"TTT_MOMENTUM": "2"},
+    "ttt_epochs": {"TTT_EPOCHS": "0"},
+    "ttt_chunk": {"TTT_CHUNK_TOKENS": "0"},
+    "ttt_segments": {"TTT_SEGMENTS": "1.5"},
+    "eval_seconds": {"EVAL_MAX_SECONDS": "nan"},
+    "eval_stride": {"EVAL_STRIDE": "0"},
 }
+BAD_EVAL_KNOBS = [case for case in BAD_KNOBS if case.startswith(("ttt", "eval"))]
 GOOD_KNOBS = {
     "eval_window": {"EVAL_STRIDE": "48", "EVAL_SEQ_LEN": "64"},
     "swa": {"AVERAGE": "swa", "SWA_START_FRAC": "0.4"},
@@ -466,6 +479,8 @@ GOOD_KNOBS = {
     "no_reserve_without_a_clock": {"MAX_WALLCLOCK_SECONDS": "0.0", "GPTQ_RESERVE_SECONDS": "9"},
     "target": {"TARGET_BYTES": "15999999"},
     "run_id": {"RUN_ID": "a.b_c-1+2"},
+    "ttt": {"TTT": "sgd", "TTT_SCOPE": "mu", "TTT_LR": "0.0", "TTT_MOMENTUM": "1.0", "TTT_SEGMENTS": "1"},
+    "no_eval_limit": {"EVAL_MAX_SECONDS": "0.0"},
     "scientific": {"MATRIX_LR": "2.2e-2", "SEED": str(2**63 - 1)},
 }
 
@@ -622,6 +637,113 @@ def test_a_stride_above_the_window_of_the_artifact_is_refused(artifact, dataset)
     score_refused(eval_env(dataset, EVAL_STRIDE=33), artifact, "EVAL_STRIDE=33: above the window of 32 tokens")
 
 
+@pytest.mark.parametrize("case", BAD_EVAL_KNOBS)
+def test_a_bad_knob_of_scoring_is_refused_in_one_line_with_its_value(case, artifact, dataset):
+    ((name, value),) = BAD_KNOBS[case].items()
+    score_refused(eval_env(dataset, **BAD_KNOBS[case]), artifact, f"{name}=", value)
+
+
+def test_a_missing_tokenizer_is_refused_by_scoring(artifact, dataset):
+    env = eval_env(dataset, TOKENIZER_PATH="nowhere.model")
+    score_refused(env, artifact, "nowhere.model: no such tokenizer (TOKENIZER_PATH)")
+
+
+@pytest.fixture
+def with_val(dataset, tmp_path):
+    """Function that makes a data set with the tokenizer of `dataset` and one validation shard of the given tokens."""
+
+    def make(tokens) -> Dataset:
+        write_shard(tmp_path / "val" / "fineweb_val_0.bin", tokens)
+        return replace(dataset, folder=tmp_path / "val")
+
+    return make
+
+
+def test_shards_of_another_tokenizer_of_the_same_size_are_refused_by_scoring(artifact, with_val):
+    """The artifact's own tokenizer then belongs to the artifact, but not to the shards."""
+    other = tokenize_docs.train_tokenizer(make_sentences(50, 200), 340)
+    for model, fits in ((tiny_tokenizer(), True), (other, False)):
+        sp = train_gpt.spm.SentencePieceProcessor(model_proto=model)
+        data = with_val([token for text in make_sentences(2, 8) for token in [BOS, *sp.encode(text)]])
+        if fits:
+            result = run_in_process(eval_sliding.main, eval_env(data), artifact.parent, artifact.name)
+            assert result.code == 0, result.err
+            artifact.with_suffix(".txt").unlink()
+        else:
+            score_refused(eval_env(data), artifact, f"{data.folder}: ", "were made by another tokenizer")
+
+
+def test_a_split_without_a_target_is_refused_by_scoring(artifact, with_val):
+    score_refused(eval_env(with_val([BOS])), artifact, "the validation split has no target to score")
+
+
+def test_a_sidecar_of_another_length_is_refused_by_scoring_and_a_fitting_one_counts(artifact, dataset, with_val):
+    tokens = train_gpt.load_data_shard(dataset.folder / "fineweb_val_0.bin")
+    data = with_val(tokens)
+    sidecar = write_shard(data.folder / "fineweb_val_bytes_0.bin", [7] * (len(tokens) + 1))
+    score_refused(eval_env(data), artifact, f"{sidecar}: bytes of {len(tokens) + 1} tokens, but", str(len(tokens)))
+    write_shard(sidecar, [7] * len(tokens))
+    scored = run_in_process(eval_sliding.main, eval_env(data), artifact.parent, artifact.name).summary
+    assert scored["scored_bytes"] == 7 * (len(tokens) - 1)
+
+
+def test_segments_of_test_time_training_that_the_ranks_cannot_share_are_refused(artifact, dataset, monkeypatch):
+    monkeypatch.setattr(train_gpt.Dist, "from_torchrun", lambda device: train_gpt.Dist(0, 4, ALONE.device))
+    env = eval_env(dataset, TTT="sgd", TTT_SEGMENTS=6)
+    score_refused(env, artifact, "TTT_SEGMENTS=6: not a multiple of 4 ranks")
+
+
+def test_modes_that_exclude_each_other_are_refused(artifact, dataset):
+    env, name = eval_env(dataset, TTT="sgd"), artifact.name
+    argv_and_reason = [
+        (("--self-check", 5, name), "TTT=sgd: --self-check is for TTT=off"),
+        (("--self-check", 5, "--audit", name), "usage: "),
+        (("--self-check", "many", name), "usage: "),
+        (("--selfcheck", name), "usage: "),
+        (("--audit",), "usage: "),
+        ((), "usage: "),
+    ]
+    for argv, reason in argv_and_reason:
+        assert_refused(run_in_process(eval_sliding.main, env, artifact.parent, *argv), reason)
+    assert not artifact.with_suffix(".txt").exists()
+
+
+WINDOWS = [(32, 8, 10_000), (64, 16, 40_000), (16, 16, 10_000)]  # of models trained with 32 tokens and 4 rotations
+
+
+@pytest.mark.parametrize(("window", "stride", "base"), WINDOWS)
+def test_a_window_of_any_length_scores_and_the_log_says_how_it_is_rotated(artifact, dataset, window, stride, base):
+    env = eval_env(dataset, EVAL_SEQ_LEN=window, EVAL_STRIDE=stride)
+    result = run_in_process(eval_sliding.main, env, artifact.parent, artifact.name)
+    assert result.code == 0, result.err
+    assert re.search(rf"^sliding evaluation of \S+ window:{window} stride:{stride} ", result.out, re.MULTILINE)
+    assert re.search(rf"^trained_window:32 rope_base:{base} sidecar:False ttt:off$", result.out, re.MULTILINE)
+    assert result.summary["seq_len"] == window
+    assert 0 < result.summary["val_bpb"] < 8
+
+
+@pytest.mark.parametrize(("window", "stride", "base"), WINDOWS)
+def test_windows_one_at_a_time_give_the_same_score_whatever_their_length(artifact, dataset, window, stride, base):
+    env = eval_env(dataset, EVAL_SEQ_LEN=window, EVAL_STRIDE=stride)
+    result = run_in_process(eval_sliding.main, env, artifact.parent, "--self-check", 10_000, artifact.name)
+    assert result.code == 0, result.err
+    checked = re.search(r"^self_check: (\d+) of (\d+) windows .* plain_bpb:(\S+) fast_bpb:(\S+)", result.out, re.M)
+    assert checked[1] == checked[2]
+    assert float(checked[4]) == pytest.approx(result.summary["val_bpb"], abs=1e-7)
+    assert float(checked[3]) == pytest.approx(result.summary["val_bpb"], abs=1e-6)
+
+
+@pytest.mark.parametrize("spoil", [False, True])
+def test_a_faster_way_that_scores_otherwise_fails_its_self_check(artifact, dataset, spoil, monkeypatch):
+    attend = train_gpt.attend_at
+    monkeypatch.setattr(train_gpt, "attend_at", lambda at, *qkv: attend((at - int(spoil)).clamp(min=0), *qkv))
+    result = run_in_process(eval_sliding.main, eval_env(dataset), artifact.parent, "--self-check", 9, artifact.name)
+    if spoil:
+        assert_refused(result, "self-check failed: ", " bits per byte apart")
+    else:
+        assert result.code == 0, result.err
+
+
 def test_scoring_without_an_artifact_shows_its_usage_in_one_line(dataset, tmp_path):
     result = run_command("eval_sliding.py", eval_env(dataset), tmp_path)
     assert_refused(result, "usage: eval_sliding.py [--self-check N | --audit] ARTIFACT")
@@ -633,6 +755,8 @@ def test_help_prints_the_description_and_succeeds(dataset, tmp_path):
         result = run_in_process(eval_sliding.main, eval_env(dataset), tmp_path, option)
         assert (result.code, result.err) == (0, "")
         assert "eval_sliding.py logs/RUN_ID.ptz" in result.out
+        assert "--self-check N" in result.out
+        assert "--audit" in result.out
 
 
 # ---- Golden losses
@@ -684,7 +808,7 @@ def test_losses_of_the_fixed_run_are_the_golden_ones():
     assert deviation(losses) < GOLDEN_TOLERANCE
 
 
-def other_rotary_base(seq_len, trained_len, dims, device):
+def other_rotary_base(seq_len, base, dims, device):
     angles = torch.arange(seq_len)[:, None, None] * 5_000.0 ** (-torch.arange(0, dims, 2) / dims)
     return angles.cos(), angles.sin()
 

@@ -22,6 +22,8 @@ from helpers_cli import (
     write_dataset,
     write_shard,
 )
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 import train_gpt
 from train_gpt import Dist, Hyperparameters, Refusal, TokenLoader, ValData
@@ -40,7 +42,21 @@ TEXTS = {
     "accents": "na\u00efve caf\u00e9 \u00c5ngstr\u00f6m",
     "cjk": "\u4e2d\u6587\u6587\u672c and \ud55c\uad6d\uc5b4 \u65e5\u672c\u8a9e",
     "emoji": "ok \U0001f600\U0001f468\u200d\U0001f469 \U0001f1eb\U0001f1f7 ok",
+    "emoji_first": "\U0001f9d1\U0001f3fd\u200d\U0001f680",
+    "rare_cjk": "\U00020000\u9f98 \U0002a6d6 \u3400",
     "space_mark": "a \u2581 b\u2581c",
+    "space_mark_first": "\u2581\u2581 b",
+    "double_question_mark": "\u2047 a \u2047",
+    "leading_spaces": "   hello",
+    "trailing_spaces": "hello   ",
+    "newlines": "\n\nline\r\nline\n\tindented\n",
+    "unusual_spaces": "a\u00a0b\u2003c\u3000d\u200be\ufefff",
+    "arabic": "\u0627\u0644\u0633\u0644\u0627\u0645 \u0639\u0644\u064a\u0643\u0645\u060c \u0661\u0662\u0663",
+    "hindi": "\u0928\u092e\u0938\u094d\u0924\u0947 \u0926\u0941\u0928\u093f\u092f\u093e\u0964",
+    "thai": "\u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35 \u0e0a\u0e32\u0e27\u0e42\u0e25\u0e01",
+    "cyrillic": "\u041f\u0440\u0438\u0432\u0435\u0442, \u043c\u0438\u0440!",
+    "combining_marks": "e\u0301a\u030a\u0323 \u0301 Z\u0351\u036b\u0343",
+    "nul_and_controls": "a\0b\x07\x7f\x85c",
     "sentence": make_sentences(3, 1)[0],
     "long": "The quick brown fox, 42 dogs; \u00abquoted\u00bb \u2014 and so on. " * 20,
 }
@@ -175,12 +191,83 @@ def test_train_and_val_take_their_own_shards_and_no_byte_sidecar(tmp_path):
         assert stems == [f"fineweb_{split}_000000", f"fineweb_{split}_000001"]
 
 
-def test_validation_joins_its_shards_in_order_without_sidecars(tmp_path, tokenizer_path):
+def test_validation_joins_its_shards_in_order(tmp_path, tokenizer_path):
     write_shard(tmp_path / "fineweb_val_000001.bin", [7, 8])
     write_shard(tmp_path / "fineweb_val_000000.bin", [4, 5, 6])
-    write_shard(tmp_path / "fineweb_val_bytes_000000.bin", [60_000] * 9)
     write_shard(tmp_path / "fineweb_train_000000.bin", [60_000] * 9)
     assert ValData.load(val_hp(tmp_path, tokenizer_path), CPU).tokens.tolist() == [4, 5, 6, 7, 8]
+
+
+# ---- Byte sidecars
+
+
+SIDECARS = {"000000": [0, 10, 65_535, 30], "000001": [40, 50], "000002": [0, 70]}  # the first entry has no target
+
+
+@pytest.fixture
+def with_sidecars(tmp_path) -> Path:
+    """Three validation shards of tokens 4, 5, ... with a sidecar each that gives them unlikely numbers of bytes."""
+    token = itertools.count(4)
+    for name, sizes in SIDECARS.items():
+        write_shard(tmp_path / f"fineweb_val_{name}.bin", [next(token) for _ in sizes])
+        write_shard(tmp_path / f"fineweb_val_bytes_{name}.bin", sizes)
+    return tmp_path
+
+
+@pytest.mark.parametrize("val_max_tokens", range(9))
+def test_sidecars_give_every_target_its_bytes(with_sidecars, tokenizer_path, val_max_tokens):
+    val = ValData.load(val_hp(with_sidecars, tokenizer_path, val_max_tokens=val_max_tokens), CPU)
+    sizes, count = [size for sizes in SIDECARS.values() for size in sizes], val_max_tokens or 7
+    assert val.target_bytes.tolist() == sizes[1 : min(count, 7) + 1]
+    assert val.tokens.tolist() == list(range(4, 4 + min(count, 7) + 1))
+    assert val.partial == (count < 7)
+    assert val.target_bytes.dtype == torch.int32
+
+
+def test_without_sidecars_the_bytes_are_those_of_the_tokenizer(with_sidecars, tokenizer_path):
+    for path in with_sidecars.glob("fineweb_val_bytes_*.bin"):
+        path.unlink()
+    write_shard(with_sidecars / "fineweb_train_bytes_000000.bin", [99] * 8)
+    val = ValData.load(val_hp(with_sidecars, tokenizer_path), CPU)
+    assert val.target_bytes.tolist() == [1] * 7  # tokens 5 to 11 are byte tokens
+
+
+BROKEN_SIDECARS = {
+    "longer": ({"tokens": [40, 50, 60]}, "fineweb_val_bytes_000001.bin: bytes of 3 tokens, but the shard has 2"),
+    "shorter": ({"tokens": [40]}, "fineweb_val_bytes_000001.bin: bytes of 1 tokens, but the shard has 2"),
+    "missing": ({}, "without a sidecar of bytes, or the shard to it: fineweb_val_000001.bin"),
+    "magic": ({"tokens": [40, 50], "magic": 1}, "magic is 1 instead of 20240520"),
+    "version": ({"tokens": [40, 50], "version": 2}, "shard version 2, expected 1"),
+    "count": ({"tokens": [40, 50], "count": 3}, "3 tokens do not make"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_SIDECARS)
+def test_a_sidecar_that_does_not_fit_its_shard_is_refused_in_one_line(with_sidecars, tokenizer_path, case):
+    changes, expected = BROKEN_SIDECARS[case]
+    path = with_sidecars / "fineweb_val_bytes_000001.bin"
+    assert len(ValData.load(val_hp(with_sidecars, tokenizer_path), CPU).target_bytes) == 7
+    path.unlink()
+    if changes:
+        write_shard(path, **changes)
+    with pytest.raises(Refusal) as caught:
+        ValData.load(val_hp(with_sidecars, tokenizer_path), CPU)
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert str(path.parent) in str(caught.value)
+
+
+def test_a_sidecar_without_its_shard_is_refused(with_sidecars, tokenizer_path):
+    (with_sidecars / "fineweb_val_000002.bin").unlink()
+    with pytest.raises(Refusal, match=r"the shard to it: fineweb_val_000002\.bin$"):
+        ValData.load(val_hp(with_sidecars, tokenizer_path), CPU)
+
+
+def test_sidecars_whose_total_fits_but_not_shard_by_shard_are_refused(with_sidecars, tokenizer_path):
+    write_shard(with_sidecars / "fineweb_val_bytes_000000.bin", [1] * 2)
+    write_shard(with_sidecars / "fineweb_val_bytes_000001.bin", [1] * 4)
+    with pytest.raises(Refusal, match=r"bytes_000000\.bin: bytes of 2 tokens, but the shard has 4"):
+        ValData.load(val_hp(with_sidecars, tokenizer_path), CPU)
 
 
 # ---- Token ids outside the vocabulary
@@ -357,12 +444,63 @@ def test_counted_bytes_are_the_bytes_of_the_decoded_document_with_real_tokenizer
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="shared/data is not here")
-@pytest.mark.parametrize("path", TOKENIZERS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*TOKENIZERS, None], ids=lambda path: path.stem if path else "tiny")
 def test_counted_bytes_are_right_on_real_documents_in_a_row(path):
-    sp = processor(path.read_bytes())
-    texts = list(itertools.islice(tokenize_docs.read_documents([SHARED / "fineweb_val.jsonl.xz"]), 40))
+    """All of FineWeb's sample and 50 of Wikipedia, document by document within one stream."""
+    sp = processor(path.read_bytes() if path else tiny_tokenizer())
+    texts = list(tokenize_docs.read_documents([SHARED / "fineweb_val.jsonl.xz"]))
+    assert len(texts) == 200
+    texts += itertools.islice(tokenize_docs.read_documents([SHARED / "wiki_val.jsonl.xz"]), 50)
+    documents = [[BOS, *sp.encode(text)] for text in texts]
+    stream, ends = np.concatenate(documents), np.cumsum([len(document) for document in documents])
+    assert sp.unk_id() not in stream  # with byte fallback nothing is unknown
+    assert any(map(sp.is_byte, set(stream.tolist())))
+    sizes = np.insert(train_gpt.token_bytes(sp, stream), 0, 0)
+    counted = [int(part.sum()) for part in np.split(sizes, ends[:-1])]
+    assert counted == [len(sp.decode(document[1:]).encode()) for document in documents]
+
+
+@settings(max_examples=250, deadline=None, derandomize=True)
+@given(texts=st.lists(st.text(max_size=40), min_size=1, max_size=4))
+@example(texts=[" ", "", "  "])
+@example(texts=["\u2581", "\u2581a", " \u2581"])
+def test_counted_bytes_are_those_of_any_documents_in_a_row(texts):
+    sp = processor(tiny_tokenizer())
     stream = [token for text in texts for token in [BOS, *sp.encode(text)]]
     assert counted_bytes(sp, stream) == sum(len(sp.decode(sp.encode(text)).encode()) for text in texts)
+
+
+@pytest.mark.parametrize("remove_extra_whitespaces", [False, True])
+def test_the_space_that_a_tokenizer_puts_before_every_document_has_no_bytes(remove_extra_whitespaces):
+    """The challenge's tokenizers add none, SentencePiece's defaults do."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(make_sentences(0, 200)),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=VOCAB_SIZE,
+        byte_fallback=True,
+        remove_extra_whitespaces=remove_extra_whitespaces,
+        minloglevel=2,
+        **{"pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3},
+    )
+    sp = processor(model.getvalue())
+    assert sp.id_to_piece(sp.encode("the")[0]).startswith("\u2581")
+    for text in TEXTS.values():
+        stream = [BOS, *sp.encode(text)]
+        assert counted_bytes(sp, stream) == len(sp.decode(stream).encode()), text
+
+
+@pytest.mark.parametrize("places", [[0], [3], [2, 3], [99]])
+def test_an_unknown_token_has_no_bytes_and_parts_the_text_as_a_document_would(places):
+    """SentencePiece decodes it as U+2047 between spaces, which were never in the text, so they must not be paid for."""
+    sp = processor(tiny_tokenizer())
+    text = sp.encode("abc, hello " + make_sentences(0, 1)[0])
+    parts = np.split(text, np.minimum(places, len(text)))
+    stream = [BOS, *itertools.chain(*([*part, sp.unk_id()] for part in parts))]
+    expected = sum(len(sp.decode(part.tolist()).encode()) for part in parts)
+    assert counted_bytes(sp, stream) == expected
+    assert len(sp.decode(stream).encode()) > expected
 
 
 def test_each_piece_has_its_own_bytes():
@@ -395,6 +533,19 @@ def test_a_space_inside_a_piece_counts_one_byte():
     ids = sp.encode("of the people")
     assert any("\u2581" in sp.id_to_piece(i)[1:] for i in ids)
     assert counted_bytes(sp, [BOS, *ids]) == len("of the people")
+
+
+def test_operators_of_a_lossless_transform_stand_for_no_bytes():
+    model = io.BytesIO()
+    options = {"pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3, "minloglevel": 2, "add_dummy_prefix": False}
+    sentences, symbols = iter(["of the people by the people"] * 50), ["\ue001", "\ue002x"]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=sentences, model_writer=model, vocab_size=30, user_defined_symbols=symbols, **options
+    )
+    sp = processor(model.getvalue())
+    ids = sp.encode("\ue001the \ue002xpeople")
+    assert {sp.piece_to_id(symbol) for symbol in symbols} <= set(ids)
+    assert counted_bytes(sp, [BOS, *ids]) == len("the xpeople")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Properties of the scoring windows and of the score itself.   pytest tests/test_evaluation.py"""
 
+import copy
 import json
 import math
 from dataclasses import dataclass, field, replace
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 import eval_sliding
 import train_gpt
-from train_gpt import Dist, Hyperparameters, Refusal, Score, ValData, evaluate, scoring_windows
+from train_gpt import Dist, Hyperparameters, Refusal, Score, Scorer, ValData, evaluate, scoring_windows
 
 V = 61
 HP = Hyperparameters(
@@ -31,7 +32,8 @@ HP = Hyperparameters(
     shared_dim=16,
     eval_stride=16,
 )
-CASES = [(1, 16, 16), (7, 16, 3), (16, 16, 5), (17, 16, 5), (17, 16, 16), (48, 16, 16), (53, 16, 1), (53, 7, 4)]
+CASES = [(1, 16, 16), (7, 16, 3), (15, 16, 5), (16, 16, 5), (17, 16, 5), (17, 16, 16), (48, 16, 16), (53, 16, 1)]
+CASES += [(53, 7, 4)]
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +69,27 @@ def naive_loss(model: torch.nn.Module, val: ValData, seq_len: int, stride: int) 
         top = max(logits)
         total += top + math.log(sum(math.exp(logit - top) for logit in logits)) - logits[tokens[target + 1]]
     return total / (len(tokens) - 1)
+
+
+def loss_of_every_target(model: torch.nn.Module, val: ValData, seq_len: int, stride: int) -> np.ndarray:
+    """(targets,) losses by one forward pass per window over all of its positions. After the last input come BOS, which
+    a causal model does not see, since rotations depend on the length of the input."""
+    tokens, losses = val.tokens.long(), []
+    while len(losses) < len(tokens) - 1:
+        context = min(len(losses), seq_len - stride)
+        inputs = tokens[:-1][len(losses) - context : len(losses) + stride]
+        padded = torch.cat([inputs, torch.ones(seq_len - len(inputs), dtype=torch.int64)])
+        with torch.no_grad():
+            log_probabilities = model(padded[None])[0, context:].double().log_softmax(-1)
+        targets = tokens[1:][len(losses) : len(losses) + stride]
+        losses += (-log_probabilities[torch.arange(len(targets)), targets]).tolist()
+    return np.array(losses)
+
+
+def score_all(model: torch.nn.Module, val: ValData, hp: Hyperparameters, stride: int) -> Scorer:
+    scorer = Scorer(model, val, hp, ALONE, stride, "test")
+    scorer.score(scorer.share)
+    return scorer
 
 
 # ---- Windows
@@ -121,6 +144,35 @@ def test_the_score_equals_one_forward_pass_per_target(model, num_targets, seq_le
     scored_bytes = sum(val.target_bytes.tolist())
     assert score.bpb == pytest.approx(expected * num_targets / math.log(2) / scored_bytes, rel=1e-6)
     assert (score.target_tokens, score.scored_bytes, score.partial) == (num_targets, scored_bytes, False)
+
+
+LONG_CASES = [(255, 256, 64, 256), (256, 256, 64, 256), (257, 256, 64, 256), (10_007, 256, 64, 256)]
+LONG_CASES += [(1_001, 256, 256, 512), (1_001, 64, 24, 64), (1_001, 96, 40, 32), (257, 256, 64, 64)]
+
+
+@pytest.mark.parametrize(("num_targets", "seq_len", "stride", "trained"), LONG_CASES)
+def test_the_score_equals_one_forward_pass_per_window(model, num_targets, seq_len, stride, trained):
+    """For windows longer and shorter than the trained one, and the losses of all targets beside their sum."""
+    model, val = copy.deepcopy(model), make_val(num_targets)
+    model.hp = hp = replace(HP, train_seq_len=trained, eval_seq_len=seq_len, micro_batch_tokens=7 * seq_len)
+    expected = loss_of_every_target(model, val, seq_len, stride)
+    scorer = score_all(model, val, hp, stride)
+    assert np.abs(scorer.sums[0, :-1].numpy() - expected).max() < 1e-4
+    bpb = expected.sum() / math.log(2) / sum(val.target_bytes.tolist())
+    assert scorer.total().bpb == pytest.approx(bpb, abs=1e-6)
+    assert evaluate(model, val, hp, ALONE, stride, "test").bpb == scorer.total().bpb
+    less_context = loss_of_every_target(model, val, seq_len // 2, min(stride, seq_len // 2))
+    assert np.abs(less_context - expected).max() > 1e-2
+
+
+def test_the_trained_length_matters_beyond_it_and_only_there(model):
+    """Without this, the window of the training could be read from the wrong place."""
+    model, val, scores = copy.deepcopy(model), make_val(300), {}
+    for trained in (32, 64, 128):
+        model.hp = replace(HP, train_seq_len=trained, eval_seq_len=64)
+        scores[trained] = evaluate(model, val, model.hp, ALONE, 16, "test").bpb
+    assert scores[64] == scores[128]
+    assert abs(scores[32] - scores[64]) > 1e-5
 
 
 def test_a_longer_context_and_another_stride_change_the_score(model):
@@ -247,6 +299,108 @@ def test_padded_positions_and_padded_windows_do_not_count():
     assert evaluate(PartlyPoisonedModel(1, 5), val, HP, ALONE, 16, "test").val_loss == 1.0
     with pytest.raises(Refusal, match="total loss nan"):
         evaluate(PartlyPoisonedModel(1, 4), val, HP, ALONE, 16, "test")
+
+
+# ---- Batches
+
+
+class RecordingModel(torch.nn.Module):
+    """Loss 1 nat everywhere; keeps what it is called with."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def forward(self, input_ids, target_ids, reduction, scored):
+        self.calls.append((input_ids, target_ids, scored))
+        return torch.ones(target_ids.shape)
+
+
+@pytest.mark.parametrize(("num_targets", "seq_len", "stride"), CASES)
+def test_a_batch_holds_its_windows_and_nothing_beyond_their_last_targets(num_targets, seq_len, stride):
+    val, outside = make_val(num_targets), 10 * V
+    for index, (start, first, end) in enumerate(scoring_windows(num_targets, seq_len, stride).tolist()):
+        for last_known in (end, end - 1):
+            planted = replace(val, tokens=val.tokens.clone())
+            planted.tokens[last_known + 1 :] = outside
+            scorer = Scorer(None, planted, with_window(seq_len), ALONE, stride, "test")
+            window = torch.nn.functional.pad(scorer.windows[index : index + 1], (0, 0, 0, 2))
+            input_ids, target_ids, scored, column = scorer.batch(window, stride)
+            assert input_ids.max() < V
+            assert (target_ids.max() == outside) == (last_known < end)  # so the plant would be seen
+        assert torch.equal(input_ids[0, : end - start], val.tokens[start:end].long())
+        assert torch.equal(target_ids[0, : end - first - 1], val.tokens[first + 1 : end].long())
+        assert column[0].tolist() == list(range(first, end)) + [num_targets] * (stride - (end - first))
+        assert column[1:].eq(num_targets).all()
+        if scored is None:
+            assert stride == seq_len
+        else:
+            assert scored[0, : end - first].tolist() == list(range(first - start, end - start))
+            assert 0 <= scored.min() <= scored.max() < seq_len
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+@pytest.mark.parametrize(("num_targets", "seq_len", "stride"), [*CASES, (203, 16, 5), (203, 16, 16)])
+def test_all_batches_have_one_layout_so_that_nothing_is_compiled_twice(
+    num_targets, seq_len, stride, batch_size, world_size
+):
+    layouts, calls, val = set(), 0, make_val(num_targets)
+    for rank in range(world_size):
+        model, hp = RecordingModel(), with_window(seq_len, micro_batch_tokens=batch_size * seq_len)
+        scorer = Scorer(model, val, hp, Dist(rank, world_size, CPU), stride, "test")
+        scorer.score(scorer.share)
+        calls += len(model.calls) * bool(len(scorer.share))  # a rank without windows runs padding
+        layouts |= {tuple(t is not None and (t.shape, t.stride(), t.dtype) for t in call) for call in model.calls}
+    assert len(layouts) == 1
+    input_layout, target_layout, scored_layout = layouts.pop()
+    assert input_layout == ((batch_size, seq_len), (seq_len, 1), torch.int64)
+    assert target_layout == ((batch_size, stride), (stride, 1), torch.int64)
+    assert scored_layout == (target_layout if stride < seq_len else False)
+    assert calls == math.ceil(math.ceil(num_targets / stride) / batch_size)
+
+
+# ---- Coverage
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+@pytest.mark.parametrize(("num_targets", "stride"), [(1, 16), (15, 5), (203, 5), (203, 16)])
+def test_every_target_is_scored_exactly_once_by_one_rank(num_targets, stride, world_size):
+    times, val = torch.zeros(num_targets), make_val(num_targets)
+    for rank in range(world_size):
+        scorer = Scorer(RecordingModel(), val, HP, Dist(rank, world_size, CPU), stride, "test")
+        scorer.score(scorer.share)
+        times += scorer.sums[1, :-1]
+    assert times.tolist() == [1.0] * num_targets
+
+
+@pytest.mark.parametrize("change", ["twice", "left_out", "both"])
+def test_targets_scored_twice_or_not_at_all_stop_the_score_with_their_number(model, change):
+    scorer = Scorer(model, make_val(203), HP, ALONE, 5, "test")
+    keep = scorer.windows[2:] if change != "twice" else scorer.windows
+    scorer.score(keep)
+    if change != "left_out":
+        scorer.score(scorer.windows[-1:])  # of three targets
+    wrong = {"twice": 3, "left_out": 10, "both": 13}[change]
+    with pytest.raises(AssertionError, match=f"^{wrong} of 203 targets not scored once"):
+        scorer.total()
+    assert score_all(model, make_val(203), HP, 5).total().target_tokens == 203
+
+
+def test_an_unfinished_score_is_that_of_the_targets_scored_and_says_so(model):
+    val = make_val(203)
+    scorer, losses = Scorer(model, val, HP, ALONE, 5, "test"), loss_of_every_target(model, val, 16, 5)
+    scorer.score(scorer.windows[3:7])
+    score, sizes = scorer.total(finished=False), val.target_bytes.numpy()
+    assert (score.partial, score.target_tokens, score.scored_bytes) == (True, 20, int(sizes[15:35].sum()))
+    assert score.val_loss == pytest.approx(losses[15:35].mean(), abs=1e-6)
+    assert score.bpb == pytest.approx(losses[15:35].sum() / math.log(2) / sizes[15:35].sum(), abs=1e-6)
+    assert str(score).startswith("PARTIAL_loss:")
+    scorer.score(torch.cat([scorer.windows[:3], scorer.windows[7:]]))
+    assert scorer.total(finished=False).partial
+    finished = scorer.total()
+    assert not finished.partial
+    assert finished.bpb == score_all(model, val, HP, 5).total().bpb
 
 
 # ---- Partial scores

@@ -27,6 +27,7 @@ from train_gpt import (
     can_compile,
     choose_attention,
     role_of,
+    rotary_tables,
     train_step,
 )
 
@@ -39,6 +40,7 @@ SWITCHES += [{"routing_per_pass": False}, {"loop_end": 3}, {"loop_start": 0, "mo
 SWITCHES += [{"parallel_start_layer": 0}, {"parallel_start_layer": 99}, {"ln_scale": False}, {"skip_gates": False}]
 SWITCHES += [{"attn_gate": False}, {"smear_gate": False}, {"bigram_buckets": 50, "smear_gate": False}]
 SWITCHES += [{"bigram_buckets": 50, "mu": mu} for mu in MU]
+SCORED = torch.tensor([[15, 0, 7, 7, 3], [0, 15, 2, 1, 14], [4, 9, 4, 0, 12]])  # of 16: any order, repeats, both ends
 
 
 def label(mode: dict) -> str:
@@ -93,6 +95,114 @@ def test_logits_of_a_prefix_are_a_prefix_of_the_logits(mode):
     for n in (1, 5, 16, 31):
         torch.testing.assert_close(model(ids[:, :n]), logits[:, :n], rtol=0, atol=1e-5)
     assert (logits[:, 1:] - logits[:, :-1]).abs().max() > 1e-2
+
+
+def at(positions: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """`values` (B, T, ...) at some positions of each row, (B, S, ...)."""
+    return torch.stack([row[where] for row, where in zip(values, positions, strict=True)])
+
+
+@pytest.mark.parametrize("mode", MODES + VARIANTS + SWITCHES, ids=label)
+@torch.no_grad()
+def test_scored_positions_get_the_logits_and_losses_of_the_full_forward_there(mode):
+    model = make_model(tiny_hp(**mode))
+    ids = make_ids(model.hp, 3, 17)
+    inputs, targets = ids[:, :-1], ids[:, 1:]
+    for looped in (True, False):
+        logits, losses = model(inputs, looped=looped), model(inputs, targets, reduction="none", looped=looped)
+        chosen, there = model(inputs, looped=looped, scored=SCORED), at(SCORED, targets)
+        torch.testing.assert_close(chosen, at(SCORED, logits), rtol=0, atol=1e-5)
+        few = model(inputs, there, reduction="none", looped=looped, scored=SCORED)
+        torch.testing.assert_close(few, at(SCORED, losses), rtol=0, atol=1e-5)
+        torch.testing.assert_close(model(inputs, there, looped=looped, scored=SCORED), few.mean(), rtol=1e-5, atol=0)
+        assert ((model(inputs, looped=looped, scored=(SCORED + 1) % 16) - chosen).abs().amax(-1) > 1e-3).all()
+
+
+@pytest.mark.parametrize("mode", MODES + SWITCHES, ids=label)
+def test_scored_positions_send_the_gradients_of_the_full_forward(mode):
+    hp = tiny_hp(**mode)
+    ids, weights, gradients = make_ids(hp, 3, 17), torch.arange(1.0, 16.0).view(3, 5), []
+    for positions in (None, SCORED, (SCORED + 1) % 16):
+        model, inputs, targets = make_model(hp), ids[:, :-1], ids[:, 1:]
+        if positions is None:
+            losses = at(SCORED, model(inputs, targets, reduction="none"))
+        else:
+            losses = model(inputs, at(positions, targets), reduction="none", scored=positions)
+        (losses * weights).sum().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    for name, full in gradients[0].items():
+        few, elsewhere = gradients[1][name], gradients[2][name]
+        assert few is not None, name
+        assert (few - full).norm() <= 1e-4 * full.norm() + 1e-6, name
+        assert (elsewhere - full).norm() > 1e-2 * full.norm(), name
+
+
+@pytest.mark.parametrize("mode", [{}, {"dispatch": "grouped"}, {"loop_end": 3}, {"routing": "dense"}], ids=label)
+@torch.no_grad()
+def test_the_last_layer_and_the_head_work_at_the_scored_positions_alone(mode, monkeypatch):
+    model, linear, widths = make_model(tiny_hp(**mode)), F.linear, {"head": [], "mlp": [], "query": [], "key": []}
+
+    def observed(x, weight):
+        if weight is model.tok_emb.weight:
+            widths["head"].append(x.size(1))
+        return linear(x, weight)
+
+    monkeypatch.setattr(F, "linear", observed)
+    for block in model.blocks:
+        for name, module in {"mlp": block.mlp, "query": block.attn.c_q, "key": block.attn.c_k}.items():
+            module.register_forward_pre_hook(lambda module, args, name=name: widths[name].append(args[0].size(1)))
+    ids, depth = make_ids(model.hp, 3, 16), len(model.hp.execution_order(True))
+    for positions, size in ((SCORED, 5), (None, 16)):
+        model(ids, scored=positions)
+        last = {"head": [size], "mlp": [16] * (depth - 1) + [size], "query": [16] * (depth - 1) + [size]}
+        assert widths == {**last, "key": [16] * depth}
+        for seen in widths.values():
+            seen.clear()
+
+
+# ---- Rotation
+
+
+def angles(seq_len: int, trained_len: int, dims: int) -> torch.Tensor:
+    """(T, dims / 2) in -pi to pi."""
+    hp = Hyperparameters(train_seq_len=trained_len, eval_seq_len=seq_len, rope_dims=dims)
+    cos, sin = rotary_tables(seq_len, hp.rope_base, dims, ALONE.device)
+    assert cos.shape == sin.shape == (seq_len, 1, dims // 2)
+    return torch.atan2(sin.double(), cos.double())[:, 0]
+
+
+@pytest.mark.parametrize("dims", [0, 2, 4, 16, 64])
+def test_rotation_is_that_of_training_up_to_the_trained_length(dims):
+    expected = 10_000.0 ** (-torch.arange(0, dims, 2, dtype=torch.float64) / max(dims, 1))
+    for trained_len in (16, 17, 64, 4096):
+        assert torch.equal(angles(16, trained_len, dims), angles(16, 16, dims))
+        torch.testing.assert_close(angles(16, trained_len, dims)[1], expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("ratio", [2, 8])
+@pytest.mark.parametrize("dims", [4, 16, 64])
+def test_beyond_the_trained_length_the_slowest_rotation_turns_as_far_as_it_did_there(dims, ratio):
+    """NTK-aware scaling: frequency i of dims / 2 is slowed by ratio ** (i / (dims / 2 - 1)), the fastest not at all."""
+    trained, longer = angles(64, 64, dims), angles(64 * ratio, 64, dims)
+    slowed = ratio ** torch.linspace(0, 1, dims // 2, dtype=torch.float64)
+    torch.testing.assert_close(longer[1] * slowed, trained[1], rtol=1e-4, atol=0)
+    torch.testing.assert_close(longer[:64, 0], trained[:, 0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(longer[::ratio, -1], trained[:, -1], rtol=1e-4, atol=0)
+    assert longer[-1, -1] < trained[-1, -1] + trained[1, -1]
+
+
+@pytest.mark.parametrize(("dims", "stretched"), [(0, False), (2, False), (4, True), (8, True)])
+@torch.no_grad()
+def test_a_window_twice_the_trained_one_changes_only_rotations_that_have_a_slower_one(dims, stretched):
+    """And it does so for every input, however short: a padded window and a bare one must agree."""
+    hp = tiny_hp(rope_dims=dims)
+    ids, model, longer = make_ids(hp, 2, 16), make_model(hp), make_model(replace(hp, eval_seq_len=32))
+    change = (model(ids) - longer(ids)).abs().amax()
+    assert (change > 1e-4) == stretched
+    assert change > 1e-4 or change == 0
+
+
+# ---- Position, exclusive attention and recurrence
 
 
 @torch.no_grad()
@@ -567,6 +677,23 @@ def test_compiler_sees_one_graph_whatever_the_token_values_are(mode):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("mode", [*COMPILED[2::2], ALL_OFF], ids=label)
+@torch.no_grad()
+def test_compiler_sees_one_graph_wherever_the_scored_positions_are(mode):
+    hp = tiny_hp(**mode, dtype="bfloat16" if mode.get("dispatch") == "grouped" else "float32")
+    model, counter = make_model(hp), torch._dynamo.testing.CompileCounter()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=False)
+    for seed, positions in enumerate([SCORED, (SCORED + 5) % 16, torch.zeros_like(SCORED)]):
+        inputs, targets = make_ids(hp, 3, 16, seed), make_ids(hp, 3, 5, seed)
+        losses = compiled(inputs, targets, reduction="none", scored=positions)
+        torch.testing.assert_close(losses, model(inputs, targets, reduction="none", scored=positions))
+        assert counter.frame_count == 1
+    compiled(inputs, inputs, reduction="none", scored=None)
+    assert counter.frame_count == 2  # another shape of the output, so the count does count
+
+
+@pytest.mark.slow
 @torch.no_grad()
 def test_generated_code_agrees_with_eager():
     hp = tiny_hp(num_layers=2, loop_start=0, loop_end=0, loop_passes=2, bigram_buckets=50, compile=True)
@@ -579,3 +706,5 @@ def test_generated_code_agrees_with_eager():
         ids = make_ids(hp, 2, 17, seed)
         inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
         torch.testing.assert_close(compiled(inputs, targets), model(inputs, targets), rtol=1e-5, atol=1e-5)
+        few = inputs[:, :5].contiguous(), "none", True, SCORED[seed : seed + 2]
+        torch.testing.assert_close(compiled(inputs, *few), model(inputs, *few), rtol=1e-5, atol=1e-5)

@@ -90,6 +90,29 @@ def test_the_means_in_the_text_are_those_of_the_logs(readme):
     assert stated == [tuple(f"{mean:.4f}" for mean in means)]
 
 
+QUANTIZATION_STUDY = ROOT / "records" / "track_non_record_16mb" / "2026-11-22_QuantizationStudy"
+
+
+def last_budget(log: Path) -> dict[str, dict[str, float]]:
+    """The last table of a log of bytes by role, those of its rows that have weights."""
+    table = re.split(r"^role +weights +bytes +bits/weight +entropy floor$", log.read_text(), flags=re.MULTILINE)[-1]
+    rows = re.findall(r"^(\w+) +([\d,]+) +([\d,]+) +([\d.]+) +([\d,]+)$", table.split("\ntotal ")[0], re.MULTILINE)
+    columns = ("weights", "bytes", "bits", "floor")
+    return {role: dict(zip(columns, (float(x.replace(",", "")) for x in cells), strict=True)) for role, *cells in rows}
+
+
+@pytest.mark.parametrize(("name", "roles"), [("zipf", {"matrix", "expert"}), ("dense", {"matrix"})])
+def test_the_quantization_study_states_how_close_to_its_entropy_the_artifact_is(name, roles):
+    budget = last_budget(QUANTIZATION_STUDY / f"{name}_seed1337.txt")
+    assert set(budget) == roles | {"vector", "embedding"}
+    for row in budget.values():
+        assert row["bits"] == pytest.approx(8 * row["bytes"] / row["weights"], abs=6e-4)
+    assert all(1 <= budget[role]["bytes"] / budget[role]["floor"] < 1.02 for role in roles)
+    assert budget["embedding"]["bytes"] < budget["embedding"]["floor"]
+    text = (QUANTIZATION_STUDY / "README.md").read_text(encoding="utf-8")
+    assert "Bits per weight stay within 2 % of the entropy of the symbols in both logs (matrix and expert rows" in text
+
+
 def test_a_wrong_figure_in_a_table_is_found(tmp_path):
     source = READMES[0]
     rows = table_rows(source)
