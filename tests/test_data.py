@@ -537,10 +537,10 @@ def test_a_space_inside_a_piece_counts_one_byte():
 
 def test_operators_of_a_lossless_transform_stand_for_no_bytes():
     model = io.BytesIO()
-    options = {"pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3, "minloglevel": 2, "add_dummy_prefix": False}
+    options = {"pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3, "minloglevel": 2, "model_type": "bpe"}
     sentences, symbols = iter(["of the people by the people"] * 50), ["\ue001", "\ue002x"]
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=sentences, model_writer=model, vocab_size=30, user_defined_symbols=symbols, **options
+        sentence_iterator=sentences, model_writer=model, vocab_size=25, user_defined_symbols=symbols, **options
     )
     sp = processor(model.getvalue())
     ids = sp.encode("\ue001the \ue002xpeople")
