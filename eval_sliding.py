@@ -454,7 +454,10 @@ def main() -> None:
         log(f"ttt_epochs: {epochs[0]} of {epochs[1]}")
     if args.self_check:
         self_check(scorer, model, args.self_check, rate, log)
-    log(f"total_eval_time:{time.perf_counter() - started:.1f}s")
+    spent = time.perf_counter() - started
+    log(f"total_eval_time:{spent:.1f}s")
+    if 0 < hp.eval_max_seconds < spent:
+        log(f"warning: {spent:.1f} s are more than EVAL_MAX_SECONDS={hp.eval_max_seconds:g}")
     result = {"event": "eval_summary", "artifact_path": str(path), "partial": score.partial, "stride": hp.eval_stride}
     result |= {"val_bpb": None if score.partial else score.bpb, "val_loss": score.val_loss, "seq_len": window}
     result |= {"target_tokens": score.target_tokens, "scored_bytes": score.scored_bytes, "eval_seconds": score.seconds}

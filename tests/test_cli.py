@@ -601,6 +601,14 @@ def test_an_intact_artifact_is_scored(artifact, dataset, baseline):
     assert artifact.with_suffix(".txt").read_text() == result.out
 
 
+def test_an_evaluation_that_takes_too_long_says_so(artifact, dataset):
+    for limit, warned in ((0.001, True), (0, False), (600, False)):
+        env = eval_env(dataset, EVAL_STRIDE=32, EVAL_MAX_SECONDS=limit)
+        result = run_in_process(eval_sliding.main, env, artifact.parent, artifact.name)
+        assert (f"are more than EVAL_MAX_SECONDS={limit:g}" in result.out) == warned
+        assert result.summary["val_bpb"] > 0
+
+
 def test_a_missing_artifact_is_refused(artifact, dataset):
     score_refused(eval_env(dataset), artifact.with_name("other.ptz"), "other.ptz: no such artifact")
     score_refused(eval_env(dataset), artifact.parent, "no such artifact")
