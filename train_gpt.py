@@ -430,7 +430,7 @@ class TokenLoader:
 
 def token_bytes(sp: spm.SentencePieceProcessor, tokens: np.ndarray) -> np.ndarray:
     """UTF-8 bytes that each token but the first adds to the text, (n,) -> (n - 1,) int32. The space that a piece starts
-    with counts unless a token without text, such as BOS, comes before it; private-use characters, the operators of
+    with counts unless a control, unknown or unused token comes before it; private-use characters, the operators of
     lossless transforms (#1729), do not."""
     base_bytes, has_space, void = (np.full(sp.vocab_size(), fill) for fill in (np.int32(0), False, True))
     for i in range(sp.vocab_size()):
@@ -519,8 +519,8 @@ def expert_load(table: Tensor, token_counts: np.ndarray, num_experts: int) -> st
     return "expert_load max/mean per routed layer: " + " ".join(f"{load.max() / load.mean():.3f}" for load in loads)
 
 # ---- Model -----------------------------------------------------------------------------------------------------------
-# Shape suffixes: B batch, T tokens, D model_dim, H heads, K head_dim, F hidden units, V vocabulary, E experts, N B * T.
-# G is the rows per hidden unit of an up projection (2 for swiglu, else 1). The residual stream x is always (B, T, D).
+# Shape suffixes: B batch, T tokens, S scored positions, D model_dim, H heads, K head_dim, F hidden units, V vocabulary,
+# E experts, N B * T, R layers run; G is the rows per hidden unit of an up projection (2 for swiglu, else 1).
 
 def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),))
@@ -720,21 +720,21 @@ class GPT(nn.Module):
             nn.init.normal_(self.mu_init, generator=generator)
 
     def routes(self, input_ids: Tensor, order: list[int]) -> list[tuple[Tensor, ...]]:
-        """Dispatch in each of the S layers run, from token ids alone: block masks, or permutations and offsets."""
+        """Dispatch in each of the R layers run, from token ids alone: block masks, or permutations and offsets."""
         hp, routed = self.hp, [step for step, layer in enumerate(order) if layer in self.hp.routed_layers]
         if not routed:
             return [()] * len(order)
         expert_LN = self.expert_table[:, input_ids.flatten()].long()
         shifts = [order[:step].count(order[step]) * hp.routing_per_pass for step in routed]
         rows = [expert_LN[order[step] - hp.routed_layers.start] for step in routed]
-        expert_SN = torch.stack([(row + shift) % hp.num_experts for row, shift in zip(rows, shifts, strict=True)])
-        chosen_SNE = expert_SN[..., None] == torch.arange(hp.num_experts, device=input_ids.device)
+        expert_RN = torch.stack([(row + shift) % hp.num_experts for row, shift in zip(rows, shifts, strict=True)])
+        chosen_RNE = expert_RN[..., None] == torch.arange(hp.num_experts, device=input_ids.device)
         if hp.dispatch == "masked":
-            parts = [(mask,) for mask in chosen_SNE.unflatten(1, input_ids.shape).to(self.dtype)]
+            parts = [(mask,) for mask in chosen_RNE.unflatten(1, input_ids.shape).to(self.dtype)]
         else:
-            order_SN = expert_SN.argsort(dim=-1, stable=True)
-            offsets_SE = chosen_SNE.sum(1).cumsum(-1).to(torch.int32)
-            parts = list(zip(order_SN, order_SN.argsort(dim=-1), offsets_SE, strict=True))
+            order_RN = expert_RN.argsort(dim=-1, stable=True)
+            offsets_RE = chosen_RNE.sum(1).cumsum(-1).to(torch.int32)
+            parts = list(zip(order_RN, order_RN.argsort(dim=-1), offsets_RE, strict=True))
         return [parts.pop(0) if step in routed else () for step in range(len(order))]
 
     def add_previous_token(self, x: Tensor, input_ids: Tensor) -> Tensor:
@@ -774,10 +774,10 @@ class GPT(nn.Module):
         """Logits (B, T, V) or, given targets, cross-entropy in nats; `looped` is off until the recurrence begins. Given
         `scored` positions (B, S) int64, logits, targets and losses are those of these positions, (B, S, ...)."""
         x = self.features(input_ids, looped, scored)
-        logits_BTV = 30.0 * torch.tanh(F.linear(x, self.tok_emb.weight.to(x.dtype)).float() / 30.0)
+        logits = 30.0 * torch.tanh(F.linear(x, self.tok_emb.weight.to(x.dtype)).float() / 30.0)
         if target_ids is None:
-            return logits_BTV
-        loss = F.cross_entropy(logits_BTV.flatten(0, 1), target_ids.flatten(), reduction=reduction)
+            return logits
+        loss = F.cross_entropy(logits.flatten(0, 1), target_ids.flatten(), reduction=reduction)
         return loss if reduction == "mean" else loss.view_as(target_ids)
 
 ROLES = {  # what each tensor of the state dict is, by name; the optimizers and the quantizer both go by it
@@ -1228,8 +1228,8 @@ def dry_run(hp: Hyperparameters, model: GPT) -> Fitted:
 
 # ---- Evaluation ------------------------------------------------------------------------------------------------------
 def scoring_windows(num_targets: int, seq_len: int, stride: int) -> Tensor:
-    """Windows that score `stride` targets each, (W, 3) int64: start, first scored target, end. A window reads `seq_len`
-    tokens up to its last target, so that each target sees the `seq_len - stride` before its window's, if there are."""
+    """Windows that score `stride` targets each, (W, 3) int64: start, first scored target, end. Every target has
+    `seq_len - stride` tokens of context or more where the text has them."""
     first = torch.arange(0, num_targets, stride)
     return torch.stack([(first + stride - seq_len).clamp(min=0), first, (first + stride).clamp(max=num_targets)], 1)
 

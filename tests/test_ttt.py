@@ -423,7 +423,7 @@ def limited(model: GPT, fits: int, error: Exception, training: bool):
         ("off", False, 8, 4, [4], "cpu"),
         ("off", False, 5, 1, [2, 1], "torch"),
         ("sgd", False, 8, 4, [4], "cuda"),
-        ("sgd", True, 8, 1, [4, 2, 1], "torch"),
+        ("sgd", True, 8, 1, [2, 1], "torch"),
         ("sgd", True, 3, 2, [1], "cpu"),
     ],
 )
