@@ -167,3 +167,62 @@ def test_the_launcher_sets_only_knobs():
     knobs = {f.name.upper() for f in fields(train_gpt.Hyperparameters)}
     assert names
     assert set(names) - knobs - {"PROFILE"} == set()
+
+
+# ---- The evaluation study
+
+
+STUDY = ROOT / "records" / "track_non_record_16mb" / "2026-11-22_EvaluationStudy"
+
+
+def eval_summary(name: str) -> dict:
+    return events_of(STUDY / f"{name}.txt")["eval_summary"]
+
+
+def test_the_scores_and_gains_of_the_evaluation_study_are_those_of_its_logs():
+    text, gains = (STUDY / "README.md").read_text(encoding="utf-8"), []
+    rows = re.findall(r"^\| (\d+) \| (\d\.\d{4}) \| (\d\.\d{4}) \| (\S+) \| \[", text, re.MULTILINE)
+    assert len(rows) == 3
+    for seed, sliding, trained, gain in rows:
+        logged = [eval_summary(f"{kind}_seed{seed}") for kind in ("sliding", "ttt")]
+        before, after = (event["val_bpb"] for event in logged)
+        assert [event["ttt"] for event in logged] == ["off", "sgd"]
+        assert (sliding, trained, gain) == (f"{before:.4f}", f"{after:.4f}", f"{before - after:.4f}")
+        assert f" seed:{seed}\n" in (STUDY / f"train_seed{seed}.txt").read_text(encoding="utf-8")
+        gains.append(before - after)
+    mean, deviation = re.search(r"^Mean gain (\S+), standard deviation (\S+), n = 3\.", text, re.M).groups()
+    assert (mean, deviation) == (f"{statistics.mean(gains):.4f}", f"{statistics.stdev(gains):.4f}")
+    assert min(gains) > 0
+
+
+def test_the_speed_in_the_evaluation_study_is_that_of_its_self_check():
+    text, log = ((STUDY / name).read_text(encoding="utf-8") for name in ("README.md", "sliding_seed1337.txt"))
+    pattern = r"plain_bpb:(\S+) fast_bpb:(\S+) largest_difference:(\S+) nats, plain tok/s: (\d+) fast tok/s: (\d+)"
+    plain_bpb, fast_bpb, worst, plain_rate, fast_rate = re.search(pattern, log).groups()
+    assert f"| one window at a time | {plain_bpb} | {int(plain_rate):,} |" in text
+    assert f"| eval_sliding.py | {fast_bpb} | {int(fast_rate):,} |" in text
+    assert f"loss is {worst} nats, and eval_sliding.py is {int(fast_rate) / int(plain_rate):.1f} times as fast" in text
+    assert abs(float(plain_bpb) - float(fast_bpb)) < 1e-6
+    assert fast_bpb == f"{eval_summary('sliding_seed1337')['val_bpb']:.8f}"
+
+
+def test_the_sweep_ranks_and_audits_in_the_evaluation_study_are_those_of_its_logs():
+    text = (STUDY / "README.md").read_text(encoding="utf-8")
+    runs = (STUDY / "sweep.txt").read_text(encoding="utf-8").split("sliding evaluation of ")[1:]
+    rows = re.findall(r"^\| (\S+) \| (\S+) \| (\S+) \| (\S+) \| (\d\.\d{5}) \|$", text, re.MULTILINE)
+    assert len(rows) == len(runs)
+    for chunk, rate, epochs, scope, bpb in rows:
+        knobs = f"ttt:sgd ttt_scope:{scope} ttt_lr:{rate} ttt_momentum:0.9 ttt_epochs:{epochs} ttt_chunk_tokens:"
+        knobs = "ttt:off" if chunk == "off" else knobs + chunk.replace(",", "") + " "
+        (run,) = [run for run in runs if knobs in run]
+        partial = re.search(r"^final_\w+ \S+ PARTIAL_bpb:(\S+)", run, re.MULTILINE)[1]
+        assert f"{float(partial):.5f}" == bpb
+    for world in (1, 2):
+        logs = [(STUDY / f"world{world}_{ttt}.txt").read_text(encoding="utf-8") for ttt in ("off", "sgd")]
+        scores = [re.search(r"^final_\w+ \S+ PARTIAL_bpb:(\S+)$", log, re.M)[1] for log in logs]
+        assert f"| {world} | {scores[0]} | {scores[1]} |" in text
+        assert all(f"world_size:{world}\n" in log for log in logs)
+    for name in ("audit_sliding", "audit_ttt"):
+        table = [x for x in (STUDY / f"{name}.txt").read_text(encoding="utf-8").splitlines() if x.startswith("|")]
+        assert "\n".join(table) in text
+        assert all(row.endswith("| pass |") for row in table[2:])
