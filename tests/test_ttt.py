@@ -460,7 +460,7 @@ def test_an_update_that_runs_out_of_memory_halfway_begins_again_without_its_firs
 
 @pytest.mark.parametrize("training", [False, True])
 def test_a_window_that_never_fits_is_refused(training, capsys):
-    hp, val = ttt_hp(micro_batch_tokens=4 * T), make_val(101)
+    hp, val = ttt_hp(ttt_chunk_tokens=64, micro_batch_tokens=4 * T), make_val(203)
     model = make_model(hp)
     with pytest.raises(Refusal, match=f"one window of {T} tokens .* EVAL_SEQ_LEN"):
         run_split(model, hp, val, forward=limited(model, 0, MEMORY_ERRORS["cuda"], training))
