@@ -55,7 +55,7 @@ pick_profile() {
       default TRAIN_SEQ_LEN 256
       default TRAIN_BATCH_TOKENS 2048
       default MICRO_BATCH_TOKENS 8192
-      default MAX_WALLCLOCK_SECONDS 90
+      default MAX_WALLCLOCK_SECONDS 60
       default LOOP_PASSES 1  # seconds bind here, not bytes
       default PARALLEL_START_LAYER 3
       default GPTQ_RESERVE_SECONDS 4
