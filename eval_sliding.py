@@ -474,8 +474,6 @@ def main() -> None:
     result |= {"target_tokens": score.target_tokens, "scored_bytes": score.scored_bytes, "eval_seconds": score.seconds}
     result |= {"ttt": hp.ttt, "ttt_epochs": epochs}
     log(json.dumps(result))
-    if dist.world_size > 1:
-        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1482,8 +1482,6 @@ def main() -> None:
     result |= {"val_loss": after.val_loss, "train_seconds": seconds, "steps": steps, "params": params}
     result |= {"bytes_code": code, "bytes_model": total - code, "bytes_total": total}
     log(json.dumps(result | {"tokens": steps * hp.train_batch_tokens}))
-    if dist.world_size > 1:
-        torch.distributed.destroy_process_group()
 
 def run_entry_point(entry) -> None:
     """Call `entry()`; bad input and failing files become one line on stderr and exit status 2, not a traceback."""
@@ -1492,6 +1490,10 @@ def run_entry_point(entry) -> None:
     except (Refusal, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(torch.zeros(1))
+        sys.stdout.flush()
+        os._exit(0)  # gloo's threads may abort an interpreter that shuts down, and torchrun would report a failed run
 
 if __name__ == "__main__":
     run_entry_point(main)
