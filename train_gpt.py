@@ -1071,6 +1071,7 @@ def layout(shapes: dict[str, tuple[int, ...]], storage: str) -> dict[str, list[t
 def pack(hp: Hyperparameters, parts: dict, tokenizer_sha256: str, codec: str) -> tuple[bytes, dict[str, int]]:
     """The artifact of quantized tensors, and its bytes by role of the tensors, with the streams that tensors share."""
     def smallest(name: str) -> tuple[str, dict[str, np.ndarray], tuple[int, bytes] | None]:
+        """Storage letter of a tensor, its arrays by part, and the compressed symbols if they are a stream of their own."""
         arrays = dict(zip(("symbols", "codes", "gains"), (p.cpu().numpy() for p in parts[name]), strict=False))
         if len(parts[name]) == 1:
             return "t" if parts[name][0].dtype == torch.uint8 else "h", {"kept": arrays["symbols"]}, None
