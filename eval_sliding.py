@@ -164,8 +164,7 @@ def ttt_parameters(model: GPT, scope: str) -> dict[str, nn.Parameter]:
 def add_gradients(scorer: Scorer, tiles: Tensor, batch_size: int) -> None:
     """Add the gradients of the mean loss over all targets of the windows `tiles`, so many windows at a time."""
     for batch in tiles.split(batch_size):
-        padded = torch.nn.functional.pad(batch, (0, 0, 0, batch_size - len(batch)))
-        input_ids, target_ids, _, column = scorer.batch(padded, scorer.seq_len)
+        input_ids, target_ids, _, column = scorer.batch(batch, scorer.seq_len, batch_size)
         nll = scorer.forward(input_ids, target_ids, reduction="none", scored=None)
         (torch.where(column < scorer.num_targets, nll, 0).sum() / (tiles[-1, 2] - tiles[0, 1])).backward()
 
@@ -272,7 +271,7 @@ def observed_run(model: GPT, hp: Hyperparameters, val: ValData, ranks: int = 1) 
 def total_probability(model: GPT, scorer: Scorer, window: Tensor) -> tuple[float, float]:
     """Sum over the vocabulary of the probabilities that scoring gives at the last target of a window (3,), each found
     by scoring that token as the target; and the loss of the true one."""
-    input_ids, _, _, _ = scorer.batch(window[None], scorer.stride)
+    input_ids, _, _, _ = scorer.batch(window[None], scorer.stride, 1)
     last, losses = window[2] - 1, []
     for tokens in torch.arange(model.hp.vocab_size, device=window.device)[None].split(1024, dim=1):
         position = (last - window[0]).expand(tokens.shape)

@@ -1071,7 +1071,7 @@ def layout(shapes: dict[str, tuple[int, ...]], storage: str) -> dict[str, list[t
 def pack(hp: Hyperparameters, parts: dict, tokenizer_sha256: str, codec: str) -> tuple[bytes, dict[str, int]]:
     """The artifact of quantized tensors, and its bytes by role of the tensors, with the streams that tensors share."""
     def smallest(name: str) -> tuple[str, dict[str, np.ndarray], tuple[int, bytes] | None]:
-        """Storage letter of a tensor, its arrays by part, and the compressed symbols if they are a stream of their own."""
+        """Storage letter of a tensor, its arrays by part, and the compressed symbols if they fill a stream."""
         arrays = dict(zip(("symbols", "codes", "gains"), (p.cpu().numpy() for p in parts[name]), strict=False))
         if len(parts[name]) == 1:
             return "t" if parts[name][0].dtype == torch.uint8 else "h", {"kept": arrays["symbols"]}, None
@@ -1261,10 +1261,10 @@ class Scorer:
         self.share = self.windows[batch % dist.world_size == dist.rank]
         self.progress = Progress(label, len(self.share), dist.rank)
 
-    def batch(self, windows: Tensor, stride: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-        """Inputs (B, T), targets (B, S), scored positions (B, S), None for all, and the column of each loss (B, S).
-        What lies after a window's last target is filled with its last input, so that nothing beyond is read."""
-        start, first, end = windows.T[..., None]
+    def batch(self, windows: Tensor, stride: int, size: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """Inputs (B, T), targets (B, S), scored positions (B, S), None for all, and the column of each loss (B, S), for
+        windows (W, 3) and empty ones up to B. A window's last input is repeated to its end: nothing beyond is read."""
+        start, first, end = F.pad(windows, (0, 0, 0, size - len(windows))).T[..., None]
         position_BT = (start + torch.arange(self.seq_len, device=windows.device)).minimum(end - 1).clamp(min=0)
         target_BS = first + torch.arange(stride, device=windows.device)
         column_BS = torch.where(target_BS < end, target_BS, self.num_targets)
@@ -1274,10 +1274,9 @@ class Scorer:
 
     @torch.no_grad()
     def score(self, windows: Tensor) -> None:
-        """Score windows (W, 3). All batches have one shape: a short one is padded by windows without targets."""
+        """Score windows (W, 3), in batches of one shape."""
         for batch in windows.split(self.batch_size):
-            padded = F.pad(batch, (0, 0, 0, self.batch_size - len(batch)))
-            input_ids, target_ids, scored_BS, column_BS = self.batch(padded, self.stride)
+            input_ids, target_ids, scored_BS, column_BS = self.batch(batch, self.stride, self.batch_size)
             nll_BS = self.forward(input_ids, target_ids, reduction="none", scored=scored_BS)
             self.sums.index_add_(1, column_BS.flatten(), torch.stack([nll_BS, torch.ones_like(nll_BS)]).flatten(1))
             self.progress.update(self.progress.done + len(batch))

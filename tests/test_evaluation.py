@@ -325,7 +325,7 @@ def test_a_batch_holds_its_windows_and_nothing_beyond_their_last_targets(num_tar
             planted.tokens[last_known + 1 :] = outside
             scorer = Scorer(None, planted, with_window(seq_len), ALONE, stride, "test")
             window = torch.nn.functional.pad(scorer.windows[index : index + 1], (0, 0, 0, 2))
-            input_ids, target_ids, scored, column = scorer.batch(window, stride)
+            input_ids, target_ids, scored, column = scorer.batch(window, stride, len(window))
             assert input_ids.max() < V
             assert (target_ids.max() == outside) == (last_known < end)  # so the plant would be seen
         assert torch.equal(input_ids[0, : end - start], val.tokens[start:end].long())
