@@ -9,6 +9,7 @@ the code stay under 16,000,000 bytes together; eval_sliding.py scores it, run_8x
     ITERATIONS=10 TRAIN_BATCH_TOKENS=4096 TRAIN_SEQ_LEN=256 python train_gpt.py    # smoke
 """
 
+import collections
 import copy
 import datetime
 import difflib
@@ -28,6 +29,7 @@ import sys
 import sysconfig
 import time
 import warnings
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -44,7 +46,9 @@ SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256  # the challeng
 MAX_SUBMISSION_BYTES = 16_000_000  # code + compressed model, decimal
 BOS_ID = 1  # starts every document of a shard
 GATE_CHANNELS = 12  # of the input, that attention gates and SmearGate read
-
+TABLE_SCORE = {"learned": 1e-3, "hybrid": 2.0, "soft": 0.0}  # of what the table names; the router's come on top
+MATRIX_MU = ("lowrank", "full")  # these write and read mu by matrices, vector and pid by gains
+SWITCH_LOSS = 0.01  # weight of the loss that balances learned experts (arXiv 2101.03961)
 # ---- Hyperparameters -------------------------------------------------------------------------------------------------
 class Refusal(Exception):
     """Bad input from the user, a file or the machine; entry points print it as one line and exit with status 2."""
@@ -62,19 +66,17 @@ class Hyperparameters:
     attention: str = "auto"  # kernel: fa3 (FlashAttention-3) | cudnn | flash | math; auto = the first of them that runs
     compile: bool = True  # torch.compile with fullgraph where a compiler is installed; 0 = eager
     save_checkpoint: bool = False  # also write the averaged float32 weights to logs/<RUN_ID>.pt
-    # -- data
     data_path: str = ""  # folder of shards; "" = data/datasets/fineweb10B_sp<VOCAB_SIZE>
     tokenizer_path: str = ""  # SentencePiece model; "" = data/tokenizers/fineweb_<VOCAB_SIZE>_bpe.model
     train_batch_tokens: int = 786_432  # tokens per optimizer step, over all ranks
     micro_batch_tokens: int = 98_304  # tokens per forward pass and rank, at most; gradient accumulation does the rest
     val_max_tokens: int = 0  # targets to score; 0 = the whole split, fewer than that is reported as PARTIAL
-    # -- training length
     iterations: int = 20_000  # optimizer steps, at most
     max_wallclock_seconds: float = 600.0  # s of training, without warm-up and validation; 0 = ITERATIONS alone decides
     warmup_steps: int = 3  # steps on random tokens that compile everything before the clock and are undone; 0 = off
     train_log_every: int = 200  # steps
     val_loss_every: int = 0  # steps; 0 = validate at the end only
-    # -- model: from here to bigram_dim, what the artifact carries
+    # -- model: from here to smear_gate, what the artifact carries
     vocab_size: int = 8192  # V
     train_seq_len: int = 2048  # T, tokens
     num_layers: int = 11  # L
@@ -85,13 +87,14 @@ class Hyperparameters:
     qk_gain_init: float = 5.0  # initial scale of the normalised queries, learned per head
     xsa: bool = True  # take out of each head's result its component along the token's own value; 0 = off
     activation: str = "leaky_relu2"  # leaky_relu2 | relu2 | swiglu (two rows of the up projection per hidden unit)
-    routing: str = "zipf"  # token id -> expert: zipf | hash | modulo | dense (no experts, an MLP of the same width)
+    routing: str = "zipf"  # zipf | cluster | hash | modulo: table; learned | hybrid | soft: router; dense: no experts
     dispatch: str = "masked"  # masked: one GEMM and a block mask | grouped: sort by expert, one GEMM per expert
-    num_experts: int = 4  # E, routed experts per layer, one of them active per token
+    num_experts: int = 4  # E, routed experts per layer
+    top_k: int = 1  # K, experts that a token gets, 1 or 2
     expert_dim: int = 64  # hidden units of each routed expert
     shared_dim: int = 1792  # hidden units of the shared expert
     moe_start_layer: int = 0  # first layer with experts; those before it are dense with the same width
-    mu: str = "vector"  # guidance of q, k and v by the layer before: vector | lowrank | full | off
+    mu: str = "vector"  # guidance of q, k and v by the layer before: vector | pid (and velocity) | lowrank | full | off
     mu_rank: int = 16  # width of mu for MU=lowrank
     loop_start: int = 3  # first layer of the depth recurrence
     loop_end: int = 5  # its last layer
@@ -102,8 +105,6 @@ class Hyperparameters:
     skip_gates: bool = True  # a sigmoid per channel mixes U-Net skips in; 0 = they are added
     attn_gate: bool = True  # each head's result times 2 * sigmoid(12 input channels); 0 = off
     smear_gate: bool = True  # adds a gated part of the previous token's embedding, not across BOS; 0 = off
-    bigram_buckets: int = 0  # rows of a hashed memory of (previous, current) token, not across BOS; 0 = off
-    bigram_dim: int = 32  # width of a row of it
     # -- optimizers
     matrix_lr: float = 0.022  # Muon, per update of spectral norm ~1
     embed_lr: float = 0.03  # AdamW, tied embedding
@@ -158,13 +159,11 @@ class Hyperparameters:
         hp.validate()
         return hp
 
-    @property
-    def head_dim(self) -> int:
-        return self.model_dim // self.num_heads
-
-    @property
-    def routed_layers(self) -> range:
-        return range(0) if self.routing == "dense" else range(self.moe_start_layer, self.num_layers)
+    head_dim = property(lambda hp: hp.model_dim // hp.num_heads)
+    routed_layers = property(lambda hp: range(hp.moe_start_layer, hp.num_layers * (hp.routing != "dense")))
+    reserved_seconds = property(lambda hp: hp.gptq_reserve_seconds * (hp.gptq_batches > 0))
+    training_seconds = property(lambda hp: max(hp.max_wallclock_seconds - hp.reserved_seconds, 0.0))  # 0 without a cap
+    dataset_dir = property(lambda hp: Path(hp.data_path or f"data/datasets/fineweb10B_sp{hp.vocab_size}"))
 
     def execution_order(self, looped: bool) -> list[int]:
         """Layers in the order in which they are run."""
@@ -176,19 +175,10 @@ class Hyperparameters:
         return self.loop_passes == 1 or frac >= self.loop_from
 
     @property
-    def training_seconds(self) -> float:
-        """What the Hessians leave of the wall-clock cap to optimizer steps, s; 0 without a cap."""
-        return max(self.max_wallclock_seconds - self.gptq_reserve_seconds * (self.gptq_batches > 0), 0.0)
-
-    @property
     def rope_base(self) -> float:
         """10,000; for windows beyond the trained one so much more that the slowest rotation turns as far as it did."""
         dims, longer = self.rope_dims, max(1.0, self.eval_seq_len / self.train_seq_len)
         return 10_000.0 * longer ** (dims / max(dims - 2, 1))
-
-    @property
-    def dataset_dir(self) -> Path:
-        return Path(self.data_path or f"data/datasets/fineweb10B_sp{self.vocab_size}")
 
     def grad_accum_steps(self, world_size: int) -> int:
         """Fewest equal micro-batches of whole sequences that respect MICRO_BATCH_TOKENS. Raises Refusal."""
@@ -219,32 +209,33 @@ class Hyperparameters:
         check(self.model_dim % self.num_heads == 0, "model_dim num_heads", "the heads must divide the width")
         check(self.num_heads % self.num_kv_heads == 0, "num_heads num_kv_heads", "kv heads must divide the heads")
         check(self.rope_dims in range(0, self.head_dim + 1, 2), "rope_dims", f"must be even, at most {self.head_dim}")
+        check(self.top_k <= self.num_experts, "top_k num_experts", "more than there are")
+        check(not grouped or self.routing not in TABLE_SCORE, "routing dispatch", "a router learns from all experts")
         check(self.moe_start_layer < self.num_layers, "moe_start_layer num_layers", "leaves no layer to route")
         inside = self.loop_passes == 1 or self.loop_start <= self.loop_end < self.num_layers
         check(inside, "loop_start loop_end num_layers", "no range of layers; LOOP_PASSES=1 turns the recurrence off")
         check(in_time, "gptq_reserve_seconds max_wallclock_seconds", "the reserve leaves no time to train")
         check(self.eval_stride <= window, "eval_stride", f"above the window of {window} tokens")
-        check(not grouped or hasattr(F, "grouped_mm"), "dispatch", f"needs torch >= 2.10, this is {torch.__version__}")
-        eights = (self.expert_dim | self.model_dim) % 8 == 0
-        check(not grouped or eights, "expert_dim model_dim", "DISPATCH=grouped needs multiples of 8")
+        eights = not grouped or (self.expert_dim | self.model_dim) % 8 == 0
+        check(eights, "expert_dim model_dim", "DISPATCH=grouped needs multiples of 8")
         check(swa_fits, "swa_start_frac", f"must lie inside the last descent, {descent:.3f} to 1")
         self.grad_accum_steps(1)
 
 CHOICES = {"device": "auto cuda cpu", "dtype": "bfloat16 float32", "attention": "auto fa3 cudnn flash math"}
-CHOICES |= {"routing": "zipf hash modulo dense", "dispatch": "masked grouped", "mu": "vector lowrank full off"}
-CHOICES |= {"schedule": "sgdr linear", "average": "ema swa off", "codec": "auto zstd brotli"}
+CHOICES |= {"routing": "zipf cluster hash modulo learned hybrid soft dense", "dispatch": "masked grouped"}
+CHOICES |= {"mu": "vector pid lowrank full off", "schedule": "sgdr linear", "average": "ema swa off"}
+CHOICES |= {"codec": "auto zstd brotli"}
 CHOICES |= {"activation": "leaky_relu2 relu2 swiglu", "ttt": "off sgd", "ttt_scope": "all mu vectors experts"}
 RANGES = {"vocab_size": (4, 65_536), "num_experts": (1, 256), "sgdr_cycles": (1, 16), "seed": (0, 2**63 - 1)}
 RANGES |= dict.fromkeys(["muon_momentum", "warmdown_frac", "min_lr", "ema_decay", "swa_start_frac"], (0, 1))
 RANGES |= dict.fromkeys(["loop_from", "gptq_damping", "ttt_momentum"], (0, 1)) | {"loop_passes": (1, 16)}
 RANGES |= dict.fromkeys(["warmup_steps", "val_loss_every", "val_max_tokens", "eval_seq_len"], (0, 2**63 - 1))
-RANGES |= {"gptq_batches": (0, 1 << 20), "target_bytes": (0, MAX_SUBMISSION_BYTES - 1), "bigram_buckets": (0, 1 << 24)}
-RANGES |= dict.fromkeys(["expert_dim", "shared_dim", "mu_rank", "bigram_dim"], (1, 65_536)) | {"num_layers": (1, 1024)}
 RANGES |= dict.fromkeys(["moe_start_layer", "parallel_start_layer", "loop_start", "loop_end"], (0, 1024))
-RANGES |= {"model_dim": (GATE_CHANNELS, 65_536), "rope_dims": (0, 65_536), "matrix_bits": (2, 8), "embed_bits": (2, 8)}
+RANGES |= dict.fromkeys(["expert_dim", "shared_dim", "mu_rank"], (1, 65_536)) | {"gptq_batches": (0, 1 << 20)}
+RANGES |= {"model_dim": (GATE_CHANNELS, 65_536), "rope_dims": (0, 65_536), "num_layers": (1, 1024), "top_k": (1, 2)}
+RANGES |= {"target_bytes": (0, MAX_SUBMISSION_BYTES - 1), "matrix_bits": (2, 8), "embed_bits": (2, 8)}
 ALL_KNOBS = [f.name for f in fields(Hyperparameters)]
-MODEL_KNOBS = ALL_KNOBS[ALL_KNOBS.index("vocab_size") : ALL_KNOBS.index("bigram_dim") + 1]
-
+MODEL_KNOBS = ALL_KNOBS[ALL_KNOBS.index("vocab_size") : ALL_KNOBS.index("smear_gate") + 1]
 # ---- Runtime and logging ---------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Dist:
@@ -329,8 +320,7 @@ def write_atomically(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        if temporary.exists():
-            temporary.unlink()
+        temporary.unlink(missing_ok=True)
         raise Refusal(f"cannot write {path}: {error.strerror}") from error
 
 def can_compile(hp: Hyperparameters, device: torch.device) -> bool:
@@ -354,7 +344,6 @@ def log_provenance(log: Log, hp: Hyperparameters, dist: Dist, environ: dict[str,
     for name in sorted(set(environ) - set(map(str.upper, ALL_KNOBS))):
         for match in difflib.get_close_matches(name, map(str.upper, ALL_KNOBS), n=1, cutoff=0.85):
             log(f"warning: {name} is not a knob; did you mean {match}?")
-
 # ---- Data ------------------------------------------------------------------------------------------------------------
 def list_shards(folder: Path, split: str) -> list[Path]:
     """The shards of `split` ("train" or "val") in order, without byte sidecars. Raises Refusal when there are none."""
@@ -380,8 +369,7 @@ def check_vocab(tokens: np.ndarray, vocab_size: int, source: Path) -> np.ndarray
     return tokens
 
 class TokenLoader:
-    """Endless shuffled training batches in an order that depends on SEED alone. An epoch cuts every shard into windows
-    of T + 1 tokens at a random phase; ranks share the windows of a step, the same ones at any world size."""
+    """Endless training batches, the same at any world size: an epoch cuts shards at a random phase and shuffles."""
     def __init__(self, hp: Hyperparameters, dist: Dist):
         self.hp, self.dist, self.paths = hp, dist, list_shards(hp.dataset_dir, "train")
         self.shards = [load_data_shard(path) for path in self.paths]
@@ -395,13 +383,10 @@ class TokenLoader:
         self.token_counts = np.zeros(hp.vocab_size, np.int64)  # of the inputs that this rank has loaded
         self.pool, self.pending = ThreadPoolExecutor(1) if dist.device.type == "cuda" else None, None
 
-    def count_tokens(self, max_tokens: int = 50_000_000) -> np.ndarray:
-        """Occurrences of each id in the first `max_tokens` training tokens, (V,) int64. Raises Refusal."""
-        counts = np.zeros(self.hp.vocab_size, np.int64)
-        for path, shard in zip(self.paths, self.shards, strict=True):
-            tokens = check_vocab(shard[: max_tokens - int(counts.sum())], self.hp.vocab_size, path)
-            counts += np.bincount(tokens, minlength=self.hp.vocab_size)
-        return counts
+    def sample(self, max_tokens: int = 50_000_000) -> np.ndarray:
+        """At most `max_tokens` training tokens, as many from the start of each shard, (n,) uint16. Raises Refusal."""
+        starts = (shard[: max_tokens // len(self.shards)] for shard in self.shards)
+        return np.concatenate([check_vocab(s, self.hp.vocab_size, p) for s, p in zip(starts, self.paths, strict=True)])
 
     def _window(self, index: int) -> np.ndarray:
         T = self.hp.train_seq_len
@@ -429,9 +414,8 @@ class TokenLoader:
         return batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
 
 def token_bytes(sp: spm.SentencePieceProcessor, tokens: np.ndarray) -> np.ndarray:
-    """UTF-8 bytes that each token but the first adds to the text, (n,) -> (n - 1,) int32. The space that a piece starts
-    with counts unless a control, unknown or unused token comes before it; private-use characters, the operators of
-    lossless transforms (#1729), do not."""
+    """UTF-8 bytes that each token but the first adds to the text, (n,) -> (n - 1,) int32. The leading space of a piece
+    counts unless a control, unknown or unused token is before it; operators of lossless transforms (#1729) do not."""
     base_bytes, has_space, void = (np.full(sp.vocab_size(), fill) for fill in (np.int32(0), False, True))
     for i in range(sp.vocab_size()):
         if not (sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i)):
@@ -482,11 +466,9 @@ class ValData:
         count = hp.val_max_tokens if partial else len(tokens) - 1
         arrays = tokens[: count + 1].astype(np.int32), target_bytes[:count]
         return cls(*(torch.from_numpy(array).to(device) for array in arrays), digest, partial, len(sizes) > 0)
-
 # ---- Routing ---------------------------------------------------------------------------------------------------------
 def mix32(x):
-    """The lowbias32 mixer (nullprogram.com/blog/2018/07/31): every input bit reaches the low bits that `% E` reads.
-    For arrays and tensors of uint32 or int64 that hold 32 bits; what a product has above them is cut off."""
+    """The lowbias32 mixer of uint32 (nullprogram.com/blog/2018/07/31): all bits reach those which `% E` reads."""
     x = (x ^ (x >> 16)) * 0x7FEB352D & 0xFFFFFFFF
     x = (x ^ (x >> 15)) * 0x846CA68B & 0xFFFFFFFF
     return x ^ (x >> 16)
@@ -505,19 +487,50 @@ def zipf_assignment(token_counts: np.ndarray, num_experts: int, layer: int) -> n
     assignment[unseen] = np.arange(len(unseen)) % num_experts
     return assignment
 
-def build_expert_table(hp: Hyperparameters, token_counts: np.ndarray) -> Tensor:
-    """Expert of every token id in every routed layer, from training counts (V,) alone: (routed layers, V) uint8."""
-    ids, E = np.arange(hp.vocab_size, dtype=np.uint32), hp.num_experts
-    row_of = {"modulo": lambda layer: ids % E, "hash": lambda layer: mix32(ids ^ mix32(np.uint32([layer + 1]))) % E}
-    row_of["zipf"] = lambda layer: zipf_assignment(token_counts, E, layer)
-    rows = [row_of[hp.routing](layer).astype(np.uint8) for layer in hp.routed_layers]
-    return torch.from_numpy(np.reshape(rows, (len(rows), hp.vocab_size)).astype(np.uint8))
+def cluster_assignments(tokens: np.ndarray, token_counts: np.ndarray, num_experts: int, layers: range):
+    """For each layer (V,): k-means of token ids by the shares of the C = 1,024 most frequent ids among the tokens after
+    them, and before them, in a text (n,). A cluster's price rises while it has more than its share of the tokens."""
+    V, C, sides = len(token_counts), min(1024, len(token_counts)), []
+    rank, seen = np.argsort(np.argsort(-token_counts, kind="stable")), np.flatnonzero(token_counts)
+    for ids, neighbours in ((tokens[:-1], tokens[1:]), (tokens[1:], tokens[:-1])):
+        cells = (ids.astype(np.int64) * C + rank[neighbours])[rank[neighbours] < C]
+        counts = np.bincount(cells, minlength=V * C).reshape(V, C)[seen]
+        sides.append(np.sqrt(counts / counts.sum(-1, keepdims=True).clip(1), dtype=np.float32))
+    shares, weights = np.concatenate(sides, axis=-1), token_counts[seen] / token_counts.sum()
+    for layer in layers:
+        rng, price = np.random.default_rng(layer), np.zeros(num_experts)
+        x = shares @ rng.normal(0, 32**-0.5, (2 * C, 32))  # another random view of them in every layer
+        centres = x[rng.choice(len(x), num_experts, p=weights)]
+        for rate in np.geomspace(1, 0.01, 300):
+            nearest = ((centres**2).sum(-1) - 2 * x @ centres.T + price).argmin(-1)
+            members = np.eye(num_experts)[nearest] * weights[:, None]
+            load = members.sum(0)
+            if rate > 0.2:  # from then on the centres stand, and the loads settle
+                centres += (members.T @ x - load[:, None] * centres) / load[:, None].clip(1e-9)
+            price += rate * (load - 1 / num_experts)
+        assignment = zipf_assignment(token_counts, num_experts, layer)  # whose unseen ids are in balance
+        assignment[seen] = nearest
+        yield assignment
+
+def build_expert_table(hp: Hyperparameters, token_counts: np.ndarray, tokens: np.ndarray | None = None) -> Tensor:
+    """The K experts of every token id in every routed layer, (routed layers, V, K) uint8, from training text alone: its
+    counts (V,) and, for cluster, a sample of its tokens (n,). Routers that read the stream start from it."""
+    E, layers, ids = hp.num_experts, hp.routed_layers, np.arange(hp.vocab_size, dtype=np.uint32)
+    rows = {"hash": (mix32(ids ^ mix32(np.uint32([layer + 1]))) % E for layer in layers)}
+    rows |= dict.fromkeys(("modulo", "learned", "soft"), (ids % E for _ in layers))
+    rows |= dict.fromkeys(("zipf", "hybrid"), (zipf_assignment(token_counts, E, layer) for layer in layers))
+    rows |= {"cluster": cluster_assignments(tokens, token_counts, E, layers), "dense": ()}
+    table = np.zeros((len(layers), hp.vocab_size, hp.top_k), np.uint8)
+    for experts, layer, first in zip(table, layers, rows[hp.routing], strict=True):
+        experts[:, 0] = first
+        if hp.top_k == 2:  # another hash picks one of the others
+            experts[:, 1] = (first + 1 + mix32(ids ^ mix32(np.uint32([layer + 1025]))) % (E - 1)) % E
+    return torch.from_numpy(table)
 
 def expert_load(table: Tensor, token_counts: np.ndarray, num_experts: int) -> str:
     """Load of the busiest expert over the mean, per routed layer, when tokens occur `token_counts` (V,) times."""
-    loads = (np.bincount(row, weights=token_counts, minlength=num_experts) for row in table.cpu().numpy())
+    loads = (token_counts @ np.eye(num_experts)[row].sum(1) for row in table.cpu().numpy())
     return "expert_load max/mean per routed layer: " + " ".join(f"{load.max() / load.mean():.3f}" for load in loads)
-
 # ---- Model -----------------------------------------------------------------------------------------------------------
 # Shape suffixes: B batch, T tokens, S scored positions, D model_dim, H heads, K head_dim, F hidden units, V vocabulary,
 # E experts, N B * T, R layers run; G is the rows per hidden unit of an up projection (2 for swiglu, else 1).
@@ -582,18 +595,18 @@ class CausalSelfAttention(nn.Module):
         self.attend = attention_kernel(hp.attention)
         if hp.attn_gate:
             self.gate = nn.Parameter(torch.zeros(hp.num_heads, GATE_CHANNELS))
-        if hp.mu == "vector":
-            self.mu_gain = nn.Parameter(torch.zeros(3, D))  # of mu in the inputs of q, k and v
-        elif hp.mu != "off":
+        if hp.mu in MATRIX_MU:
             self.mu_read = CastedLinear(mu_dim, D + 2 * kv_dim)
+        elif hp.mu != "off":
+            self.mu_gain = nn.Parameter(torch.zeros(3, D))  # of mu in the inputs of q, k and v
 
     def qkv(self, x: Tensor, mu: Tensor | None, scored: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Projections of the normalised input, guided by mu: (B, T, D) twice -> (B, S, D), 2 x (B, T, Hkv * K)."""
-        if self.hp.mu == "vector":
+        if mu is not None and self.hp.mu not in MATRIX_MU:
             q_gain, k_gain, v_gain = self.mu_gain.to(x.dtype)
             return self.c_q(pick(x + q_gain * mu, scored)), self.c_k(x + k_gain * mu), self.c_v(x + v_gain * mu)
         q, k, v = self.c_q(pick(x, scored)), self.c_k(x), self.c_v(x)
-        if self.hp.mu == "off":
+        if mu is None:
             return q, k, v
         mu_q, mu_k, mu_v = self.mu_read(mu).split([q.size(-1), k.size(-1), v.size(-1)], dim=-1)
         return q + pick(mu_q, scored), k + mu_k, v + mu_v
@@ -613,7 +626,7 @@ class CausalSelfAttention(nn.Module):
         return self.proj(y.flatten(2))
 
 class TokenRoutedMLP(nn.Module):
-    """shared(x) + expert[table[token id]](x); without experts, a plain MLP of the same total width."""
+    """shared(x) + the experts that the table or a router gives to the token; without, a plain MLP of the same width."""
     def __init__(self, hp: Hyperparameters, routed: bool):
         super().__init__()
         self.hp, self.routed, self.G = hp, routed, 2 if hp.activation == "swiglu" else 1
@@ -623,12 +636,31 @@ class TokenRoutedMLP(nn.Module):
         if routed:  # (E, out, in): every expert is a matrix of its own to Muon and to the quantizer
             self.expert_up = nn.Parameter(torch.zeros(hp.num_experts, self.G * hp.expert_dim, hp.model_dim))
             self.expert_down = nn.Parameter(torch.zeros(hp.num_experts, hp.model_dim, hp.expert_dim))
+            if hp.routing in TABLE_SCORE:
+                self.router = nn.Parameter(torch.zeros(hp.num_experts, hp.model_dim))
 
-    def forward(self, x: Tensor, route: tuple[Tensor, ...]) -> Tensor:
-        if self.routed and self.hp.dispatch == "masked":
-            return self.masked(x, *route)
+    def forward(self, x: Tensor, route: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | float]:
+        """(B, T, D) and the layer's dispatch -> (B, T, D), and the Switch loss of a learned choice."""
+        if self.routed and self.hp.dispatch == "masked":  # every expert's share of one GEMM with the shared one
+            chosen_BTE, balance = self.choose(x, *route)
+            down = torch.cat([self.down.weight, *self.expert_down], dim=-1)
+            return F.linear(self.hidden(x, chosen_BTE), down.to(x.dtype)), balance
         y = self.down(activate(self.up(x), self.hp.activation))
-        return y + self.grouped(x, *route) if self.routed else y
+        return y + self.grouped(x, *route) if self.routed else y, 0.0
+
+    def choose(self, x: Tensor, table_BTE: Tensor) -> tuple[Tensor, Tensor | float]:
+        """Factor on each expert's output, (B, T, E): 1 if chosen, else 0, with the softmax's gradient straight through;
+        for soft, E times the softmax. And the Switch loss, 1 for a perfect balance."""
+        E, K, routing = self.hp.num_experts, self.hp.top_k, self.hp.routing
+        if routing not in TABLE_SCORE:
+            return table_BTE, 0.0
+        scores = F.linear(x.float(), self.router) + TABLE_SCORE[routing] * table_BTE
+        share = scores.softmax(-1)
+        if routing == "soft":
+            return (E * share).to(x.dtype), 0.0
+        chosen = torch.zeros_like(share).scatter(-1, scores.topk(K).indices, 1.0)
+        balance = E / K * chosen.flatten(0, 1).mean(0) @ share.flatten(0, 1).mean(0)
+        return (chosen + (share - share.detach())).to(x.dtype), balance
 
     def hidden(self, x: Tensor, chosen_BTE: Tensor) -> Tensor:
         """Hidden units of the shared expert and of all others in one GEMM, those of experts not chosen set to zero."""
@@ -639,16 +671,14 @@ class TokenRoutedMLP(nn.Module):
         routed = (routed.unflatten(-1, (self.hp.num_experts, -1)) * chosen_BTE[..., None]).flatten(-2)
         return torch.cat([shared, routed], dim=-1)
 
-    def masked(self, x: Tensor, chosen_BTE: Tensor) -> Tensor:
-        """Every expert's share of one GEMM with the shared one."""
-        down = torch.cat([self.down.weight, *self.expert_down], dim=-1)
-        return F.linear(self.hidden(x, chosen_BTE), down.to(x.dtype))
+    def grouped(self, x: Tensor, order_M: Tensor, inverse_M: Tensor, offsets_E: Tensor) -> Tensor:
+        """M = N * K rows sorted by expert, one GEMM per expert between the true offsets, and back into place."""
+        up, down, K = self.expert_up.to(x.dtype).mT, self.expert_down.to(x.dtype).mT, self.hp.top_k
+        h_MF = activate(F.grouped_mm(x.flatten(0, 1)[order_M // K], up, offs=offsets_E), self.hp.activation)
+        return F.grouped_mm(h_MF, down, offs=offsets_E)[inverse_M].view(*x.shape[:2], K, -1).sum(2)
 
-    def grouped(self, x: Tensor, order_N: Tensor, inverse_N: Tensor, offsets_E: Tensor) -> Tensor:
-        """Tokens sorted by expert, one GEMM per expert between the true offsets, and back into place."""
-        up, down = self.expert_up.to(x.dtype).mT, self.expert_down.to(x.dtype).mT
-        h_NF = activate(F.grouped_mm(x.flatten(0, 1)[order_N], up, offs=offsets_E), self.hp.activation)
-        return F.grouped_mm(h_NF, down, offs=offsets_E)[inverse_N].view_as(x)
+# What a layer hands to the next: x and the velocity of MU=pid (B, T, D), mu (B, T, mu_dim), Switch losses so far.
+Stream = collections.namedtuple("Stream", "x mu velocity balance")
 
 class Block(nn.Module):
     """x0 mix, attention guided by mu, MLP, and the mu for the next layer."""
@@ -660,28 +690,37 @@ class Block(nn.Module):
         self.resid_mix = nn.Parameter(torch.tensor([[1.0], [0.0]]).repeat(1, D))
         self.parallel, self.input_scale = layer >= hp.parallel_start_layer, (layer + 1) ** -0.5 if hp.ln_scale else 1.0
         self.makes_mu = hp.mu != "off" and layer in hp.execution_order(True)[:-1]  # nobody would read the last one
-        if self.makes_mu and hp.mu == "vector":
-            self.mu_mix = nn.Parameter(torch.full((2, D), 0.5))
-        elif self.makes_mu:
+        if self.makes_mu and hp.mu in MATRIX_MU:
             self.mu_base, self.mu_write = nn.Parameter(torch.zeros(mu_dim)), CastedLinear(D, mu_dim)
+        elif self.makes_mu:
+            self.mu_mix = nn.Parameter(torch.full((2, D), 0.5))
+        if hp.mu == "pid":
+            self.pid_gains = nn.Parameter(torch.tensor([[2.2], [-2.2], [0.05]]).repeat(1, D))
 
     def next_mu(self, mu: Tensor, x: Tensor) -> Tensor:
         """Made from the normalised stream and bounded by a norm; the lineage's raw streams and clamps diverged."""
-        if self.hp.mu == "vector":
-            keep, write = self.mu_mix.to(x.dtype)
-            return norm(keep * mu + write * norm(x))
-        return norm(self.mu_base.to(x.dtype) + self.mu_write(norm(x)))
+        if self.hp.mu in MATRIX_MU:
+            return norm(self.mu_base.to(x.dtype) + self.mu_write(norm(x)))
+        keep, write = self.mu_mix.to(x.dtype)
+        return norm(keep * mu + write * norm(x))
 
-    def forward(self, x, x0, mu, rotary, route, scored=None) -> tuple[Tensor, Tensor | None]:
-        """(B, T, D) twice, mu (B, T, mu_dim) or None, rotary tables and this layer's dispatch -> new x, new mu. With
+    def forward(self, stream: Stream, x0: Tensor, rotary: tuple, route: tuple, scored: Tensor | None = None) -> Stream:
+        """The embeddings x0 (B, T, D), rotary tables and this layer's dispatch -> the stream for the next layer. With
         scored positions (B, S), to which the dispatch belongs then, only the x there, and no mu: for the last layer."""
+        x, mu, velocity, balance = stream
         keep, inject = self.resid_mix.to(x.dtype)
         x = keep * x + inject * x0
         y, x = self.attn(norm(x) * self.input_scale, mu, rotary, scored), pick(x, scored)
+        if self.hp.mu == "pid":  # a velocity pulls y towards mu; as it decays and the error is bounded, so is it
+            decay, pull, gain = self.pid_gains.to(x.dtype)
+            error = norm(y) - pick(mu, scored)
+            velocity = torch.sigmoid(decay) * pick(velocity, scored) - torch.sigmoid(pull) * error
+            y = y + gain * velocity
         attended = x + self.attn_scale.to(x.dtype) * y
-        mlp_input = norm(x if self.parallel else attended) * self.input_scale
-        x = attended + self.mlp_scale.to(x.dtype) * self.mlp(mlp_input, route)
-        return x, self.next_mu(mu, x) if self.makes_mu and scored is None else None
+        y, switch_loss = self.mlp(norm(x if self.parallel else attended) * self.input_scale, route)
+        x = attended + self.mlp_scale.to(x.dtype) * y
+        mu = self.next_mu(mu, x) if self.makes_mu and scored is None else None
+        return Stream(x, mu, velocity, balance + switch_loss)
 
 class GPT(nn.Module):
     """Decoder-only transformer with tied embedding, U-Net skips and token-routed MLPs."""
@@ -696,98 +735,89 @@ class GPT(nn.Module):
             self.skip_gates = nn.Parameter(torch.zeros(num_skips, hp.model_dim))
         if hp.smear_gate:
             self.smear_gate, self.smear_scale = nn.Parameter(torch.zeros(GATE_CHANNELS)), nn.Parameter(torch.zeros(1))
-        if hp.bigram_buckets:
-            self.bigram = nn.Embedding(hp.bigram_buckets, hp.bigram_dim)
-            self.bigram_proj = CastedLinear(hp.bigram_dim, hp.model_dim)
         if hp.mu != "off":
             self.mu_init = nn.Parameter(torch.ones(mu_dim))
         # Part of the state: routing is data of the artifact, not a recipe to run again.
-        self.register_buffer("expert_table", torch.zeros(len(hp.routed_layers), hp.vocab_size, dtype=torch.uint8))
+        self.register_buffer("expert_table", torch.zeros(len(hp.routed_layers), hp.vocab_size, hp.top_k).byte())
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Orthogonal matrices, each expert by itself; zero for output projections and for the readers of mu."""
-        generator = torch.Generator().manual_seed(self.hp.seed)
+        """Orthogonal matrices, each expert by itself; zero for output projections and for the readers of mu. A tensor's
+        values depend on its name, its shape and SEED alone, so that models that differ elsewhere start alike."""
         for name, p in self.named_parameters():
-            if role_of(name) in ("embedding", "bigram"):
+            generator = torch.Generator().manual_seed(self.hp.seed ^ zlib.crc32(name.encode()))
+            if role_of(name) == "embedding":
                 nn.init.normal_(p, std=0.005, generator=generator)
             elif role_of(name) in ("matrix", "expert", "mu_matrix"):
                 for matrix in p.view(-1, *p.shape[-2:]):
                     nn.init.orthogonal_(matrix, generator=generator)
                 if re.search(r"\b(proj|down|expert_down|mu_read)\b", name):
                     p.zero_()
-        if self.hp.mu in ("lowrank", "full"):  # equal entries would get equal gradients, which the norm takes out
-            nn.init.normal_(self.mu_init, generator=generator)
+            elif name == "mu_init" and self.hp.mu in MATRIX_MU:  # equal entries would get equal gradients
+                nn.init.normal_(p, generator=generator)
 
     def routes(self, input_ids: Tensor, order: list[int]) -> list[tuple[Tensor, ...]]:
         """Dispatch in each of the R layers run, from token ids alone: block masks, or permutations and offsets."""
         hp, routed = self.hp, [step for step, layer in enumerate(order) if layer in self.hp.routed_layers]
         if not routed:
             return [()] * len(order)
-        expert_LN = self.expert_table[:, input_ids.flatten()].long()
+        expert_LNK = self.expert_table[:, input_ids.flatten()].long()
         shifts = [order[:step].count(order[step]) * hp.routing_per_pass for step in routed]
-        rows = [expert_LN[order[step] - hp.routed_layers.start] for step in routed]
-        expert_RN = torch.stack([(row + shift) % hp.num_experts for row, shift in zip(rows, shifts, strict=True)])
-        chosen_RNE = expert_RN[..., None] == torch.arange(hp.num_experts, device=input_ids.device)
+        rows = [expert_LNK[order[step] - hp.routed_layers.start] for step in routed]
+        expert_RNK = torch.stack([(row + shift) % hp.num_experts for row, shift in zip(rows, shifts, strict=True)])
+        chosen_RNE = (expert_RNK[..., None] == torch.arange(hp.num_experts, device=input_ids.device)).any(2)
         if hp.dispatch == "masked":
             parts = [(mask,) for mask in chosen_RNE.unflatten(1, input_ids.shape).to(self.dtype)]
         else:
-            order_RN = expert_RN.argsort(dim=-1, stable=True)
+            order_RM = expert_RNK.flatten(1).argsort(dim=-1, stable=True)
             offsets_RE = chosen_RNE.sum(1).cumsum(-1).to(torch.int32)
-            parts = list(zip(order_RN, order_RN.argsort(dim=-1), offsets_RE, strict=True))
+            parts = list(zip(order_RM, order_RM.argsort(dim=-1), offsets_RE, strict=True))
         return [parts.pop(0) if step in routed else () for step in range(len(order))]
 
-    def add_previous_token(self, x: Tensor, input_ids: Tensor) -> Tensor:
-        """Embeddings with what the token before contributes; a document's first token and the window's have none."""
+    def smear(self, x: Tensor, input_ids: Tensor) -> Tensor:
+        """SmearGate (upstream PR #1667): adds a gated part of the token before, but not to a document's first token."""
         follows = (input_ids != BOS_ID) & (torch.arange(input_ids.size(1), device=x.device) > 0)
-        added = torch.zeros_like(x)
-        if self.hp.smear_gate:  # upstream PR #1667
-            gate = self.smear_scale.to(x.dtype) * torch.sigmoid(x[..., :GATE_CHANNELS] @ self.smear_gate.to(x.dtype))
-            added = added + gate[..., None] * F.pad(x[:, :-1], (0, 0, 1, 0))
-        if self.hp.bigram_buckets:
-            bigram = mix32(F.pad(input_ids[:, :-1], (1, 0)) * self.hp.vocab_size + input_ids) % self.hp.bigram_buckets
-            added = added + self.bigram_proj(self.bigram(bigram).to(x.dtype))
-        return x + added * follows[..., None]
+        gate = self.smear_scale.to(x.dtype) * torch.sigmoid(x[..., :GATE_CHANNELS] @ self.smear_gate.to(x.dtype))
+        return x + (gate * follows)[..., None] * F.pad(x[:, :-1], (0, 0, 1, 0))
 
-    def features(self, input_ids: Tensor, looped: bool = True, scored: Tensor | None = None) -> Tensor:
+    def features(self, input_ids: Tensor, looped: bool = True, scored: Tensor | None = None) -> tuple:
         """The normalised input of the output head: (B, T) int64 -> (B, T, D), or (B, S, D) at the scored positions,
-        where alone the last layer then works."""
+        where alone the last layer then works; and the sum of the Switch losses."""
         hp, order, x = self.hp, self.hp.execution_order(looped), self.tok_emb(input_ids).to(self.dtype)
-        if hp.smear_gate or hp.bigram_buckets:
-            x = self.add_previous_token(x, input_ids)
-        x = x0 = norm(x)
+        x = x0 = norm(self.smear(x, input_ids) if hp.smear_gate else x)
         rotary, skips = rotary_tables(input_ids.size(1), hp.rope_base, hp.rope_dims, input_ids.device), []
         mu = norm(self.mu_init.to(self.dtype)).expand(*input_ids.shape, -1) if hp.mu != "off" else None
+        stream = Stream(x, mu, torch.zeros_like(x) if hp.mu == "pid" else None, 0.0)
         routes = self.routes(input_ids, order)[:-1] + self.routes(pick(input_ids, scored), order)[-1:]
         for step, (layer, route) in enumerate(zip(order, routes, strict=True)):
             decoder_step = step - len(order) // 2
             if decoder_step >= 0 and skips:
                 skip = self.skip_weights[decoder_step].to(x.dtype) * skips.pop()
                 gate = torch.sigmoid(self.skip_gates[decoder_step]).to(x.dtype) if hp.skip_gates else None
-                x = x + skip if gate is None else torch.lerp(skip, x, gate)
-            x, mu = self.blocks[layer](x, x0, mu, rotary, route, scored if step == len(order) - 1 else None)
+                stream = stream._replace(x=stream.x + skip if gate is None else torch.lerp(skip, stream.x, gate))
+            stream = self.blocks[layer](stream, x0, rotary, route, scored if step == len(order) - 1 else None)
             if decoder_step < 0:
-                skips.append(x)
-        return norm(x)
+                skips.append(stream.x)
+        return norm(stream.x), stream.balance
 
     def forward(self, input_ids, target_ids=None, reduction="mean", looped: bool = True, scored=None) -> Tensor:
         """Logits (B, T, V) or, given targets, cross-entropy in nats; `looped` is off until the recurrence begins. Given
-        `scored` positions (B, S) int64, logits, targets and losses are those of these positions, (B, S, ...)."""
-        x = self.features(input_ids, looped, scored)
+        `scored` positions (B, S) int64, only for these, (B, S, ...). In training, the mean includes Switch losses."""
+        x, balance = self.features(input_ids, looped, scored)
         logits = 30.0 * torch.tanh(F.linear(x, self.tok_emb.weight.to(x.dtype)).float() / 30.0)
         if target_ids is None:
             return logits
         loss = F.cross_entropy(logits.flatten(0, 1), target_ids.flatten(), reduction=reduction)
-        return loss if reduction == "mean" else loss.view_as(target_ids)
+        return loss.view_as(target_ids) if reduction == "none" else loss + SWITCH_LOSS * balance * self.training
 
 ROLES = {  # what each tensor of the state dict is, by name; the optimizers and the quantizer both go by it
     "embedding": r"tok_emb\.weight",
-    "bigram": r"bigram\.weight",
-    "matrix": r"bigram_proj\.weight|blocks\.\d+\.(attn\.(c_q|c_k|c_v|proj)|mlp\.(up|down))\.weight",
+    "matrix": r"blocks\.\d+\.(attn\.(c_q|c_k|c_v|proj)|mlp\.(up|down))\.weight",
     "expert": r"blocks\.\d+\.mlp\.expert_(up|down)",
     "mu_matrix": r"blocks\.\d+\.(attn\.mu_read|mu_write)\.weight",
+    "router": r"blocks\.\d+\.mlp\.router",
     "vector": r"skip_(weights|gates)|smear_(gate|scale)|mu_init"
-    r"|blocks\.\d+\.(attn\.(q_gain|gate|mu_gain)|(attn|mlp)_scale|resid_mix|mu_mix|mu_base)",
+    r"|blocks\.\d+\.(attn\.(q_gain|gate|mu_gain)|(attn|mlp)_scale|resid_mix|mu_mix|mu_base|pid_gains)",
     "table": r"expert_table",
 }
 
@@ -818,14 +848,10 @@ def choose_attention(model: GPT, device: torch.device, log: Log) -> str:
         log(f"attention:{kernel}" + "".join(f" ({failure})" for failure in failures))
         return kernel
     raise Refusal(f"ATTENTION={hp.attention}: {'; '.join(failures)}")
-
 # ---- Optimizers and schedules ----------------------------------------------------------------------------------------
 POLAR_EXPRESS = (  # optimal odd quintics for five steps, arXiv 2505.16932; used in upstream PR #1787
-    (8.156554524902461, -22.48329292557795, 15.878769915207462),
-    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
-    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+    (8.156555, -22.483293, 15.878770), (4.042930, -2.808917, 0.500018), (3.891668, -2.772484, 0.506065),
+    (3.285754, -2.368129, 0.464490), (2.346541, -1.709783, 0.423236),
 )
 
 def zeropower_via_newtonschulz5(G: Tensor) -> Tensor:
@@ -872,10 +898,10 @@ class Muon(torch.optim.Optimizer):
 def build_optimizers(hp: Hyperparameters, model: GPT, dist: Dist) -> list[torch.optim.Optimizer]:
     """Muon for matrices and experts, AdamW for the embedding and for everything small; each parameter exactly once."""
     by_role = {role: [p for name, p in model.named_parameters() if role_of(name) == role] for role in ROLES}
-    matrices, small = by_role["matrix"] + by_role["expert"], by_role["vector"] + by_role["mu_matrix"]
-    muon = Muon(matrices, hp.matrix_lr, hp.muon_weight_decay, dist, can_compile(hp, dist.device))
-    embeddings = by_role["embedding"] + by_role["bigram"]
-    groups = [{"params": embeddings, "lr": hp.embed_lr, "weight_decay": hp.embed_weight_decay}]
+    small = by_role["vector"] + by_role["mu_matrix"] + by_role["router"]
+    matrices, compiles = by_role["matrix"] + by_role["expert"], can_compile(hp, dist.device)
+    muon = Muon(matrices, hp.matrix_lr, hp.muon_weight_decay, dist, compiles)
+    groups = [{"params": by_role["embedding"], "lr": hp.embed_lr, "weight_decay": hp.embed_weight_decay}]
     groups += [{"params": small, "lr": hp.scalar_lr, "weight_decay": 0.0}]  # decay would hold gains at their start
     adam = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, fused=dist.device.type == "cuda")
     covered = sorted(id(p) for optimizer in (muon, adam) for group in optimizer.param_groups for p in group["params"])
@@ -914,15 +940,15 @@ def average_weight(hp: Hyperparameters, frac: float, count: int) -> float:
     if hp.average == "ema":  # its warm-up keeps a short run from averaging over the bad start
         return 1 - min(hp.ema_decay, (1 + count) / (10 + count))
     return 1 / (1 + count) if hp.average == "swa" and frac >= hp.swa_start_frac else 0.0
-
 # ---- Quantization ----------------------------------------------------------------------------------------------------
 # A row may have one of 256 steps, 2^(1/8) apart: one byte a row, and k is met within 4.5 %.
 STEPS = torch.exp2((torch.arange(256, dtype=torch.float64) - 192) / 8).float()
 
 def quant_rule(hp: Hyperparameters, name: str) -> tuple[int, float] | None:
     """(bits, k) of a tensor, k = 0 where the largest weight alone sets the step; None = kept as it is."""
-    rules = dict.fromkeys(("matrix", "expert", "mu_matrix", "bigram"), (hp.matrix_bits, hp.matrix_clip))
-    return (rules | {"embedding": (hp.embed_bits, hp.embed_clip), "vector": (8, 0.0), "table": None})[role_of(name)]
+    rules = dict.fromkeys(("matrix", "expert", "mu_matrix"), (hp.matrix_bits, hp.matrix_clip))
+    rules |= {"embedding": (hp.embed_bits, hp.embed_clip), "vector": (8, 0.0), "router": None, "table": None}
+    return rules[role_of(name)]
 
 def step_codes(weight: Tensor, bits: int, clip: float) -> Tensor:
     """Index into STEPS of every row, (..., C) -> (..., 1) uint8. The step is clip * std(row) / (2^(bits-1) - 1)
@@ -953,9 +979,8 @@ def dequantize(symbols: Tensor, *codes: Tensor) -> Tensor:
 
 def gptq(weight: Tensor, step: Tensor, bits: int, hessian: Tensor, damping: float) -> Tensor | None:
     """GPTQ (arXiv 2210.17323) with act-order: rounds one column after another, the most active input first, and moves
-    each error to the columns still to come. weight and step (R, C), second moments of the input (C, C) -> symbols
-    (R, C) float32; None if the Hessian is not finite or, damped, not positive definite. An input that was never active
-    has no neighbours, so its weights are rounded to nearest."""
+    each error to the columns still to come, of which an input that was never active has none. weight and step (R, C),
+    moments of the input (C, C) -> symbols (R, C) float32; None if these are not finite or not positive definite."""
     hessian, diagonal = hessian.double(), hessian.diagonal().double()
     order = diagonal.argsort(descending=True)
     damped = hessian + torch.diag(damping * diagonal.mean() + (diagonal == 0).double())
@@ -998,7 +1023,8 @@ def quantize(hp: Hyperparameters, state: dict, factor: float = 1.0, hessians: di
             gains = [column_codes(hessians.get(name), tensor)] * (role_of(name) == "embedding")
             codes = step_codes(tensor / steps_of(*gains), rule[0], factor * rule[1])
             parts[name] = round_to_nearest(tensor, steps_of(codes, *gains), rule[0]).to(torch.int8), codes, *gains
-        if role_of(name) == "vector" and (dequantize(*parts[name]) - tensor).norm() > 0.01 * tensor.norm():
+        coarse = role_of(name) == "vector" and (dequantize(*parts[name]) - tensor).norm() > 0.01 * tensor.norm()
+        if coarse or role_of(name) == "router":
             parts[name] = (tensor.half(),)
     symbols = {name: part[0] for name, part in parts.items()}
     steps = {name: steps_of(*part[1:]).expand_as(part[0]) for name, part in parts.items() if len(part) > 1}
@@ -1012,12 +1038,11 @@ def quantize(hp: Hyperparameters, state: dict, factor: float = 1.0, hessians: di
             for target, piece in zip(targets, result.split([t.size(-1) for t in targets], dim=-1), strict=True):
                 target.copy_(piece)
     return parts, unusable
-
 # ---- Artifact --------------------------------------------------------------------------------------------------------
 # PREFIX | JSON header | streams, each compressed by itself. The model knobs in the header give the names and shapes of
-# all tensors, `storage` one letter per tensor, `streams` the codec and the bytes of each. No pickle.
+# all tensors, `storage` a letter for each (q = symbols and steps, h = float16, t = uint8), `streams` codecs and bytes.
 PREFIX = struct.Struct("<8sHI32s")  # magic, version, bytes of the header, SHA-256 of all other bytes
-ARTIFACT_MAGIC, ARTIFACT_VERSION, CODECS = b"TRMOE\r\n\x1a", 2, {1: "zstd", 2: "brotli"}
+ARTIFACT_MAGIC, ARTIFACT_VERSION, CODECS = b"TRMOE\r\n\x1a", 3, {1: "zstd", 2: "brotli"}
 MAX_PAYLOAD_BYTES = 1 << 30  # a stranger's file may not unpack to more
 
 def import_codec(name: str) -> tuple:
@@ -1051,48 +1076,31 @@ def decompress(data: bytes, number: int, size: int, source: Path) -> bytes:
     return payload
 
 def layout(shapes: dict[str, tuple[int, ...]], storage: str) -> dict[str, list[tuple[str, str, np.dtype, tuple]]]:
-    """Streams of an artifact in order, each a list of (tensor, part, dtype, shape). Storage of a tensor: r = symbols as
-    they are, c = columns sorted, then column by column; h = float16, t = uint8. Raises ValueError when it cannot be."""
+    """Streams in order, each a list of (tensor, part, dtype, shape). Raises ValueError for impossible storage."""
     streams: dict[str, list] = {}
     for (name, shape), kind in zip(shapes.items(), storage, strict=True):
-        role, stored = role_of(name), (shape[-1], *shape[:-1]) if kind == "c" else shape
-        if kind not in {"vector": "rh", "table": "t"}.get(role, "rc"):
+        role = role_of(name)
+        if kind not in {"vector": "qh", "router": "h", "table": "t"}.get(role, "q"):
             raise ValueError(f"{name} cannot be stored as {kind!r}")
         entries = [("float16", "kept", "<f2", shape)] if kind == "h" else [("table", "kept", "u1", shape)]
-        if kind in "rc":
-            entries = [("vector" if role == "vector" else name, "symbols", "i1", stored)]
+        if kind == "q":
+            entries = [("vector" if role == "vector" else name, "symbols", "i1", shape)]
             entries += [("steps", "codes", "u1", (*shape[:-1], 1))]
             entries += [("steps", "gains", "u1", shape[-1:])] * (role == "embedding")
-            entries += [("columns", "columns", "<u2", shape[-1:])] * (kind == "c")
         for stream, part, dtype, part_shape in entries:
             streams.setdefault(stream, []).append((name, part, np.dtype(dtype), part_shape))
     return streams
 
 def pack(hp: Hyperparameters, parts: dict, tokenizer_sha256: str, codec: str) -> tuple[bytes, dict[str, int]]:
     """The artifact of quantized tensors, and its bytes by role of the tensors, with the streams that tensors share."""
-    def smallest(name: str) -> tuple[str, dict[str, np.ndarray], tuple[int, bytes] | None]:
-        """Storage letter of a tensor, its arrays by part, and the compressed symbols if they fill a stream."""
-        arrays = dict(zip(("symbols", "codes", "gains"), (p.cpu().numpy() for p in parts[name]), strict=False))
-        if len(parts[name]) == 1:
-            return "t" if parts[name][0].dtype == torch.uint8 else "h", {"kept": arrays["symbols"]}, None
-        if role_of(name) == "vector":
-            return "r", arrays, None
-        # Sorted by magnitude, columns of one scale lie together, and the entropy coder adapts to each.
-        symbols, C = arrays["symbols"], arrays["symbols"].shape[-1]
-        columns = np.argsort(-np.abs(symbols.reshape(-1, C)).mean(0), kind="stable").astype("<u2")
-        by_column = np.ascontiguousarray(np.moveaxis(symbols[..., columns], -1, 0))
-        rows, cols = compress(symbols.tobytes(), codec), compress(by_column.tobytes(), codec)
-        if len(rows[1]) <= len(cols[1]) + columns.nbytes or C > 1 << 16:
-            return "r", arrays, rows
-        return "c", arrays | {"symbols": by_column, "columns": columns}, cols
+    storage = "".join({torch.uint8: "t", torch.float16: "h", torch.int8: "q"}[p[0].dtype] for p in parts.values())
+    plan = layout({name: tuple(part[0].shape) for name, part in parts.items()}, storage)
+    index = {"kept": 0, "symbols": 0, "codes": 1, "gains": 2}
+    def stream_of(entries: list[tuple]) -> tuple[int, bytes]:
+        arrays = (parts[name][index[part]].cpu().numpy() for name, part, _, _ in entries)
+        return compress(b"".join(array.tobytes() for array in arrays), codec)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        chosen = dict(zip(parts, pool.map(smallest, parts), strict=True))
-        storage = "".join(kind for kind, _, _ in chosen.values())
-        plan = layout({name: tuple(part[0].shape) for name, part in parts.items()}, storage)
-        def stream_of(item: tuple) -> tuple[int, bytes]:
-            data = b"".join(chosen[name][1][part].tobytes() for name, part, _, _ in item[1])
-            return chosen[item[0]][2] if item[0] in chosen else compress(data, codec)
-        streams = dict(zip(plan, pool.map(stream_of, plan.items()), strict=True))
+        streams = dict(zip(plan, pool.map(stream_of, plan.values()), strict=True))
     header = {"model": {name: getattr(hp, name) for name in MODEL_KNOBS}, "tokenizer_sha256": tokenizer_sha256}
     header |= {"storage": storage, "streams": [(number, len(data)) for number, data in streams.values()]}
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -1141,11 +1149,6 @@ def load_artifact(path: Path, hp: Hyperparameters, device: torch.device) -> tupl
             parts[name][part] = torch.from_numpy(array.astype(dtype.newbyteorder("=")))
     state = {}
     for name, part in parts.items():
-        if "columns" in part:
-            place = part["columns"].long().argsort()
-            permutation = torch.equal(part["columns"].long()[place], torch.arange(len(place)))
-            require(permutation, f"{what}, the columns of {name} are no permutation")
-            part["symbols"] = part["symbols"][place].movedim(0, -1)
         codes = [part[kind] for kind in ("codes", "gains") if kind in part]
         state[name] = dequantize(part["symbols"], *codes) if codes else part["kept"]
         state[name] = state[name] if state[name].dtype == torch.uint8 else state[name].float().contiguous()
@@ -1196,8 +1199,7 @@ def factor_for(hp: Hyperparameters, state: dict, goal: float) -> tuple[float, fl
 
 def fit(hp: Hyperparameters, state: dict, tokenizer_sha256: str, codec: str, hessians: dict | None = None) -> Fitted:
     """The finest artifact whose size and the code's are at most TARGET_BYTES, within 0.1 % where k decides the size; k
-    as given if that is 0. The entropy to aim at is corrected by what became of the last. Raises Refusal if even the
-    largest k makes too large a file."""
+    as given if that is 0. Each try corrects the entropy to aim at. Raises Refusal if the largest k is not enough."""
     target, ratio, best = max(hp.target_bytes - submission_bytes(hp, 0, "code")[0], 1), 1.015, None
     for aim in (*[0.9996] * 5, 0.98):
         factor, entropy = factor_for(hp, state, aim * target / ratio) if hp.target_bytes else (1.0, math.inf)
@@ -1226,7 +1228,6 @@ def dry_run(hp: Hyperparameters, model: GPT) -> Fitted:
     rng, state = torch.Generator().manual_seed(0), model.state_dict()
     state |= {n: torch.randn(t.shape, generator=rng) for n, t in state.items() if quant_rule(hp, n)}
     return fit(hp, state, "0" * 64, "zstd" if hp.codec == "auto" else hp.codec)
-
 # ---- Evaluation ------------------------------------------------------------------------------------------------------
 def scoring_windows(num_targets: int, seq_len: int, stride: int) -> Tensor:
     """Windows that score `stride` targets each, (W, 3) int64: start, first scored target, end. Every target has
@@ -1297,7 +1298,6 @@ def evaluate(model: nn.Module, val: ValData, hp: Hyperparameters, dist: Dist, st
     scorer = Scorer(model, val, hp, dist, stride, label)
     scorer.score(scorer.share)
     return scorer.total()
-
 # ---- Training --------------------------------------------------------------------------------------------------------
 class Gradients:
     """The loss and all gradients as views of one flat buffer: one all-reduce, one norm and one memset per step."""
@@ -1402,7 +1402,7 @@ def collect_hessians(hp: Hyperparameters, dist: Dist, log: Log, model: GPT, load
         inputs = inputs.flatten(0, -2).float()
         sums[name] = sums.get(name, 0) + inputs.mT @ inputs
     def add_routed(name: str, mlp: TokenRoutedMLP, args: tuple) -> None:
-        x, (chosen_BTE,) = args
+        x, chosen_BTE = args[0], mlp.choose(args[0], *args[1])[0]
         add(f"{name}.up.weight", x)
         add(f"{name}.down.weight", mlp.hidden(x, chosen_BTE))
         reached = (x[chosen_BTE[..., expert] > 0].float() for expert in range(hp.num_experts))
@@ -1418,7 +1418,7 @@ def collect_hessians(hp: Hyperparameters, dist: Dist, log: Log, model: GPT, load
     started, batches, elapsed = dist.synchronize(), 0, 0.0
     reserve = hp.gptq_reserve_seconds if hp.max_wallclock_seconds else math.inf
     while batches * dist.world_size < hp.gptq_batches and elapsed * (1 + 1 / max(batches, 1)) < reserve:
-        add("tok_emb.weight", observed.features(loader.next_batch()[0]))
+        add("tok_emb.weight", observed.features(loader.next_batch()[0])[0])
         batches, elapsed = batches + 1, dist.all_max(dist.synchronize() - started)
     tokens = batches * dist.world_size * loader.num_sequences * hp.train_seq_len
     log(f"gptq: {len(sums)} Hessians over {tokens} training tokens in {elapsed:.1f}s")
@@ -1451,10 +1451,11 @@ def main() -> None:
     log_provenance(log, hp, dist, os.environ)
     hp = replace(hp, eval_seq_len=0, eval_stride=1)  # plain validation, whatever eval_sliding.py is to do
     loader, val = TokenLoader(hp, dist), ValData.load(hp, dist.device)
-    token_counts, model = loader.count_tokens(), GPT(hp)
+    sample, model = loader.sample(), GPT(hp)
+    token_counts = np.bincount(sample, minlength=hp.vocab_size)
     model.init_weights()
     hp = replace(hp, attention=choose_attention(model, dist.device, log))
-    model.expert_table.copy_(build_expert_table(hp, token_counts))
+    model.expert_table.copy_(build_expert_table(hp, token_counts, sample))
     params = sum(p.numel() for p in model.parameters())
     log(f"model_params:{params} world_size:{dist.world_size} seed:{hp.seed}")
     log(f"train_loader:dataset:{hp.dataset_dir.name} train_shards:{len(loader.shards)} windows:{loader.num_windows}")

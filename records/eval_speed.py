@@ -40,7 +40,8 @@ class FullLastLayer(GPT):
     """Head at the scored positions, every layer at all of them."""
 
     def features(self, input_ids, looped=True, scored=None):
-        return pick(super().features(input_ids, looped), scored)
+        x, balance = super().features(input_ids, looped)
+        return pick(x, scored), balance
 
 
 class FullHead(GPT):
