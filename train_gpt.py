@@ -320,7 +320,8 @@ def write_atomically(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        if temporary.exists():
+            temporary.unlink()
         raise Refusal(f"cannot write {path}: {error.strerror}") from error
 
 def can_compile(hp: Hyperparameters, device: torch.device) -> bool:
@@ -898,9 +899,8 @@ class Muon(torch.optim.Optimizer):
 def build_optimizers(hp: Hyperparameters, model: GPT, dist: Dist) -> list[torch.optim.Optimizer]:
     """Muon for matrices and experts, AdamW for the embedding and for everything small; each parameter exactly once."""
     by_role = {role: [p for name, p in model.named_parameters() if role_of(name) == role] for role in ROLES}
-    small = by_role["vector"] + by_role["mu_matrix"] + by_role["router"]
-    matrices, compiles = by_role["matrix"] + by_role["expert"], can_compile(hp, dist.device)
-    muon = Muon(matrices, hp.matrix_lr, hp.muon_weight_decay, dist, compiles)
+    large, small = by_role["matrix"] + by_role["expert"], by_role["vector"] + by_role["mu_matrix"] + by_role["router"]
+    muon = Muon(large, hp.matrix_lr, hp.muon_weight_decay, dist, can_compile(hp, dist.device))
     groups = [{"params": by_role["embedding"], "lr": hp.embed_lr, "weight_decay": hp.embed_weight_decay}]
     groups += [{"params": small, "lr": hp.scalar_lr, "weight_decay": 0.0}]  # decay would hold gains at their start
     adam = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, fused=dist.device.type == "cuda")
@@ -1455,7 +1455,7 @@ def main() -> None:
     token_counts = np.bincount(sample, minlength=hp.vocab_size)
     model.init_weights()
     hp = replace(hp, attention=choose_attention(model, dist.device, log))
-    model.expert_table.copy_(build_expert_table(hp, token_counts, sample))
+    model.expert_table.copy_(dist.all_sum(build_expert_table(hp, token_counts, sample) * (dist.rank == 0)))
     params = sum(p.numel() for p in model.parameters())
     log(f"model_params:{params} world_size:{dist.world_size} seed:{hp.seed}")
     log(f"train_loader:dataset:{hp.dataset_dir.name} train_shards:{len(loader.shards)} windows:{loader.num_windows}")

@@ -3,6 +3,6 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source run_8xh100.sh
-setup "torch, numpy, sentencepiece, zstandard, brotli, sympy, networkx, pytest, hypothesis, ruff" requirements.txt tests/requirements.txt
+setup "torch, numpy, sentencepiece, zstandard, brotli, sympy, networkx, pytest, hypothesis, ruff, matplotlib, scipy" requirements.txt tests/requirements.txt
 "$PYTHON" -m ruff check .
 "$PYTHON" -m pytest "$@"
