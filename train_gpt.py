@@ -499,18 +499,20 @@ def cluster_assignments(tokens: np.ndarray, token_counts: np.ndarray, num_expert
         sides.append(np.sqrt(counts / counts.sum(-1, keepdims=True).clip(1), dtype=np.float32))
     shares, weights = np.concatenate(sides, axis=-1), token_counts[seen] / token_counts.sum()
     for layer in layers:
-        rng, price = np.random.default_rng(layer), np.zeros(num_experts)
-        x = shares @ rng.normal(0, 32**-0.5, (2 * C, 32))  # another random view of them in every layer
-        centres = x[rng.choice(len(x), num_experts, p=weights)]
+        rng, price, best = np.random.default_rng(layer), np.zeros(num_experts), math.inf
+        assignment = zipf_assignment(token_counts, num_experts, layer)  # whose unseen ids are in balance
+        x = shares @ rng.normal(size=(2 * C, 32))  # another random view of them in every layer
+        x /= np.sqrt(weights @ (x * x).sum(-1) - ((weights @ x) ** 2).sum() + 1e-9)
+        centres = x[rng.choice(len(x), num_experts, replace=len(x) < num_experts, p=weights)]
         for rate in np.geomspace(1, 0.01, 300):
             nearest = ((centres**2).sum(-1) - 2 * x @ centres.T + price).argmin(-1)
             members = np.eye(num_experts)[nearest] * weights[:, None]
             load = members.sum(0)
             if rate > 0.2:  # from then on the centres stand, and the loads settle
-                centres += (members.T @ x - load[:, None] * centres) / load[:, None].clip(1e-9)
+                centres += 0.2 * (members.T @ x - load[:, None] * centres) / load[:, None].clip(1e-9)
+            elif load.max() < best:
+                best, assignment[seen] = load.max(), nearest
             price += rate * (load - 1 / num_experts)
-        assignment = zipf_assignment(token_counts, num_experts, layer)  # whose unseen ids are in balance
-        assignment[seen] = nearest
         yield assignment
 
 def build_expert_table(hp: Hyperparameters, token_counts: np.ndarray, tokens: np.ndarray | None = None) -> Tensor:
@@ -714,7 +716,7 @@ class Block(nn.Module):
         y, x = self.attn(norm(x) * self.input_scale, mu, rotary, scored), pick(x, scored)
         if self.hp.mu == "pid":  # a velocity pulls y towards mu; as it decays and the error is bounded, so is it
             decay, pull, gain = self.pid_gains.to(x.dtype)
-            error = norm(y) - pick(mu, scored)
+            error = F.rms_norm(y, (y.size(-1),), eps=1e-3) - pick(mu, scored)  # XSA leaves a first token rounding alone
             velocity = torch.sigmoid(decay) * pick(velocity, scored) - torch.sigmoid(pull) * error
             y = y + gain * velocity
         attended = x + self.attn_scale.to(x.dtype) * y
@@ -788,7 +790,7 @@ class GPT(nn.Module):
         x = x0 = norm(self.smear(x, input_ids) if hp.smear_gate else x)
         rotary, skips = rotary_tables(input_ids.size(1), hp.rope_base, hp.rope_dims, input_ids.device), []
         mu = norm(self.mu_init.to(self.dtype)).expand(*input_ids.shape, -1) if hp.mu != "off" else None
-        stream = Stream(x, mu, torch.zeros_like(x) if hp.mu == "pid" else None, 0.0)
+        stream = Stream(x, mu, mu if hp.mu == "pid" else None, 0.0)  # from 0, the first gain would never learn
         routes = self.routes(input_ids, order)[:-1] + self.routes(pick(input_ids, scored), order)[-1:]
         for step, (layer, route) in enumerate(zip(order, routes, strict=True)):
             decoder_step = step - len(order) // 2
@@ -819,8 +821,7 @@ ROLES = {  # what each tensor of the state dict is, by name; the optimizers and 
     "router": r"blocks\.\d+\.mlp\.router",
     "vector": r"skip_(weights|gates)|smear_(gate|scale)|mu_init"
     r"|blocks\.\d+\.(attn\.(q_gain|gate|mu_gain)|(attn|mlp)_scale|resid_mix|mu_mix|mu_base|pid_gains)",
-    "table": r"expert_table",
-}
+    "table": r"expert_table"}
 
 def role_of(name: str) -> str:
     """The one role of a tensor in the state dict; a name without one, or with two, is a bug."""
@@ -852,8 +853,7 @@ def choose_attention(model: GPT, device: torch.device, log: Log) -> str:
 # ---- Optimizers and schedules ----------------------------------------------------------------------------------------
 POLAR_EXPRESS = (  # optimal odd quintics for five steps, arXiv 2505.16932; used in upstream PR #1787
     (8.156555, -22.483293, 15.878770), (4.042930, -2.808917, 0.500018), (3.891668, -2.772484, 0.506065),
-    (3.285754, -2.368129, 0.464490), (2.346541, -1.709783, 0.423236),
-)
+    (3.285754, -2.368129, 0.464490), (2.346541, -1.709783, 0.423236))
 
 def zeropower_via_newtonschulz5(G: Tensor) -> Tensor:
     """Nearest semi-orthogonal matrix of each G[i], (M, rows, cols); a zero matrix stays zero. bfloat16 on a GPU."""
@@ -1017,7 +1017,7 @@ def quantize(hp: Hyperparameters, state: dict, factor: float = 1.0, hessians: di
     parts, unusable, hessians = {}, [], hessians or {}
     for name, tensor in state.items():
         parts[name], rule = (tensor,), quant_rule(hp, name)
-        limit = STEPS[-1].item() * (2 ** (rule[0] - 1) - 1) if rule else 255
+        limit = STEPS[-1].item() * (2 ** (rule[0] - 1) - 1) if rule else torch.finfo(torch.float16).max
         require(bool((tensor.float().abs() <= limit).all()), f"{name}: not finite or too large, nothing exported")
         if rule:
             gains = [column_codes(hessians.get(name), tensor)] * (role_of(name) == "embedding")
@@ -1151,10 +1151,10 @@ def load_artifact(path: Path, hp: Hyperparameters, device: torch.device) -> tupl
     for name, part in parts.items():
         codes = [part[kind] for kind in ("codes", "gains") if kind in part]
         state[name] = dequantize(part["symbols"], *codes) if codes else part["kept"]
-        state[name] = state[name] if state[name].dtype == torch.uint8 else state[name].float().contiguous()
-    require(bool((state["expert_table"] < hp.num_experts).all()), f"{what}, expert out of range")
+    table = state["expert_table"].sort(-1).values
+    require(bool((table < hp.num_experts).all() and table.diff(dim=-1).all()), f"{what}, expert out of range or twice")
     model.load_state_dict(state, strict=True, assign=True)
-    return model.to(device).eval(), hp, tokenizer_sha256
+    return model.float().to(device).eval(), hp, tokenizer_sha256
 
 @dataclass(frozen=True)
 class Fitted:
@@ -1226,7 +1226,7 @@ def submission_bytes(hp: Hyperparameters, model_bytes: int, what: str) -> tuple[
 def dry_run(hp: Hyperparameters, model: GPT) -> Fitted:
     """The artifact to come, estimated on Gaussian stand-ins, whose symbols have the entropy of trained rows."""
     rng, state = torch.Generator().manual_seed(0), model.state_dict()
-    state |= {n: torch.randn(t.shape, generator=rng) for n, t in state.items() if quant_rule(hp, n)}
+    state |= {n: torch.randn(t.shape, generator=rng) for n, t in state.items() if t.is_floating_point()}
     return fit(hp, state, "0" * 64, "zstd" if hp.codec == "auto" else hp.codec)
 # ---- Evaluation ------------------------------------------------------------------------------------------------------
 def scoring_windows(num_targets: int, seq_len: int, stride: int) -> Tensor:
@@ -1480,9 +1480,9 @@ def main() -> None:
     code, total = submission_bytes(hp, path.stat().st_size, "artifact")
     result = {"event": "train_summary", "run_id": hp.run_id, "artifact_path": str(path), "partial": val.partial}
     result |= {"val_bpb_float": None if val.partial else before.bpb, "val_bpb": None if val.partial else after.bpb}
-    result |= {"val_loss": after.val_loss, "train_seconds": seconds, "steps": steps, "params": params}
-    result |= {"bytes_code": code, "bytes_model": total - code, "bytes_total": total}
-    log(json.dumps(result | {"tokens": steps * hp.train_batch_tokens}))
+    result |= {"val_loss": after.val_loss, "train_seconds": seconds, "tokens": steps * hp.train_batch_tokens}
+    result |= {"steps": steps, "params": params, "bytes_code": code, "bytes_model": total - code, "bytes_total": total}
+    log(json.dumps(result))
 
 def run_entry_point(entry) -> None:
     """Call `entry()`; bad input and failing files become one line on stderr and exit status 2, not a traceback."""

@@ -1,5 +1,6 @@
 """Small models that the unit tests share.   from conftest import tiny_hp, make_model"""
 
+import functools
 import os
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from train_gpt import GPT, Dist, Hyperparameters, build_expert_table
+from train_gpt import GPT, Dist, Hyperparameters, build_expert_table, role_of
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))  # more threads only slow models this small down
 
@@ -58,15 +59,40 @@ def zipf_counts(vocab_size: int, total: int = 1_000_000, seed: int = 0) -> np.nd
     return np.random.default_rng(seed).permutation(counts)
 
 
-def make_model(hp: Hyperparameters, counts: np.ndarray | None = None, noise: float = 0.1) -> GPT:
-    """An initialised and routed model, all of its parameters perturbed so that zero-initialised branches are alive."""
+@functools.lru_cache
+def markov_text(vocab_size: int, classes: int = 8, total: int = 20_000) -> np.ndarray:
+    """(total,) uint16 tokens: classes, each of ids with one remainder, mostly follow each other in turn, and in a class
+    ids are as frequent as in `zipf_counts`."""
+    rng, counts = np.random.default_rng(1), zipf_counts(vocab_size)
+    class_of = np.cumsum(np.where(rng.random(total) < 0.8, 1, rng.integers(classes, size=total))) % classes
+    tokens = np.zeros(total, np.uint16)
+    for each in range(classes):
+        members, where = np.arange(each, vocab_size, classes), class_of == each
+        tokens[where] = rng.choice(members, where.sum(), p=counts[members] / counts[members].sum())
+    return tokens
+
+
+@functools.lru_cache
+def zipf_table(**knobs) -> torch.Tensor:
+    """Experts by these counts and this text; kept, as clusters take longer than the models of most tests."""
+    hp = tiny_hp(**knobs, loop_passes=1)
+    return build_expert_table(hp, zipf_counts(hp.vocab_size), markov_text(hp.vocab_size))
+
+
+TABLE_KNOBS = ("vocab_size", "num_layers", "moe_start_layer", "routing", "num_experts", "top_k")
+
+
+def make_model(hp: Hyperparameters, noise: float = 0.1) -> GPT:
+    """An initialised and routed model, all of its parameters perturbed so that zero-initialised branches are alive.
+    Routers are perturbed further, so that they overrule HYBRID's table often and are rarely undecided."""
     model = GPT(hp)
     model.init_weights()
-    model.expert_table.copy_(build_expert_table(hp, zipf_counts(hp.vocab_size) if counts is None else counts))
+    model.expert_table.copy_(zipf_table(**{knob: getattr(hp, knob) for knob in TABLE_KNOBS}))
     generator = torch.Generator().manual_seed(hp.seed + 1)
     with torch.no_grad():
-        for p in model.parameters():
-            p.add_(noise * torch.randn(p.shape, generator=generator))
+        for name, p in model.named_parameters():
+            scale = 3 * noise if role_of(name) == "router" else noise
+            p.add_(scale * torch.randn(p.shape, generator=generator))
     return model
 
 

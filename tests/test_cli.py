@@ -4,6 +4,7 @@ The expected losses of a short fixed run live in golden_losses.json. After a cha
     python tests/test_cli.py --write-golden
 """
 
+import itertools
 import json
 import os
 import re
@@ -40,7 +41,7 @@ from helpers_cli import (
 
 import eval_sliding
 import train_gpt
-from train_gpt import Hyperparameters, Refusal
+from train_gpt import CHOICES, Hyperparameters, Refusal
 
 GOLDEN = Path(__file__).with_name("golden_losses.json")
 GOLDEN_TOLERANCE = 2e-5  # relative; initial weights that are off by 1e-5 move the losses by less than 1e-6
@@ -79,6 +80,10 @@ class Run:
     @property
     def losses(self) -> list[float]:
         return train_losses(self.log)
+
+    @property
+    def model(self) -> train_gpt.GPT:
+        return train_gpt.load_artifact(self.artifact, Hyperparameters(eval_stride=8), ALONE.device)[0]
 
     def same_as(self, other: "Run") -> bool:
         assert len(self.losses) == len(other.losses) == 8
@@ -269,6 +274,41 @@ def test_importing_the_trainer_prints_nothing_and_touches_no_data_and_no_gpu(dat
     assert not list(tmp_path.iterdir())
 
 
+# ---- Every router and every mu
+
+
+EVERY_WAY = [(routing, mu, 1) for routing, mu in itertools.product(*(CHOICES[k].split() for k in ("routing", "mu")))]
+EVERY_WAY += [(routing, "pid", 2) for routing in CHOICES["routing"].split()]
+
+
+@pytest.fixture(scope="module")
+def short_dataset(tmp_path_factory) -> Dataset:
+    """One with a validation split of two documents."""
+    return write_dataset(tmp_path_factory.mktemp("short") / "set", val_docs=2)
+
+
+@pytest.mark.parametrize(("routing", "mu", "top_k"), EVERY_WAY)
+def test_every_router_and_mu_trains_exports_reloads_and_scores(short_dataset, tmp_path, routing, mu, top_k):
+    env = cli_env(short_dataset, ROUTING=routing, MU=mu, TOP_K=top_k, ITERATIONS=2, GPTQ_BATCHES=1)
+    result = run_in_process(train_gpt.main, env | {"TARGET_BYTES": "0", "CODEC": "zstd"}, tmp_path)
+    run = Run(tmp_path, result)
+    trained, knobs = result.summary, run.model.hp
+    assert (knobs.routing, knobs.mu, knobs.top_k) == (routing, mu, top_k)
+    assert run.model.expert_table.shape == (0 if routing == "dense" else 2, 340, top_k)
+    assert len(run.losses) == trained["steps"] == 2
+    assert not re.search(r"\b(nan|inf|warning)\b", run.log.split("=" * 100)[-1])
+    scored = [
+        run_in_process(eval_sliding.main, eval_env(short_dataset, EVAL_STRIDE=stride), tmp_path, "logs/run.ptz").summary
+        for stride in (32, 16)
+    ]
+    assert 1 < trained["val_bpb"] < 8
+    assert scored[0]["val_loss"] == pytest.approx(trained["val_loss"], abs=1e-9)
+    assert scored[0]["val_bpb"] == pytest.approx(trained["val_bpb"], abs=1e-9)
+    assert 1 < scored[1]["val_bpb"] < 8
+    assert scored[1]["val_bpb"] != scored[0]["val_bpb"]
+    assert scored[1]["target_tokens"] == scored[0]["target_tokens"]
+
+
 # ---- What a result may depend on
 
 
@@ -279,8 +319,17 @@ def test_the_same_seed_repeats_losses_and_artifact_and_another_does_not(baseline
     assert other.artifact.read_bytes() != baseline.artifact.read_bytes()
 
 
-def test_warm_up_leaves_no_trace(baseline, train):
-    assert train(WARMUP_STEPS=2).same_as(baseline)
+@pytest.mark.parametrize("knobs", [{"ROUTING": "learned", "TOP_K": 2, "MU": "pid"}, {"ROUTING": "cluster"}])
+def test_the_same_seed_repeats_what_routers_do_and_another_does_not(train, knobs):
+    first, again, other = train(**knobs), train(**knobs), train(**knobs, SEED=1)
+    assert first.same_as(again)
+    assert first.losses != other.losses
+    assert first.artifact.read_bytes() != other.artifact.read_bytes()
+
+
+@pytest.mark.parametrize("knobs", [{}, {"ROUTING": "learned", "MU": "pid"}])
+def test_warm_up_leaves_no_trace(train, knobs):
+    assert train(**knobs, WARMUP_STEPS=2).same_as(train(**knobs))
 
 
 def test_averaging_changes_the_artifact_and_never_the_losses(baseline, train):
@@ -301,6 +350,15 @@ def test_validation_text_never_reaches_the_artifact_and_training_text_does(basel
     assert not train(write_dataset(tmp_path / "other_train", train_seed=78)).same_as(baseline)
 
 
+def test_validation_text_never_reaches_the_table_of_clusters_and_training_text_does(train, tmp_path):
+    knobs = {"ROUTING": "cluster", "TOP_K": 2}
+    run, other_val = train(**knobs), train(write_dataset(tmp_path / "other_val", val_seed=77, val_docs=11), **knobs)
+    assert other_val.result.summary["val_bpb"] != run.result.summary["val_bpb"]
+    assert other_val.same_as(run)
+    other_train = train(write_dataset(tmp_path / "other_train", train_seed=78), **knobs)
+    assert not torch.equal(other_train.model.expert_table, run.model.expert_table)
+
+
 AUDIT = """
 import json, os, sys
 events = []
@@ -315,11 +373,11 @@ def hook(event, args):
 import train_gpt
 sys.addaudithook(hook)
 if sys.argv[1] == "peek":
-    count = train_gpt.TokenLoader.count_tokens
+    sample = train_gpt.TokenLoader.sample
     def peek(loader):
         open(train_gpt.list_shards(loader.hp.dataset_dir, "val")[0], "rb").close()
-        return count(loader)
-    train_gpt.TokenLoader.count_tokens = peek
+        return sample(loader)
+    train_gpt.TokenLoader.sample = peek
 train_gpt.main()
 print(json.dumps(events))
 """
@@ -327,7 +385,7 @@ print(json.dumps(events))
 
 @pytest.mark.parametrize(("mode", "clean"), [("honest", True), ("peek", False)])
 def test_before_the_artifact_exists_only_the_validation_loader_opens_validation_files(mode, clean, dataset, tmp_path):
-    env = full_environment(cli_env(dataset, VAL_LOSS_EVERY=3)) | {"PYTHONPATH": str(ROOT)}
+    env = full_environment(cli_env(dataset, VAL_LOSS_EVERY=3, ROUTING="cluster")) | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", AUDIT, mode]
     done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -398,9 +456,9 @@ def test_the_last_learning_rate_is_low_when_the_clock_ends_the_run(train):
 
 
 BAD_KNOBS = {  # the message has to name the last variable of each
-    "routing": {"ROUTING": "soft"},
+    "routing": {"ROUTING": "random"},
     "dispatch": {"DISPATCH": "dense"},
-    "mu": {"MU": "pid"},
+    "mu": {"MU": "pd"},
     "activation": {"ACTIVATION": "gelu"},
     "schedule": {"SCHEDULE": "cosine"},
     "average": {"AVERAGE": "mean"},
@@ -425,6 +483,13 @@ BAD_KNOBS = {  # the message has to name the last variable of each
     "astronomic_warm_up": {"WARMUP_STEPS": "1" + "0" * 400},
     "momentum": {"MUON_MOMENTUM": "1.5"},
     "experts": {"NUM_EXPERTS": "257"},
+    "no_expert": {"TOP_K": "0"},
+    "three_experts": {"TOP_K": "3"},
+    "half_an_expert": {"TOP_K": "1.5"},
+    "two_of_one_expert": {"TOP_K": "2", "NUM_EXPERTS": "1"},
+    "learned_grouped": {"ROUTING": "learned", "DISPATCH": "grouped"},
+    "hybrid_grouped": {"ROUTING": "hybrid", "DISPATCH": "grouped"},
+    "soft_grouped": {"ROUTING": "soft", "DISPATCH": "grouped"},
     "vocab": {"VOCAB_SIZE": "65537"},
     "heads": {"MODEL_DIM": "32", "NUM_HEADS": "3"},
     "kv_heads": {"NUM_HEADS": "4", "NUM_KV_HEADS": "3"},
@@ -448,7 +513,6 @@ BAD_KNOBS = {  # the message has to name the last variable of each
     "damping": {"GPTQ_DAMPING": "-0.01"},
     "target": {"TARGET_BYTES": "16000000"},
     "narrow": {"MODEL_DIM": "8"},
-    "bigram": {"BIGRAM_BUCKETS": "-1"},
     "bits": {"MATRIX_BITS": "9"},
     "few_bits": {"EMBED_BITS": "1"},
     "slash": {"RUN_ID": "../run"},
@@ -471,6 +535,9 @@ GOOD_KNOBS = {
     "moe_start": {"MOE_START_LAYER": "1"},
     "dense_ignores_dispatch": {"ROUTING": "dense", "DISPATCH": "grouped", "EXPERT_DIM": "12"},
     "grouped": {"DISPATCH": "grouped", "EXPERT_DIM": "16"},
+    "grouped_pairs": {"DISPATCH": "grouped", "TOP_K": "2", "NUM_EXPERTS": "2", "ROUTING": "cluster"},
+    "learned_pairs": {"ROUTING": "learned", "TOP_K": "2", "MU": "pid"},
+    "soft": {"ROUTING": "soft", "NUM_EXPERTS": "1"},
     "rope": {"ROPE_DIMS": "8"},
     "bits": {"MATRIX_BITS": "2", "EMBED_BITS": "8"},
     "no_loop": {"LOOP_PASSES": "1", "LOOP_END": "7", "LOOP_START": "9"},
@@ -511,8 +578,9 @@ def test_a_device_that_is_not_there_is_refused(dataset, tmp_path):
 
 
 def test_a_bad_knob_by_the_command_line_is_one_line_and_status_2(dataset, tmp_path):
-    result = run_command("train_gpt.py", cli_env(dataset, ROUTING="soft"), tmp_path)
-    assert_refused(result, "ROUTING='soft': expected one of zipf hash modulo dense")
+    result = run_command("train_gpt.py", cli_env(dataset, ROUTING="random"), tmp_path)
+    known = "zipf cluster hash modulo learned hybrid soft dense"
+    assert_refused(result, f"ROUTING='random': expected one of {known}")
     assert result.out == ""
 
 
@@ -525,6 +593,15 @@ def test_a_misspelt_knob_is_named_with_its_nearest_and_changes_nothing(typo, nam
     train_gpt.log_provenance(log, hp, ALONE, {**cli_env(dataset), typo: "5", "PATH": "/bin", "EDITOR": "vi"})
     warnings = re.findall(r"^warning: .*$", log.path.read_text(), re.MULTILINE)
     assert warnings == [f"warning: {typo} is not a knob; did you mean {name}?"]
+
+
+def test_knobs_of_the_bigram_memory_are_gone_and_change_nothing(dataset, tmp_path):
+    """They are as good as any other variable; the names left are too far from theirs for a warning."""
+    hp, gone = Hyperparameters.from_env(cli_env(dataset)), {"BIGRAM_BUCKETS": "-1", "BIGRAM_DIM": "many"}
+    assert Hyperparameters.from_env({**cli_env(dataset), **gone}) == hp
+    log = train_gpt.Log(ALONE, tmp_path / "log.txt")
+    train_gpt.log_provenance(log, hp, ALONE, {**cli_env(dataset), **gone})
+    assert not re.search("warning|bigram", log.path.read_text().split("=" * 100)[-1], re.IGNORECASE)
 
 
 def test_a_run_with_a_misspelt_knob_warns_and_goes_on(chain):
@@ -782,14 +859,7 @@ def golden_losses() -> list[float]:
             **{"num_kv_heads": 2, "rope_dims": 4, "expert_dim": 8, "shared_dim": 32, "iterations": 25},
             **{"dtype": "float32", "compile": False, "warmup_steps": 0, "max_wallclock_seconds": 0.0},
             **{"train_batch_tokens": 256, "micro_batch_tokens": 128, "data_path": folder, "eval_stride": 32},
-            **{
-                "schedule": "sgdr",
-                "loop_start": 1,
-                "loop_end": 1,
-                "loop_passes": 2,
-                "parallel_start_layer": 2,
-                "bigram_buckets": 40,
-            },
+            **{"schedule": "sgdr", "loop_start": 1, "loop_end": 1, "loop_passes": 2, "parallel_start_layer": 2},
         )
         precision = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")
@@ -797,7 +867,8 @@ def golden_losses() -> list[float]:
         patch.setattr(train_gpt, "train_step", lambda *args: losses.append(step(*args)) or losses[-1])
         loader, model = train_gpt.TokenLoader(hp, ALONE), train_gpt.GPT(hp)
         model.init_weights()
-        model.expert_table.copy_(train_gpt.build_expert_table(hp, loader.count_tokens()))
+        counts = np.bincount(loader.sample(), minlength=hp.vocab_size)
+        model.expert_table.copy_(train_gpt.build_expert_table(hp, counts))
         train_gpt.train(hp, ALONE, lambda text: None, model, loader, None)
         torch.set_float32_matmul_precision(precision)
     return [loss.item() for loss in losses]
@@ -826,7 +897,7 @@ def other_slope(h, kind):
 
 
 def other_table(hp, token_counts):
-    return torch.arange(hp.vocab_size).remainder(hp.num_experts).expand(hp.num_layers, -1)
+    return torch.arange(hp.vocab_size).remainder(hp.num_experts)[:, None].expand(hp.num_layers, -1, 1)
 
 
 def slower_schedule(hp, frac, original=train_gpt.lr_scale):

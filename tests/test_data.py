@@ -174,11 +174,24 @@ def test_the_loader_counts_the_inputs_it_hands_out(folder):
     assert counts.sum() == 9 * 8 * T
 
 
-@pytest.mark.parametrize("max_tokens", [1, 83, 84, 200, 355, 356, 10_000])
-def test_token_counts_cover_exactly_the_first_training_tokens(folder, max_tokens):
-    counts = TokenLoader(knobs(folder), ALONE).count_tokens(max_tokens)
-    expected = [1] * min(max_tokens, sum(LENGTHS)) + [0] * (1000 - min(max_tokens, sum(LENGTHS)))
-    assert counts.tolist() == expected
+@pytest.mark.parametrize("max_tokens", [3, 6, 48, 50, 51, 249, 252, 770, 771, 10_000])
+def test_the_sample_takes_as_many_tokens_from_the_start_of_every_shard(folder, max_tokens):
+    """Shards are in the order of the crawl: the first of them alone would be another text than the whole."""
+    tokens, starts = TokenLoader(knobs(folder), ALONE).sample(max_tokens), np.cumsum([0, *LENGTHS])
+    expected = [start + i for start, n in zip(starts, LENGTHS, strict=False) for i in range(min(n, max_tokens // 3))]
+    assert tokens.tolist() == expected
+    assert tokens.dtype == np.uint16
+    assert len(tokens) <= max_tokens
+    assert (len(tokens) == sum(LENGTHS)) == (max_tokens >= 3 * max(LENGTHS))
+
+
+def test_the_sample_is_the_same_on_every_rank_and_leaves_the_batches_alone(folder):
+    loaders = [TokenLoader(knobs(folder), Dist(rank, 4, CPU)) for rank in range(4)]
+    assert len({loader.sample(60).tobytes() for loader in loaders}) == 1
+    asked, other = (TokenLoader(knobs(folder), ALONE) for _ in range(2))
+    asked.sample()
+    assert asked.token_counts.sum() == 0
+    assert torch.equal(asked.next_batch()[0], other.next_batch()[0])
 
 
 def test_train_and_val_take_their_own_shards_and_no_byte_sidecar(tmp_path):
@@ -273,18 +286,21 @@ def test_sidecars_whose_total_fits_but_not_shard_by_shard_are_refused(with_sidec
 # ---- Token ids outside the vocabulary
 
 
-def test_a_token_outside_the_vocabulary_is_refused_by_counting(folder):
+def test_a_token_outside_the_vocabulary_is_refused_by_the_sample(folder):
     inside, outside = (TokenLoader(knobs(folder, vocab_size=v), ALONE) for v in (sum(LENGTHS), sum(LENGTHS) - 1))
-    assert inside.count_tokens().sum() == sum(LENGTHS)
+    assert len(inside.sample()) == sum(LENGTHS)
     with pytest.raises(Refusal, match=r"fineweb_train_000002\.bin: token id 355 is outside VOCAB_SIZE=355"):
-        outside.count_tokens()
+        outside.sample()
+    assert len(outside.sample(45)) == 45  # which ends before that token
+    with pytest.raises(Refusal, match=r"fineweb_train_000000\.bin: token id 82 is outside VOCAB_SIZE=80"):
+        TokenLoader(knobs(folder, vocab_size=80), ALONE).sample()
 
 
-def test_a_token_outside_the_vocabulary_is_refused_mid_stream_beyond_the_counted_tokens(tmp_path):
+def test_a_token_outside_the_vocabulary_is_refused_mid_stream_beyond_the_sample(tmp_path):
     write_shard(tmp_path / "fineweb_train_000000.bin", range(99))
     write_shard(tmp_path / "fineweb_train_000001.bin", [*range(50), 100, *range(48)])
     loader = TokenLoader(knobs(tmp_path, vocab_size=100), ALONE)
-    assert loader.count_tokens(max_tokens=99).sum() == 99
+    assert len(loader.sample(max_tokens=100)) == 100
     with pytest.raises(Refusal, match=r"fineweb_train_000001\.bin: token id 100 is outside VOCAB_SIZE=100"):
         list(itertools.islice(iter(loader.next_batch, None), 10))
     fitting = TokenLoader(knobs(tmp_path, vocab_size=101), ALONE)

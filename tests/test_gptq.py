@@ -19,6 +19,7 @@ import train_gpt
 from train_gpt import (
     CHOICES,
     GPT,
+    TABLE_SCORE,
     CastedLinear,
     CausalSelfAttention,
     Dist,
@@ -36,7 +37,6 @@ from train_gpt import (
     gptq,
     load_artifact,
     matrices_of,
-    mix32,
     quant_rule,
     quantize,
     role_of,
@@ -383,7 +383,12 @@ def test_fit_with_hessians_meets_the_target_as_well():
 MODES = [{"mu": mu, "dispatch": dispatch} for mu in CHOICES["mu"].split() for dispatch in CHOICES["dispatch"].split()]
 MODES += [{"activation": a, "dispatch": "grouped"} for a in ("relu2", "swiglu")] + [{"moe_start_layer": 2}]
 MODES += [{"routing": "dense"}, {"routing": "dense", "mu": "lowrank", "activation": "swiglu"}, {"loop_passes": 3}]
-MODES += [{"routing_per_pass": False}, {"bigram_buckets": 50, "bigram_dim": 8}, {"num_experts": 3, "routing": "hash"}]
+MODES += [{"routing_per_pass": False}, {"num_experts": 3, "routing": "hash"}, {"routing": "cluster"}]
+MODES += [{"routing": routing} for routing in TABLE_SCORE] + [
+    {"routing": "learned", "mu": "pid", "activation": "swiglu"}
+]
+MODES += [{"top_k": 2}, {"top_k": 2, "dispatch": "grouped"}, {"top_k": 2, "num_experts": 2, "routing": "learned"}]
+MODES += [{"top_k": 2, "routing": routing} for routing in ("cluster", "hybrid", "soft")]
 
 
 def label(mode: dict) -> str:
@@ -416,7 +421,7 @@ class Observed:
         with torch.no_grad():
             for _ in range(batches):
                 self.ids, self.passes = loader.next_batch()[0], Counter()
-                self.add("tok_emb.weight", model.features(self.ids))
+                self.add("tok_emb.weight", model.features(self.ids)[0])
         for hook in hooks:
             hook.remove()
 
@@ -427,7 +432,7 @@ class Observed:
         def attention(module: CausalSelfAttention, args: tuple) -> None:
             x, mu, *_ = args
             for i, part in enumerate("qkv"):
-                guided = x + module.mu_gain[i] * mu if self.hp.mu == "vector" else x
+                guided = x + module.mu_gain[i] * mu if self.hp.mu in ("vector", "pid") else x
                 self.add(f"{name}.c_{part}.weight", guided)
 
         def routed(module: TokenRoutedMLP, args: tuple) -> None:
@@ -435,12 +440,13 @@ class Observed:
             shift = self.passes[layer] * self.hp.routing_per_pass
             self.passes[layer] += 1
             table = self.model.expert_table[layer - self.hp.moe_start_layer].long()
-            expert = (table[self.ids.flatten()] + shift) % E
+            named = (table[self.ids.flatten()] + shift) % E
+            factors = self.factors(module, x, torch.stack([(named == e).any(-1) for e in range(E)], -1).float())
             hidden = [activate(x @ module.up.weight.T, self.hp.activation)]
             for e in range(E):
-                mine = (expert == e)[:, None]
+                mine = factors[:, e, None]
                 hidden.append(activate(x @ module.expert_up[e].T, self.hp.activation) * mine)
-                self.add(f"{name}.expert_up.{e}", x[mine[:, 0]])
+                self.add(f"{name}.expert_up.{e}", x[mine[:, 0] > 0])
             self.add(f"{name}.up.weight", x)
             self.add(f"{name}.down.weight", torch.cat(hidden, -1))
 
@@ -453,6 +459,16 @@ class Observed:
         if isinstance(module, CastedLinear) and not theirs and not mine:
             return lambda module, args: self.add(f"{name}.weight", args[0])
         return lambda module, args: None
+
+    def factors(self, module: TokenRoutedMLP, x: Tensor, named: Tensor) -> Tensor:
+        """What each expert's hidden units are multiplied by, (tokens, E), given the experts that the table names."""
+        routing, E, K = self.hp.routing, self.hp.num_experts, self.hp.top_k
+        if routing not in ("learned", "hybrid", "soft"):
+            return named
+        scores = x @ module.router.T + {"learned": 1e-3, "hybrid": 2.0, "soft": 0.0}[routing] * named
+        if routing == "soft":
+            return E * scores.exp() / scores.exp().sum(-1, keepdim=True)
+        return (scores >= scores.kthvalue(E - K + 1, dim=-1, keepdim=True).values).float()
 
     def moments(self, name: str) -> Tensor:
         x = torch.cat(self.inputs[name])
@@ -485,22 +501,26 @@ def test_hessians_are_the_moments_of_the_inputs(folder, mode):
         assert (hessian.diagonal(dim1=-2, dim2=-1) > 0).any(), name
 
 
-def test_q_k_and_v_read_different_inputs_under_a_vector_mu_only(folder):
+def test_q_k_and_v_read_different_inputs_where_mu_is_added_to_these(folder):
     for mu in CHOICES["mu"].split():
         hp = data_hp(folder, mu=mu)
         hessians = collected(hp, make_model(hp))
         q, k, v = (hessians[f"blocks.1.attn.c_{part}.weight"] for part in "qkv")
-        assert torch.equal(q, k) == torch.equal(k, v) == torch.equal(q, v) == (mu != "vector")
+        assert torch.equal(q, k) == torch.equal(k, v) == torch.equal(q, v) == (mu not in ("vector", "pid"))
 
 
-@pytest.mark.parametrize("mode", [{}, {"mu": "lowrank", "activation": "swiglu"}, {"num_experts": 3}], ids=label)
+DISPATCHED = [{}, {"mu": "lowrank", "activation": "swiglu"}, {"num_experts": 3}, {"top_k": 2}]
+
+
+@pytest.mark.parametrize("mode", DISPATCHED, ids=label)
 def test_both_dispatches_have_the_same_hessians(folder, mode):
     masked, grouped = (data_hp(folder, **mode, dispatch=dispatch) for dispatch in ("masked", "grouped"))
     assert_same_hessians(collected(grouped, make_model(grouped)), collected(masked, make_model(masked)))
 
 
-def test_hidden_units_of_two_experts_never_meet(folder):
-    hp = data_hp(folder, gptq_batches=4)
+@pytest.mark.parametrize("routing", ["zipf", "learned"])
+def test_hidden_units_of_two_experts_never_meet(folder, routing):
+    hp = data_hp(folder, gptq_batches=4, routing=routing)
     hessian = collected(hp, make_model(hp))["blocks.1.mlp.down.weight"]
     assert hessian.shape == (32 + 4 * 8, 32 + 4 * 8)
     shared, routed = hessian[:32, 32:], hessian[32:, 32:].view(4, 8, 4, 8)
@@ -509,13 +529,26 @@ def test_hidden_units_of_two_experts_never_meet(folder):
         assert (routed[a, :, b] != 0).all() if a == b else (routed[a, :, b] == 0).all()
 
 
-def test_the_moments_of_the_experts_inputs_sum_to_those_of_all(folder):
-    hp = data_hp(folder)
-    hessians = collected(hp, make_model(hp))
+def test_hidden_units_of_two_experts_of_a_token_meet(folder):
+    hp = data_hp(folder, gptq_batches=4, top_k=2, routing_per_pass=False)
+    model = make_model(hp)
+    table, tokens = model.expert_table[1].long(), TokenLoader(hp, ALONE)
+    pairs = {tuple(sorted(pair)) for _ in range(4) for pair in table[tokens.next_batch()[0].flatten()].tolist()}
+    routed = collected(hp, model)["blocks.1.mlp.down.weight"][32:, 32:].view(4, 8, 4, 8)
+    met = {pair for pair in itertools.combinations(range(4), 2) if (routed[pair[0], :, pair[1]] != 0).all()}
+    assert met == pairs
+    assert met
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("routing", ["zipf", "cluster", *TABLE_SCORE])
+def test_the_moments_of_the_experts_inputs_sum_to_those_of_all(folder, routing, top_k):
+    hp = data_hp(folder, routing=routing, top_k=top_k)
+    hessians, reach = collected(hp, make_model(hp)), hp.num_experts if routing == "soft" else top_k
     for layer in range(hp.num_layers):
         total, each = hessians[f"blocks.{layer}.mlp.up.weight"], hessians[f"blocks.{layer}.mlp.expert_up"]
-        torch.testing.assert_close(each.sum(0), total, rtol=1e-3, atol=1e-3)
-        assert not torch.allclose(each[0], each[1], rtol=0.1)
+        torch.testing.assert_close(each.sum(0), reach * total, rtol=1e-3, atol=1e-3)
+        assert torch.allclose(each[0], each[1], rtol=0.1) == (routing == "soft")  # where all tokens reach all experts
 
 
 def test_an_expert_that_no_token_reaches_is_rounded_to_nearest(folder, tmp_path):
@@ -537,8 +570,9 @@ def test_an_expert_that_no_token_reaches_is_rounded_to_nearest(folder, tmp_path)
     assert all(torch.equal(loaded[name], dequantize(*part)) for name, part in parts.items() if len(part) > 1)
 
 
-def test_real_hessians_lower_the_output_error_of_every_matrix(folder):
-    hp = data_hp(folder, gptq_batches=8)
+@pytest.mark.parametrize("mode", [{}, {"routing": "learned", "top_k": 2, "mu": "pid"}, {"routing": "soft"}], ids=label)
+def test_real_hessians_lower_the_output_error_of_every_matrix(folder, mode):
+    hp = data_hp(folder, gptq_batches=8, **mode)
     model = make_model(hp)
     hessians, state = collected(hp, model), model.state_dict()
     near, parts, unusable = nearest_and_gptq(hp, state, hessians)
@@ -606,16 +640,6 @@ def test_two_ranks_see_together_what_one_sees_alone(folder):
     assert_same_hessians({name: hessian + second[name] for name, hessian in first.items()}, alone)
     assert first["tok_emb.weight"].trace().item() == pytest.approx(3 * 16 * hp.model_dim, rel=1e-4)
     assert not torch.allclose(first["tok_emb.weight"], second["tok_emb.weight"], rtol=0.1)
-
-
-def test_bigrams_reach_their_projection(folder):
-    hp = data_hp(folder, bigram_buckets=50, bigram_dim=8, gptq_batches=1)
-    model = make_model(hp)
-    ids = TokenLoader(hp, ALONE).next_batch()[0]
-    before = F.pad(ids[:, :-1], (1, 0))
-    x = model.bigram.weight[mix32(before * hp.vocab_size + ids) % 50].flatten(0, 1)
-    found = collected(hp, model)["bigram_proj.weight"]
-    torch.testing.assert_close(found, (x.T @ x).detach(), rtol=1e-4, atol=1e-2)
 
 
 # ---- Export ----------------------------------------------------------------------------------------------------------

@@ -47,11 +47,14 @@ def test_one_command_trains_exports_scores_and_sums_up(workplace):
     assert f"= {events[0]['bytes_total']:,} of 16,000,000 bytes" in summary[3]
 
 
+ROUTINGS = "zipf cluster hash modulo learned hybrid soft dense"
+
+
 @pytest.mark.parametrize(
     ("env", "message"),
     [
         ({"PROFILE": "fast"}, "error: PROFILE=fast: expected record, 1gpu, cpu or smoke"),
-        ({"PROFILE": "smoke", "ROUTING": "zpif"}, "error: ROUTING='zpif': expected one of zipf hash modulo dense"),
+        ({"PROFILE": "smoke", "ROUTING": "zpif"}, f"error: ROUTING='zpif': expected one of {ROUTINGS}"),
         ({"PROFILE": "smoke", "DATA_PATH": "nowhere"}, "error: DATA_PATH=nowhere: no such folder"),
     ],
 )

@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 import threading
+from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -179,10 +180,13 @@ def test_training_step_on_several_ranks_is_that_of_the_joint_batch(world_size):
 # ---- Parameter groups ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", list(itertools.product(ROUTING, DISPATCH, MU)), ids="-".join)
+@pytest.mark.parametrize("mode", list(itertools.product(ROUTING, MU)), ids="-".join)
 def test_every_parameter_has_one_group_and_the_optimizer_of_its_role(mode):
-    hp = tiny_hp(**dict(zip(("routing", "dispatch", "mu"), mode, strict=True)), moe_start_layer=1, bigram_buckets=50)
+    hp = tiny_hp(**dict(zip(("routing", "mu"), mode, strict=True)), moe_start_layer=1)
     model = GPT(hp)
+    roles = Counter(role_of(name) for name, _ in model.named_parameters())
+    assert roles["router"] == (3 if hp.routing in ("learned", "hybrid", "soft") else 0)
+    assert roles["expert"] == (6 if hp.routing != "dense" else 0)
     muon, adam = build_optimizers(hp, model, ALONE)
     groups = {id(p): (o, group) for o in (muon, adam) for group in o.param_groups for p in group["params"]}
     assert len(groups) == sum(len(group["params"]) for o in (muon, adam) for group in o.param_groups)
@@ -194,7 +198,6 @@ def test_every_parameter_has_one_group_and_the_optimizer_of_its_role(mode):
             "matrix": (hp.muon_weight_decay, hp.matrix_lr),
             "expert": (hp.muon_weight_decay, hp.matrix_lr),
             "embedding": (hp.embed_weight_decay, hp.embed_lr),
-            "bigram": (hp.embed_weight_decay, hp.embed_lr),
         }.get(role_of(name), (0.0, hp.scalar_lr))
         assert (group["weight_decay"], group["lr"], group["base_lr"]) == (decay, lr, lr), name
 

@@ -4,12 +4,16 @@ import ast
 import json
 import re
 import statistics
+import sys
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 import train_gpt
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "records"))
+import ablate
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = [p for p in ROOT.rglob("*.py") if not {".venv", "logs"} & set(p.relative_to(ROOT).parts)]
@@ -226,3 +230,44 @@ def test_the_sweep_ranks_and_audits_in_the_evaluation_study_are_those_of_its_log
         table = [x for x in (STUDY / f"{name}.txt").read_text(encoding="utf-8").splitlines() if x.startswith("|")]
         assert "\n".join(table) in text
         assert all(row.endswith("| pass |") for row in table[2:])
+
+
+# ---- The routing study
+
+
+ROUTING_STUDY = ROOT / "records" / "track_non_record_16mb" / "2026-11-23_RoutingStudy"
+
+
+def routing_rows() -> list[ablate.Row]:
+    """The rows of the study's table, made again from its logs."""
+    base, lines = ablate.read_lines(ROUTING_STUDY / "grid.txt")
+    cells = []
+    for name, (_, own) in lines.items():
+        logs = ablate.files_of(ROUTING_STUDY, ablate.Cell(name, "", None, "off", {}))
+        knobs = [ablate.events_of(log)["ablation"]["knobs"] for log in logs.values()]
+        solved = "off" if name == next(iter(lines)) else own.get("SOLVE", "SHARED_DIM")
+        asked = {k: v for k, v in (base | own).items() if k not in ("SCRIPT", "SOLVE", solved)}
+        assert knobs, name
+        assert all(asked.items() <= seed.items() for seed in knobs), name
+        cells.append(ablate.Cell(name, "", None, solved, knobs[0]))
+    return ablate.compare(ROUTING_STUDY, cells)
+
+
+def test_the_table_of_the_routing_study_is_what_its_logs_give():
+    rows, text = routing_rows(), (ROUTING_STUDY / "README.md").read_text(encoding="utf-8")
+    assert ablate.table(rows) in text
+    assert not any(row.note for row in rows)
+    assert len(rows[0].runs) >= 6
+    sizes = [run["bytes_model"] for row in rows for run in row.runs.values()]
+    assert max(sizes) < 1.01 * min(sizes)
+    assert len(list(ROUTING_STUDY.glob("*_seed*.txt"))) == sum(len(row.runs) for row in rows)
+
+
+def test_every_difference_in_the_text_of_the_routing_study_is_that_of_its_table():
+    text = (ROUTING_STUDY / "README.md").read_text(encoding="utf-8")
+    deltas = {row.cell.name: f"{statistics.mean(row.deltas.values()):+.4f}" for row in routing_rows()[1:]}
+    stated = re.findall(r"`(\w+)` ([+-]\d\.\d{4})", text)
+    assert len(stated) >= 20
+    assert [(name, delta) for name, delta in stated if deltas[name] != delta] == []
+    main = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert all(deltas[name] == delta for name, delta in re.findall(r"`(\w+)` ([+-]\d\.\d{4})", main))

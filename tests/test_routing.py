@@ -2,23 +2,40 @@
 
 import inspect
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ALONE, tiny_hp, zipf_counts
+from conftest import ALONE, markov_text, tiny_hp, zipf_counts
 from helpers_cli import write_shard
 
-from train_gpt import CHOICES, TokenLoader, build_expert_table, expert_load, mix32, zipf_assignment
+from train_gpt import (
+    CHOICES,
+    TokenLoader,
+    build_expert_table,
+    cluster_assignments,
+    expert_load,
+    mix32,
+    zipf_assignment,
+)
 
 V = 1024
 EXPERTS = [2, 4, 8]
 ROUTED = [routing for routing in CHOICES["routing"].split() if routing != "dense"]
+START = {"learned": "modulo", "soft": "modulo", "hybrid": "zipf"}  # tables that routers start from
 
 
-def table_of(routing: str, num_experts: int, counts: np.ndarray | None = None, **knobs) -> np.ndarray:
+def tables_of(routing: str, num_experts: int, counts: np.ndarray | None = None, tokens=None, **knobs) -> np.ndarray:
+    """(layers, V, K), by `counts` and, for cluster, a text of 8 classes of tokens or `tokens`."""
     hp = tiny_hp(vocab_size=V, routing=routing, num_experts=num_experts, **knobs)
-    return build_expert_table(hp, zipf_counts(V) if counts is None else counts).numpy()
+    tokens = markov_text(V) if tokens is None else tokens
+    return build_expert_table(hp, zipf_counts(V) if counts is None else counts, tokens).numpy()
+
+
+def table_of(*args, **knobs) -> np.ndarray:
+    """The first choices, (layers, V)."""
+    return tables_of(*args, **knobs)[..., 0]
 
 
 def imbalance(row: np.ndarray, counts: np.ndarray, num_experts: int) -> float:
@@ -73,7 +90,7 @@ def co_membership_correlations(table: np.ndarray) -> list[float]:
 
 @pytest.mark.parametrize("num_experts", EXPERTS)
 def test_layers_partition_the_vocabulary_in_unrelated_ways(num_experts):
-    for routing in ("zipf", "hash"):
+    for routing in ("zipf", "hash"):  # clusters of 8 classes cannot be unrelated
         assert max(map(abs, co_membership_correlations(table_of(routing, num_experts, num_layers=6)))) < 0.08, routing
     assert min(co_membership_correlations(table_of("modulo", num_experts))) > 0.999
 
@@ -99,29 +116,39 @@ def test_mixer_turns_one_flipped_bit_into_about_sixteen():
 @pytest.mark.parametrize("routing", ROUTED)
 def test_tables_are_deterministic_and_in_range(routing):
     hp, counts = tiny_hp(vocab_size=V, routing=routing), zipf_counts(V)
-    table = build_expert_table(hp, counts)
+    table = build_expert_table(hp, counts, markov_text(V))
     assert table.dtype == torch.uint8
-    assert table.shape == (hp.num_layers, V)
+    assert table.shape == (hp.num_layers, V, 1)
     assert table.max() == hp.num_experts - 1
     np.random.seed(99)
     torch.manual_seed(99)
-    again = build_expert_table(tiny_hp(vocab_size=V, routing=routing, seed=7, model_dim=64, train_seq_len=32), counts)
-    assert torch.equal(again, table)
+    other = tiny_hp(vocab_size=V, routing=routing, seed=7, model_dim=64, train_seq_len=32)
+    assert torch.equal(build_expert_table(other, counts, markov_text(V).copy()), table)
+    others = build_expert_table(replace(hp, num_experts=256, moe_start_layer=3), counts, markov_text(V))
+    assert others.max() > 250
 
 
 @pytest.mark.parametrize("routing", ROUTED)
-def test_tables_depend_on_vocabulary_experts_and_layer_and_zipf_on_counts(routing):
+def test_tables_depend_on_vocabulary_experts_and_layer_and_those_of_text_on_counts(routing):
     table, counts = table_of(routing, 4), zipf_counts(V, seed=1)
     other = table_of(routing, 4, counts)
-    assert np.array_equal(other, table) == (routing != "zipf")
+    assert np.array_equal(other, table) == (routing not in ("zipf", "hybrid", "cluster"))
     assert not np.array_equal(table_of(routing, 8), table)
     late = table_of(routing, 4, moe_start_layer=2)
     assert np.array_equal(late, table[2:])  # a layer keeps its table whatever the layers before it are
-    assert np.array_equal(table[0], table[1]) == (routing == "modulo")
+    assert np.array_equal(table[0], table[1]) == (START.get(routing, routing) == "modulo")
+
+
+def test_routers_start_from_tables():
+    for routing, start in START.items():
+        assert np.array_equal(table_of(routing, 4), table_of(start, 4))
+    assert not np.array_equal(table_of("zipf", 4), table_of("modulo", 4))
 
 
 def test_tables_are_built_from_knobs_and_training_counts_alone():
-    assert list(inspect.signature(build_expert_table).parameters) == ["hp", "token_counts"]
+    assert list(inspect.signature(build_expert_table).parameters) == ["hp", "token_counts", "tokens"]
+    parameters = inspect.signature(cluster_assignments).parameters
+    assert list(parameters) == ["tokens", "token_counts", "num_experts", "layers"]
     assert list(inspect.signature(zipf_assignment).parameters) == ["token_counts", "num_experts", "layer"]
 
 
@@ -130,7 +157,7 @@ def test_modulo_is_the_remainder_of_the_id():
 
 
 def test_dense_routes_no_layer():
-    assert table_of("dense", 4).shape == (0, V)
+    assert tables_of("dense", 4).shape == (0, V, 1)
 
 
 def test_counts_above_32_bits_stay_balanced():
@@ -152,20 +179,92 @@ def test_more_tokens_of_one_kind_than_the_rest_together_leave_the_rest_to_the_ot
 def test_load_line_has_the_directly_computed_figure_of_every_layer():
     for routing in ROUTED:
         counts, table = zipf_counts(V, seed=2), table_of(routing, 8, moe_start_layer=1)
-        text = expert_load(torch.from_numpy(table), counts, 8)
+        text = expert_load(torch.from_numpy(table)[..., None], counts, 8)
         figures = [float(figure) for figure in text.rsplit(": ", 1)[1].split()]
         assert figures == pytest.approx([imbalance(row, counts, 8) for row in table], abs=6e-4)
         assert len(figures) == 3
-    idle = expert_load(torch.zeros(1, V, dtype=torch.uint8), counts, 8)
+    idle = expert_load(torch.zeros(1, V, 1, dtype=torch.uint8), counts, 8)
     assert float(idle.split()[-1]) == 8.0
+    both = tables_of("zipf", 8, counts, top_k=2)
+    loads = sum(np.bincount(both[1, :, k], weights=counts, minlength=8) for k in (0, 1))
+    figure = expert_load(torch.from_numpy(both), counts, 8).split()[-3]
+    assert float(figure) == pytest.approx(loads.max() / loads.mean(), abs=6e-4)
 
 
-def test_loader_counts_every_training_token_in_64_bits(tmp_path):
+def test_loader_samples_as_many_tokens_from_the_start_of_every_training_shard(tmp_path):
     tokens = np.random.default_rng(0).integers(V, size=(2, 300))
     for i, shard in enumerate(tokens):
         write_shard(tmp_path / f"fineweb_train_{i:06d}.bin", shard)
     write_shard(tmp_path / "fineweb_val_000000.bin", np.full(300, 7))
     loader = TokenLoader(tiny_hp(vocab_size=V, data_path=str(tmp_path)), ALONE)
-    assert loader.count_tokens().dtype == np.int64
-    assert np.array_equal(loader.count_tokens(), np.bincount(tokens.ravel(), minlength=V))
-    assert np.array_equal(loader.count_tokens(400), np.bincount(tokens.ravel()[:400], minlength=V))
+    assert np.array_equal(loader.sample(), tokens.ravel())
+    assert np.array_equal(loader.sample(401), tokens[:, :200].ravel())
+
+
+# ---- Two experts per token
+
+
+@pytest.mark.parametrize("num_experts", EXPERTS)
+@pytest.mark.parametrize("routing", ROUTED)
+def test_second_expert_is_another_one_and_in_every_layer_by_another_rule(routing, num_experts):
+    table = tables_of(routing, num_experts, top_k=2)
+    first, second = table[..., 0], table[..., 1]
+    assert np.array_equal(first, table_of(routing, num_experts))
+    assert (first != second).all()
+    assert table.max() == num_experts - 1
+    if num_experts > 2:  # how far it is from the first differs between layers as often as for independent choices
+        steps = (second.astype(int) - first) % num_experts
+        for a, b in itertools.combinations(steps, 2):
+            assert (a == b).mean() == pytest.approx(1 / (num_experts - 1), abs=0.08)
+    for row in second:
+        assert np.bincount(row, minlength=num_experts).min() > 0.5 * V / num_experts
+
+
+# ---- Clusters
+
+
+def mutual_information(a: np.ndarray, b: np.ndarray, weights: np.ndarray) -> float:
+    """Of two labels of the same tokens, in nats."""
+    joint = np.zeros((a.max() + 1, b.max() + 1))
+    np.add.at(joint, (a, b), weights / weights.sum())
+    independent = joint.sum(1, keepdims=True) * joint.sum(0)
+    return float((joint[joint > 0] * np.log(joint[joint > 0] / independent[joint > 0])).sum())
+
+
+@pytest.mark.parametrize("num_experts", EXPERTS)
+def test_clusters_recover_the_classes_of_a_text_and_share_its_tokens_equally(num_experts):
+    tokens, classes = markov_text(V, 2 * num_experts, 200_000), np.arange(V) % (2 * num_experts)
+    counts = np.bincount(tokens, minlength=V)
+    zipf, clusters = (table_of(r, num_experts, counts, tokens) for r in ("zipf", "cluster"))
+    for layer, row in enumerate(clusters):
+        assert imbalance(row, counts, num_experts) <= 1.15, f"layer {layer}"
+        known = mutual_information(row, classes, counts)
+        assert known > 0.3 * np.log(num_experts), f"layer {layer}"  # all of it: an expert has whole classes
+        assert known > 4 * mutual_information(zipf[layer], classes, counts), f"layer {layer}"
+    for a, b in itertools.combinations(clusters, 2):
+        assert not np.array_equal(a, b)
+
+
+@pytest.mark.parametrize("num_experts", EXPERTS)
+def test_clusters_share_the_tokens_of_a_text_without_any_pattern_equally(num_experts):
+    counts = zipf_counts(V)
+    tokens = np.random.default_rng(0).choice(V, 100_000, p=counts / counts.sum())
+    counts = np.bincount(tokens, minlength=V)
+    for row in table_of("cluster", num_experts, counts, tokens):
+        assert imbalance(row, counts, num_experts) <= 1.15
+
+
+def test_clusters_depend_on_the_order_of_the_tokens():
+    tokens = markov_text(V)
+    shuffled = np.random.default_rng(0).permutation(tokens)
+    assert not np.array_equal(table_of("cluster", 4), table_of("cluster", 4, tokens=shuffled))
+
+
+@pytest.mark.parametrize("num_experts", EXPERTS)
+def test_clusters_spread_tokens_they_never_saw(num_experts):
+    tokens = markov_text(V)
+    tokens = tokens[tokens < V // 2]
+    counts = np.bincount(tokens, minlength=V)
+    for row in table_of("cluster", num_experts, counts, tokens):
+        owned = np.bincount(row[counts == 0], minlength=num_experts)
+        assert owned.max() - owned.min() <= 1

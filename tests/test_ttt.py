@@ -194,15 +194,15 @@ def test_a_chunk_is_scored_then_trained_on_and_a_segments_last_one_never(
 IN_SCOPE = {  # by the names of the tensors, as a reader of the state dict would choose them
     "all": lambda name: name != "expert_table",
     "mu": lambda name: name.rpartition(".")[2].startswith("mu_") or re.search(r"mu_(read|write)\.weight", name),
-    "vectors": lambda name: not re.search(r"weight$|expert_|table", name),
+    "vectors": lambda name: not re.search(r"weight$|expert_|table|router", name),
     "experts": lambda name: re.search(r"expert_(up|down)$", name),
 }
 
 
-@pytest.mark.parametrize("mu", ["vector", "lowrank"])
+@pytest.mark.parametrize("changes", [{}, {"mu": "lowrank"}, {"mu": "pid", "routing": "soft"}], ids=str)
 @pytest.mark.parametrize("scope", SCOPES)
-def test_exactly_the_tensors_of_the_scope_change_and_all_are_restored(scope, mu):
-    hp = ttt_hp(ttt_scope=scope, mu=mu, bigram_buckets=50, bigram_dim=8)
+def test_exactly_the_tensors_of_the_scope_change_and_all_are_restored(scope, changes):
+    hp = ttt_hp(ttt_scope=scope, **changes)
     model, changed = make_model(hp), set()
     artifact = copy_of(model)
     run_split(model, hp, make_val(100), before=lambda _: changed.update(changed_names(artifact, model.state_dict())))
