@@ -1198,7 +1198,7 @@ def factor_for(hp: Hyperparameters, state: dict, goal: float) -> tuple[float, fl
     return 2.0**high, entropy(high)
 
 def fit(hp: Hyperparameters, state: dict, tokenizer_sha256: str, codec: str, hessians: dict | None = None) -> Fitted:
-    """The finest artifact whose size and the code's are at most TARGET_BYTES, within 0.1 % where k decides the size; k
+    """The finest artifact whose size and the code's are at most TARGET_BYTES, within ~0.1 % where k decides the size; k
     as given if that is 0. Each try corrects the entropy to aim at. Raises Refusal if the largest k is not enough."""
     target, ratio, best = max(hp.target_bytes - submission_bytes(hp, 0, "code")[0], 1), 1.015, None
     for aim in (*[0.9996] * 5, 0.98):

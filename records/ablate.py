@@ -1,4 +1,4 @@
-"""Run a grid of settings over seeds, each a training run and its evaluation, and write a table of paired differences.
+"""Run a grid of settings over seeds, each a training run and its evaluation, and write a table of differences.
 
     python records/ablate.py grid.txt --out study --seeds 1 2 3 --model-bytes 1000000
     python records/ablate.py grid.txt --out study --seeds 1 2 3 --dry-run    # widths, bytes and runs to do
@@ -400,15 +400,19 @@ def run_all(out: Path, cells: list[Cell], todo: list[tuple[Cell, int]], total: i
 
 @dataclass(frozen=True)
 class Row:
-    """A cell's runs by seed; differences to the control by seed and the half-width of the 95 % CI of their mean, bpb;
-    the p of Welch's test. `note` says why there is no comparison."""
+    """A cell's runs by seed; its mean minus the control's and the half-width of the 95 % CI of that, bpb; the p of
+    Welch's test. `note` says why there is no comparison."""
 
     cell: Cell
     runs: dict[int, dict]
-    note: str
-    deltas: dict[int, float]
+    note: str = ""
+    delta: float | None = None
     half: float | None = None
     p: float | None = None
+
+    @property
+    def scores(self) -> dict[int, float]:
+        return {seed: run["val_bpb"] for seed, run in self.runs.items()}
 
 
 def needed(module: str) -> ModuleType:
@@ -420,42 +424,57 @@ def needed(module: str) -> ModuleType:
         raise Refusal(f"ablate.py needs {package}: pip install {package}") from error
 
 
-def pooled_deviation(rows: list[Row]) -> tuple[float, int]:
-    """Standard deviation of the paired differences about the means of their cells, and its degrees of freedom. With two
-    or three seeds a cell's own would be of no use, and what seeds do to a model of one size differs little by cell."""
-    groups = [list(row.deltas.values()) for row in rows if row.deltas]
-    freedom = sum(len(group) - 1 for group in groups)
+def pooled_deviation(groups: list[list[float]]) -> tuple[float, int]:
+    """Standard deviation of values about the means of their groups, and its degrees of freedom. With two or three seeds
+    a cell's own would be of no use, and what seeds do to a model of one size differs little from cell to cell."""
+    freedom = sum(len(group) - 1 for group in groups if group)
     squares = sum((x - statistics.mean(group)) ** 2 for group in groups for x in group)
     return math.sqrt(squares / freedom) if freedom else math.nan, freedom
 
 
-def half_width(deviation: float, freedom: int, n: int) -> float:
-    """Of the 95 % confidence interval of the mean of n values of this standard deviation, bpb."""
-    return needed("scipy.stats").t.ppf(0.975, freedom) * deviation / math.sqrt(n)
+def half_width(deviation: float, freedom: int, n: int, control: int) -> float:
+    """Of the 95 % confidence interval of the difference of two means, of n and `control` values, bpb."""
+    return needed("scipy.stats").t.ppf(0.975, freedom) * deviation * math.sqrt(1 / n + 1 / control)
 
 
 def compare(out: Path, cells: list[Cell]) -> list[Row]:
     """A row per cell from the logs in `out`."""
-    rows, control = [], {}
+    rows = []
     for cell in cells:
         runs = {seed: row_of(log, events_of(log)["ablation"]["score"]) for seed, log in files_of(out, cell).items()}
-        failed, note, deltas, p = len(files_of(out / "failed", cell).keys() - runs.keys()), "", {}, None
-        control = control if rows else runs
-        if runs and control:
-            sizes = [statistics.mean(run["bytes_model"] for run in part.values()) for part in (runs, control)]
+        failed = len(files_of(out / "failed", cell).keys() - runs.keys())
+        row = Row(cell, runs, f"failed for {failed} of {failed + len(runs)} seeds" if failed else "")
+        control = rows[0] if rows else row
+        if runs and control.runs and not row.note:
+            sizes = [statistics.mean(run["bytes_model"] for run in part.runs.values()) for part in (row, control)]
             off = abs(sizes[0] / sizes[1] - 1)
-            note = f"bytes differ by {100 * off:.1f} %" if off > TOLERANCE else ""
-        if failed:
-            note = f"failed for {failed} of {failed + len(runs)} seeds"
-        if rows and not note:
-            deltas = {s: runs[s]["val_bpb"] - control[s]["val_bpb"] for s in runs if s in control}
-            both = [[run["val_bpb"] for run in part.values()] for part in (runs, control)]
+            row = replace(row, note=f"bytes differ by {100 * off:.1f} %" if off > TOLERANCE else "")
+        if rows and runs and control.runs and not row.note:
+            both = [list(part.scores.values()) for part in (row, control)]
+            row = replace(row, delta=statistics.mean(both[0]) - statistics.mean(both[1]))
             if min(map(len, both)) > 1 and any(map(statistics.stdev, both)):
-                p = needed("scipy.stats").ttest_ind(*both, equal_var=False).pvalue
-        rows.append(Row(cell, runs, note, deltas, p=p))
-    spread, freedom = pooled_deviation(rows)
-    halves = (half_width(spread, freedom, len(row.deltas)) if row.deltas and freedom else None for row in rows)
-    return [replace(row, half=half) for row, half in zip(rows, halves, strict=True)]
+                row = replace(row, p=needed("scipy.stats").ttest_ind(*both, equal_var=False).pvalue)
+        rows.append(row)
+    spread, freedom = pooled_deviation([list(row.scores.values()) for row in rows])
+    compared = [row.delta is not None and freedom > 0 for row in rows]
+    return [
+        replace(row, half=half_width(spread, freedom, len(row.runs), len(rows[0].runs))) if known else row
+        for row, known in zip(rows, compared, strict=True)
+    ]
+
+
+def resolution(rows: list[Row]) -> str:
+    """What differences the study can see, in words."""
+    n, scores = len(rows[0].runs), [row.scores for row in rows]
+    spread, freedom = pooled_deviation([list(by_seed.values()) for by_seed in scores])
+    if not freedom or not n:
+        return "Resolution: unknown; it takes two seeds of a cell, and the control."
+    paired = [[y - scores[0][seed] for seed, y in by_seed.items() if seed in scores[0]] for by_seed in scores[1:]]
+    text = f"Resolution: 95 % CI of +-{half_width(spread, freedom, n, n):.4f} bpb for a cell with the control's n = {n}"
+    text += f"; standard deviation of seeds, pooled over cells: {spread:.4f} (freedom {freedom})"
+    if pooled_deviation(paired)[1]:
+        text += f"; of differences of the same seed: {pooled_deviation(paired)[0]:.4f}"
+    return text + "."
 
 
 def table(rows: list[Row]) -> str:
@@ -472,19 +491,13 @@ def table(rows: list[Row]) -> str:
             cells[6:8] = (f"{means[name]:.4f}" for name in ("val_bpb_float", "val_bpb"))
         if len(runs) > 1:
             cells[8] = f"{statistics.stdev(run['val_bpb'] for run in runs):.4f}"
-        if row.deltas:
-            mean = statistics.mean(row.deltas.values())
-            cells[9] = f"{mean:+.4f}"
-            cells[10] = "-" if row.half is None else f"{mean - row.half:+.4f} to {mean + row.half:+.4f}"
+        if row.delta is not None:
+            cells[9] = f"{row.delta:+.4f}"
+            cells[10] = "-" if row.half is None else f"{row.delta - row.half:+.4f} to {row.delta + row.half:+.4f}"
             cells[11] = "-" if row.p is None else "<0.0001" if row.p < 1e-4 else f"{row.p:.4f}"
         cells[5], cells[9] = str(len(runs)), row.note or (cells[9] if row is not rows[0] else "control")
         lines.append(f"| {' | '.join(cells)} |")
-    n, (spread, freedom) = len(rows[0].runs), pooled_deviation(rows)
-    resolution = "unknown; it takes a cell and the control with two seeds in common"
-    if freedom:
-        resolution = f"95 % CI of +-{half_width(spread, freedom, n):.4f} bpb for a paired difference with n = {n}; "
-        resolution += f"the pooled standard deviation of paired differences is {spread:.4f} (freedom {freedom})"
-    return "\n".join([*lines, "", f"Resolution: {resolution}."]) + "\n"
+    return "\n".join([*lines, "", resolution(rows)]) + "\n"
 
 
 def plot(rows: list[Row]) -> bytes:
@@ -494,13 +507,14 @@ def plot(rows: list[Row]) -> bytes:
     axes = figure.subplots()
     axes.axvline(0, color="0.4", linewidth=1)
     for y, row in enumerate(others):
-        if row.deltas:
-            axes.plot(list(row.deltas.values()), [y + 0.2] * len(row.deltas), "o", color="C0", markersize=4)
-            mean = statistics.mean(row.deltas.values())
-            axes.errorbar(mean, y, xerr=row.half, fmt="D", color="C3", markersize=6, capsize=4)
+        if row.delta is not None:
+            control = statistics.mean(rows[0].scores.values())
+            seeds = [score - control for score in row.scores.values()]
+            axes.plot(seeds, [y + 0.2] * len(seeds), "o", color="C0", markersize=4)
+            axes.errorbar(row.delta, y, xerr=row.half, fmt="D", color="C3", markersize=6, capsize=4)
     labels = [f"{row.cell.name}\n({row.note})" if row.note else row.cell.name for row in others]
     axes.set(yticks=range(len(others)), yticklabels=labels, ylim=(max(len(others), 1) - 0.5, -0.5))
-    axes.set(xlabel="bpb", title=f"val_bpb minus that of {rows[0].cell.name}: seeds, mean, 95 % CI; left is better")
+    axes.set(xlabel="bpb", title=f"val_bpb minus the mean of {rows[0].cell.name}: seeds, mean, 95 % CI; left is better")
     axes.grid(axis="x", alpha=0.3)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")

@@ -158,36 +158,40 @@ def study(tmp_path, monkeypatch) -> Study:
 def test_delta_interval_and_welch_are_those_computed_by_hand(study):
     assert study.run("--solve", "off", "--only", "one", "two").code == 0
     row, control = study.rows()["two"], study.rows()["one"]
-    # Gains of 0.02, 0.03, 0.01: mean 0.02, standard deviation 0.01, t(0.975, 2) = 4.302653.
-    half = 4.302653 * 0.01 / math.sqrt(3)
+    # Scores 1.85 1.95 2.05 against 1.83 1.92 2.04: pooled variance (0.01 + 0.0111) / 2, t(0.975, 4) = 2.776445.
+    half = 2.776445 * math.sqrt(0.01055) * math.sqrt(2 / 3)
     assert row["delta"] == "-0.0200"
     assert row["95 % CI"] == f"{-0.02 - half:+.4f} to {-0.02 + half:+.4f}"
-    # Scores 1.85 1.95 2.05 against 1.83 1.92 2.04: means 0.02 apart, variances 0.01 and 0.0111, t = -0.2385.
+    # Means 0.02 apart, variances 0.01 and 0.0111: Welch's t = -0.2385.
     assert (control["mean"], control["std"], control["float mean"]) == ("1.9500", "0.1000", "1.7000")
     assert (row["mean"], row["std"], row["n"]) == ("1.9300", f"{math.sqrt(0.0111):.4f}", "3")
     assert float(row["Welch p"]) == pytest.approx(0.8232, abs=2e-4)
     assert (control["delta"], control["95 % CI"], control["Welch p"]) == ("control", "-", "-")
     assert row["tok/s"] == "250"
-    assert f"+-{half:.4f} bpb for a paired difference with n = 3" in (study.out / "table.md").read_text()
+    text = (study.out / "table.md").read_text()
+    assert f"+-{half:.4f} bpb for a cell with the control's n = 3; standard deviation of seeds, pooled" in text
+    assert "0.1027 (freedom 4); of differences of the same seed: 0.0100." in text  # of -0.02, -0.03, -0.01
     assert study.rows()["three"]["n"] == "0"
 
 
-def test_only_common_seeds_are_paired_and_one_seed_gives_no_interval(study):
+def test_all_seeds_count_whether_the_control_has_them_or_not(study):
     assert study.run("--solve", "off", "--only", "one", seeds=(1, 2, 4, 5)).code == 0
     assert study.run("--solve", "off", "--only", "two", seeds=(2, 3)).code == 0
     row = study.rows()["two"]
-    assert (row["delta"], row["95 % CI"], row["n"]) == ("-0.0300", "-", "2")
+    # Means 2.05 and 1.98, squares 0.1 and 0.0072 with 3 + 1 degrees of freedom.
+    half = 2.776445 * math.sqrt(0.1072 / 4) * math.sqrt(1 / 2 + 1 / 4)
+    assert (row["delta"], row["n"]) == ("-0.0700", "2")
+    assert row["95 % CI"] == f"{-0.07 - half:+.4f} to {-0.07 + half:+.4f}"
     # Scores 1.85 1.95 2.15 2.25 against 1.92 2.04: Welch's t = 0.6408 with 3.9438 degrees of freedom.
     assert float(row["Welch p"]) == pytest.approx(0.5570, abs=2e-4)
 
 
 def test_the_interval_pools_the_spread_of_all_cells():
-    differences = [{}, {1: 0.01, 2: 0.03}, {1: 0.02, 2: 0.05, 3: 0.05}, {1: 0.7}]
-    rows = [ablate.Row(None, {}, "", deltas) for deltas in differences]
-    spread, freedom = ablate.pooled_deviation(rows)
-    assert freedom == 3  # a single difference says nothing about the spread
+    spread, freedom = ablate.pooled_deviation([[], [0.01, 0.03], [0.02, 0.05, 0.05], [0.7]])
+    assert freedom == 3  # a single value says nothing about the spread
     assert spread == pytest.approx(math.sqrt((0.0002 + 0.0006) / 3))
-    assert ablate.half_width(spread, freedom, 4) == pytest.approx(3.182446 * spread / 2, rel=1e-6)
+    half = ablate.half_width(spread, freedom, 4, 6)
+    assert half == pytest.approx(3.182446 * spread * math.sqrt(1 / 4 + 1 / 6), rel=1e-6)
 
 
 def test_one_row_per_run_in_results_and_a_plot(study, monkeypatch):
