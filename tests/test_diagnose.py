@@ -128,8 +128,8 @@ def test_a_favourite_is_found_on_the_other_half_of_the_targets():
     probe.load[0, 0] = probe.on_table[0, 0] = 1
     probe.votes[0][7, 1] = 5  # even targets: token 7 chose expert 1; token 8 occurs only here
     probe.votes[0][8, 2] = 9
-    probe.votes[0][hp.vocab_size + 7, :2] = torch.tensor([1.0, 3.0])  # odd targets
-    assert probe.lexical(0)["keeps favourite"] == pytest.approx((5 + 3) / (5 + 4))
+    probe.votes[0][hp.vocab_size + 7, :2] = torch.tensor([3.0, 1.0])  # odd targets, whose favourite is expert 0
+    assert probe.lexical(0)["keeps favourite"] == pytest.approx((0 + 1) / (5 + 4))
 
 
 @pytest.mark.parametrize("routing", ["zipf", "learned", "soft"])
