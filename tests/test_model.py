@@ -914,7 +914,7 @@ def test_compiler_sees_one_graph_whatever_the_token_values_are(mode):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", [COMPILED[2], *COMPILED[4:6]], ids=label)
+@pytest.mark.parametrize("mode", [COMPILED[2], COMPILED[5]], ids=label)
 @torch.no_grad()
 def test_compiler_sees_one_graph_wherever_the_scored_positions_are(mode):
     hp = tiny_hp(**mode, dtype="bfloat16" if mode.get("dispatch") == "grouped" else "float32")
@@ -931,10 +931,9 @@ def test_compiler_sees_one_graph_wherever_the_scored_positions_are(mode):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", [{}, {"routing": "learned", "mu": "pid", "top_k": 2}], ids=label)
 @torch.no_grad()
-def test_generated_code_agrees_with_eager(mode):
-    hp = tiny_hp(num_layers=2, loop_start=0, loop_end=0, loop_passes=2, **mode, compile=True)
+def test_generated_code_agrees_with_eager():
+    hp = tiny_hp(num_layers=2, loop_start=0, loop_end=0, loop_passes=2, compile=True)
     if not can_compile(hp, ALONE.device):
         pytest.skip("no C++ compiler or no Python.h")
     model = make_model(hp)
