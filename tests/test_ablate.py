@@ -258,6 +258,10 @@ def test_the_solver_on_the_trainer_itself(tmp_path):
     assert found["bytes"] == sizes[found["width"]]
     uniform = ablate.Cell("modulo", "grid", source, "off", knobs | {"ROUTING": "modulo"})
     assert ablate.estimate(routed)[0] - ablate.estimate(uniform)[0] > 340 * 2 * 2 / 8 / 2  # tokens, layers, bits each
+    router = ablate.Cell("learned", "grid", source, "off", knobs | {"ROUTING": "learned"})
+    mixed = ablate.Cell("soft", "grid", source, "off", knobs | {"ROUTING": "soft"})
+    assert abs(ablate.estimate(router)[0] - ablate.estimate(mixed)[0]) < 20  # the same tensors
+    assert ablate.estimate(mixed)[0] - ablate.estimate(uniform)[0] > 2 * 4 * 32 * 2 * 0.8  # routers, in float16
     assert found["width"] < 32  # the routing table takes bytes, which the shared expert gives up
     assert abs(found["bytes"] - goal) < 0.01 * goal
 

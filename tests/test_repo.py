@@ -1,7 +1,7 @@
 """House rules, and numbers in READMEs against the logs they cite.   python -m pytest tests/test_repo.py"""
 
 import ast
-import json
+import math
 import re
 import statistics
 import sys
@@ -14,17 +14,12 @@ import train_gpt
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "records"))
 import ablate
+from ablate import events_of
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = [p for p in ROOT.rglob("*.py") if not {".venv", "logs"} & set(p.relative_to(ROOT).parts)]
 SHIPPED = [ROOT / "train_gpt.py", ROOT / "eval_sliding.py"]
 READMES = [ROOT / "README.md", *sorted((ROOT / "records").rglob("README.md"))]
-
-
-def events_of(log: Path) -> dict[str, dict]:
-    """The closing JSON lines of a log, by event."""
-    lines = log.read_text(encoding="utf-8").splitlines()
-    return {event["event"]: event for event in (json.loads(x) for x in lines if x.startswith('{"event": '))}
 
 
 def table_rows(readme: Path) -> list[dict[str, str]]:
@@ -244,7 +239,7 @@ def routing_rows() -> list[ablate.Row]:
     cells = []
     for name, (_, own) in lines.items():
         logs = ablate.files_of(ROUTING_STUDY, ablate.Cell(name, "", None, "off", {}))
-        knobs = [ablate.events_of(log)["ablation"]["knobs"] for log in logs.values()]
+        knobs = [events_of(log)["ablation"]["knobs"] for log in logs.values()]
         solved = "off" if name == next(iter(lines)) else own.get("SOLVE", "SHARED_DIM")
         asked = {k: v for k, v in (base | own).items() if k not in ("SCRIPT", "SOLVE", solved)}
         assert knobs, name
@@ -271,3 +266,37 @@ def test_every_difference_in_the_text_of_the_routing_study_is_that_of_its_table(
     assert [(name, delta) for name, delta in stated if deltas[name] != delta] == []
     main = (ROOT / "README.md").read_text(encoding="utf-8")
     assert all(deltas[name] == delta for name, delta in re.findall(r"`(\w+)` ([+-]\d\.\d{4})", main))
+
+
+def row_of(diagnosis: str, section: str, name: str) -> list[float]:
+    """The figures of the first row of this name in a section of a diagnosis; a dash is NaN."""
+    text = (ROUTING_STUDY / diagnosis).read_text(encoding="utf-8").split(f"## {section}")[1]
+    cells = re.search(rf"^\| {re.escape(name)} \| (.*) \|$", text, re.MULTILINE)[1].split(" | ")
+    return [math.nan if cell == "-" else float(cell) for cell in cells]
+
+
+def test_the_routing_study_quotes_its_diagnoses():
+    text = " ".join((ROUTING_STUDY / "README.md").read_text(encoding="utf-8").split())
+    zipf, learned = (f"{name}_seed1_diagnosis.md" for name in ("zipf", "learned"))
+    assert f"first layer costs {row_of(zipf, 'Specialisation', '0')[0]:.2f} nats per token under zipf" in text
+    kept = [f"{row_of(learned, 'Specialisation', layer)[-1]:.0%}".replace("%", " %") for layer in "02"]
+    assert f"in the first layer {kept[0]} of its choices" in text
+    assert f"in the third {kept[1]}" in text
+    q, k, v = (f"{row_of(zipf, 'Cost of zeroing', f'mu into {part}')[0]:.2f}" for part in "qkv")
+    assert f"costs {k} to {q} nats each, in the values {v}" in text
+    by_depth = [row_of(zipf, "Mu by depth", depth) for depth in "012"]
+    ratios, cosines = [x for row in by_depth for x in row[1:3]], [row[-1] for row in by_depth[1:]]
+    assert f"(ratios of {min(ratios):.1f} to {max(ratios):.1f})" in text
+    assert f"(cosine {min(cosines):.2f} to {max(cosines):.2f})" in text
+
+
+def test_the_routing_study_counts_its_operations():
+    text = (ROUTING_STUDY / "README.md").read_text(encoding="utf-8")
+    width, heads, kv_dim, window, layers = 32, 32, 16, 128, 3  # heads: of all together
+    attention = 2 * width * heads + 2 * width * kv_dim + 2 * heads * window // 2
+    dense, routed = (layers * (attention + 2 * width * units) + width * 1024 for units in (192, 80 + 24))
+    assert f"dense {dense:,} (attention 3 x {attention:,}, MLP 3 x {2 * width * 192:,}, head {width * 1024:,})" in text
+    assert f"{routed:,}" in text
+    steps = re.search(r"on ([\d,]+) steps instead of ([\d,]+)", text).groups()
+    more, base = (int(number.replace(",", "")) for number in steps)
+    assert more == pytest.approx(base * dense / routed, rel=0.002)
