@@ -14,6 +14,7 @@ compiled: what has to be equal then is, to the bit. All of it goes to the end of
 """
 
 import argparse
+import hashlib
 import itertools
 import json
 import math
@@ -47,6 +48,7 @@ from train_gpt import (
     role_of,
     run_entry_point,
     scoring_windows,
+    submission_source,
 )
 
 TTT_CLIP_NORM = 1.0  # L2 norm of the gradients of test-time training (upstream PR #1413)
@@ -441,6 +443,7 @@ def main() -> None:
     require(dist.world_size == 1 or not args.audit, "--audit is for one process; it plays two ranks itself")
     log = Log(dist, path.with_suffix(".txt"))
     log(f"sliding evaluation of {path} window:{window} stride:{hp.eval_stride} world_size:{dist.world_size}")
+    log(f"code_sha256:{hashlib.sha256(submission_source()).hexdigest()}")
     log(f"trained_window:{hp.train_seq_len} rope_base:{hp.rope_base:.0f} sidecar:{val.sidecar} {ttt_settings(hp)}")
     choose_attention(model, dist.device, log)
     if args.audit:

@@ -5,6 +5,10 @@
 #                                         by gradient accumulation. No GPU: the cpu profile, under 6 minutes on 2 cores.
 #   PROFILE=smoke bash run_8xh100.sh      the whole chain in under a minute on 2 cores
 #   SEED=42 MU=off bash run_8xh100.sh     any knob of train_gpt.py; what you set beats the profile
+#   SEEDS="1337 42 2025" RECORD_ARGS='--name MyIdea --author "A. Name"' bash run_8xh100.sh
+#                                         seeds one after another, an audit, the records folder and its check
+#   RUN_ID=two bash run_8xh100.sh --nnodes=2 --node_rank=0 --master_addr=HOST
+#                                         arguments are torchrun's own; on each node, in a folder that all nodes share
 #
 # DATA_PATH names a folder of shards; without it data/datasets/fineweb10B_sp<VOCAB_SIZE> is used if it exists, else a
 # sample made from the documentation of the installed packages. PROFILE=record|1gpu|cpu|smoke overrides the detection.
@@ -36,13 +40,21 @@ setup() {
 }
 
 pick_profile() {
-  local gpus=0
+  local gpus=0 argument
   if [[ ${DEVICE:-auto} != cpu ]]; then gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())'); fi
   for NPROC in 8 4 2 1; do if ((NPROC <= gpus)); then break; fi; done
-  if ((NPROC == 8)); then default PROFILE record; elif ((gpus)); then default PROFILE 1gpu; else default PROFILE cpu; fi
+  NODES=1 NODE_RANK=0
+  for argument in "$@"; do
+    case ${argument//-/_} in
+      __nnodes=*) NODES=${argument#*=} ;;
+      __node_rank=*) NODE_RANK=${argument#*=} ;;
+      __nproc_per_node=*) NPROC=${argument#*=} ;;
+    esac
+  done
+  if ((NPROC * NODES == 8)); then default PROFILE record; elif ((gpus)); then default PROFILE 1gpu; else default PROFILE cpu; fi
   case $PROFILE in
     record) ;;  # the defaults of train_gpt.py
-    1gpu) default MAX_WALLCLOCK_SECONDS $((4800 / NPROC)) ;;  # the GPU-seconds of the record
+    1gpu) default MAX_WALLCLOCK_SECONDS $((4800 / NPROC / NODES)) ;;  # the GPU-seconds of the record
     cpu)
       NPROC=1
       default DTYPE float32  # bfloat16 is several times slower on CPUs without AMX
@@ -116,32 +128,43 @@ pick_data() {
 
 # One process needs no torchrun, and its errors then stay one line.
 launch() {
-  if ((NPROC == 1)); then "$PYTHON" "$@"; else "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$NPROC" "$@"; fi
+  if ((${#TORCHRUN[@]})); then
+    "$PYTHON" -m torch.distributed.run --nproc_per_node="$NPROC" "${TORCHRUN[@]}" "$@"
+  elif ((NPROC == 1)); then
+    "$PYTHON" "$@"
+  else
+    "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$NPROC" "$@"
+  fi
 }
 
-summarize() {
-  "$PYTHON" - "$1" <<'PY'
-import json, sys
+train_and_score() {
+  echo "profile $PROFILE, $NODES x $NPROC process(es), data ${DATA_PATH:-data/datasets/fineweb10B_sp${VOCAB_SIZE:-8192}}, run $RUN_ID"
+  launch train_gpt.py
+  launch eval_sliding.py "logs/$RUN_ID.ptz"
+  if ((NODE_RANK == 0)); then "$PYTHON" records/runlog.py --summary "logs/$RUN_ID.txt"; fi
+}
 
-events = {}
-with open(sys.argv[1], encoding="utf-8") as log:
-    for line in log:
-        if line.startswith('{"event": '):
-            event = json.loads(line)
-            events[event["event"]] = event
-train, slide = events["train_summary"], events["eval_summary"]
-show = lambda value: "PARTIAL, see the log" if value is None else f"{value:.4f}"
-print(f"""
-val_bpb before quantization   {show(train["val_bpb_float"])}
-val_bpb of the artifact       {show(train["val_bpb"])}
-val_bpb by sliding window     {show(slide["val_bpb"])}  (stride {slide["stride"]}, {slide["target_tokens"]:,} targets{'' if slide["ttt"] == "off" else ', test-time training'})
-code + model                  {train["bytes_code"]:,} + {train["bytes_model"]:,} = {train["bytes_total"]:,} of 16,000,000 bytes
-training, evaluation          {train["train_seconds"]:.1f} s in {train["steps"]:,} steps, {slide["eval_seconds"]:.1f} s
-log, artifact                 {sys.argv[1]}, {train["artifact_path"]}""")
-PY
+# What make_record.py would refuse after hours of training is refused before.
+check_commit() {
+  local commit
+  commit=$(git describe --always --dirty 2>/dev/null) || commit=unknown-dirty
+  [[ $commit != *-dirty || ${RECORD_ARGS:-} == *--allow-commit* ]] ||
+    die "SEEDS makes a record, and this tree is not a clean commit; commit first, or RECORD_ARGS='... --allow-commit'"
+}
+
+make_record() {
+  local track=non_record_16mb arguments logs=() seed folder
+  if [[ $PROFILE == record ]]; then track=10min_16mb; fi
+  mapfile -t arguments < <(xargs -n 1 printf '%s\n' <<<"${RECORD_ARGS:---name TokenRouted}")  # reads quotes as a shell
+  for seed in $SEEDS; do logs+=("logs/${group}_seed$seed.txt"); done
+  "$PYTHON" eval_sliding.py --audit "${logs[0]%.txt}.ptz"
+  folder=$("$PYTHON" records/make_record.py --track "$track" --logs "${logs[@]}" "${arguments[@]}" | tee /dev/stderr | tail -n 1)
+  "$PYTHON" records/check_record.py "$folder"
 }
 
 main() {
+  local modules="torch, numpy, sentencepiece, zstandard, brotli, sympy, networkx" files=(requirements.txt) group
+  TORCHRUN=("$@")
   # Relative to where the user stands, not to the repository.
   if [[ -n ${DATA_PATH:-} ]]; then
     [[ -d $DATA_PATH ]] || die "DATA_PATH=$DATA_PATH: no such folder"
@@ -149,14 +172,27 @@ main() {
   fi
   if [[ -n ${TOKENIZER_PATH:-} ]]; then TOKENIZER_PATH=$(realpath -m "$TOKENIZER_PATH"); fi
   cd "$(dirname "${BASH_SOURCE[0]}")"
-  setup "torch, numpy, sentencepiece, zstandard, brotli, sympy, networkx" requirements.txt
-  pick_profile
+  if (($#)); then [[ -n ${RUN_ID:-} ]] || die "torchrun arguments need a RUN_ID, the same on every node"; fi
+  if [[ -n ${SEEDS:-} ]]; then
+    check_commit
+    modules+=", matplotlib, scipy"
+    files+=(tests/requirements.txt)
+  fi
+  setup "$modules" "${files[@]}"
+  pick_profile "$@"
   pick_data
   default RUN_ID "$(date +%Y%m%d_%H%M%S)_$PROFILE"
-  echo "profile $PROFILE, $NPROC process(es), data ${DATA_PATH:-data/datasets/fineweb10B_sp${VOCAB_SIZE:-8192}}, run $RUN_ID"
-  launch train_gpt.py
-  launch eval_sliding.py "logs/$RUN_ID.ptz"
-  summarize "logs/$RUN_ID.txt"
+  if [[ -z ${SEEDS:-} ]]; then
+    train_and_score
+    return
+  fi
+  group=$RUN_ID
+  for SEED in $SEEDS; do
+    RUN_ID=${group}_seed$SEED
+    export SEED RUN_ID
+    train_and_score
+  done
+  if ((NODE_RANK == 0)); then make_record; fi
 }
 
 if [[ ${BASH_SOURCE[0]} == "$0" ]]; then main "$@"; fi

@@ -1,23 +1,22 @@
 """Train, export and score a token-routed Mixture-of-Experts language model for Parameter Golf, in one file.
 
-Every token id owns one narrow expert per layer, by a table that is frozen before the first step, beside a wide shared
-expert. Routing is therefore exact, causal and independent of the rest of the batch. The artifact (int6, compressed) and
-the code stay under 16,000,000 bytes together; eval_sliding.py scores it, run_8xh100.sh holds the hardware profiles.
+Every token id owns one narrow expert per layer beside a wide shared one, by a table frozen before the first step, so
+routing is exact, causal and independent of the batch. eval_sliding.py scores the artifact; both fit 16,000,000 bytes.
 
     python train_gpt.py                                        # one process, any device
     torchrun --standalone --nproc_per_node=8 train_gpt.py      # the record: 8xH100, 600 s
     ITERATIONS=10 TRAIN_BATCH_TOKENS=4096 TRAIN_SEQ_LEN=256 python train_gpt.py    # smoke
 """
 
+import base64
 import collections
 import copy
-import datetime
 import difflib
 import hashlib
 import importlib.util
 import io
-import itertools
 import json
+import lzma
 import math
 import os
 import re
@@ -38,12 +37,12 @@ from pathlib import Path
 import numpy as np
 import sentencepiece as spm
 import torch
-import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256  # the challenge's .bin header, shared with llm.c
 MAX_SUBMISSION_BYTES = 16_000_000  # code + compressed model, decimal
+LOADER_BYTES = 1_194  # of what unpacks a record's code, LOADER in records/make_record.py
 BOS_ID = 1  # starts every document of a shard
 GATE_CHANNELS = 12  # of the input, that attention gates and SmearGate read
 TABLE_SCORE = {"learned": 1e-3, "hybrid": 2.0, "soft": 0.0}  # of what the table names; the router's come on top
@@ -221,11 +220,10 @@ class Hyperparameters:
         check(swa_fits, "swa_start_frac", f"must lie inside the last descent, {descent:.3f} to 1")
         self.grad_accum_steps(1)
 
-CHOICES = {"device": "auto cuda cpu", "dtype": "bfloat16 float32", "attention": "auto fa3 cudnn flash math"}
-CHOICES |= {"routing": "zipf cluster hash modulo learned hybrid soft dense", "dispatch": "masked grouped"}
-CHOICES |= {"mu": "vector pid lowrank full off", "schedule": "sgdr linear", "average": "ema swa off"}
-CHOICES |= {"codec": "auto zstd brotli"}
-CHOICES |= {"activation": "leaky_relu2 relu2 swiglu", "ttt": "off sgd", "ttt_scope": "all mu vectors experts"}
+CHOICES = {"device": "auto cuda cpu", "dtype": "bfloat16 float32", "attention": "auto fa3 cudnn flash math",
+           "routing": "zipf cluster hash modulo learned hybrid soft dense", "dispatch": "masked grouped",
+           "mu": "vector pid lowrank full off", "activation": "leaky_relu2 relu2 swiglu", "codec": "auto zstd brotli",
+           "schedule": "sgdr linear", "average": "ema swa off", "ttt": "off sgd", "ttt_scope": "all mu vectors experts"}
 RANGES = {"vocab_size": (4, 65_536), "num_experts": (1, 256), "sgdr_cycles": (1, 16), "seed": (0, 2**63 - 1)}
 RANGES |= dict.fromkeys(["muon_momentum", "warmdown_frac", "min_lr", "ema_decay", "swa_start_frac"], (0, 1))
 RANGES |= dict.fromkeys(["loop_from", "gptq_damping", "ttt_momentum"], (0, 1)) | {"loop_passes": (1, 16)}
@@ -258,7 +256,7 @@ class Dist:
             torch.cuda.set_device(device)
         if world_size > 1:  # CPU tensors travel over gloo, so that agreeing on the clock never waits for the GPU
             backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
-            torch.distributed.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
+            torch.distributed.init_process_group(backend)
         return cls(rank, world_size, device)
 
     def all_sum(self, tensor: Tensor) -> Tensor:
@@ -320,8 +318,7 @@ def write_atomically(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        if temporary.exists():
-            temporary.unlink()
+        temporary.unlink(missing_ok=True)
         raise Refusal(f"cannot write {path}: {error.strerror}") from error
 
 def can_compile(hp: Hyperparameters, device: torch.device) -> bool:
@@ -335,10 +332,11 @@ def can_compile(hp: Hyperparameters, device: torch.device) -> bool:
 
 def log_provenance(log: Log, hp: Hyperparameters, dist: Dist, environ: dict[str, str]) -> None:
     """What a reader needs to repeat the run: source, commit, versions, hardware, knobs, overrides, likely typos."""
-    here = shlex.quote(str(Path(__file__).resolve().parent))
+    here, source = shlex.quote(str(Path(__file__).resolve().parent)), submission_source()
     commit = subprocess.getoutput(f"git -C {here} describe --always --dirty 2>/dev/null") or "unknown"
-    log(Path(__file__).read_text(encoding="utf-8") + "=" * 100 + "\n" + subprocess.getoutput("nvidia-smi"), echo=False)
+    log(source.split(b"\0")[0].decode() + "=" * 100 + "\n" + subprocess.getoutput("nvidia-smi"), echo=False)
     log(f"python:{sys.version.split()[0]} torch:{torch.__version__} numpy:{np.__version__} commit:{commit}")
+    log(f"code_sha256:{hashlib.sha256(source).hexdigest()}")
     log("\n".join(f"  {name}: {value}" for name, value in asdict(hp).items()), echo=False)
     changed = [f"{name.upper()}={v}" for name, v in asdict(hp).items() if v != getattr(Hyperparameters, name)]
     log(f"device:{dist.device} threads:{torch.get_num_threads()} overrides: {' '.join(changed) or 'none'}")
@@ -381,7 +379,6 @@ class TokenLoader:
         micro_steps = dist.world_size * hp.grad_accum_steps(dist.world_size)
         self.num_sequences = hp.train_batch_tokens // (hp.train_seq_len * micro_steps)
         self.position, self.epoch = 0, -1
-        self.token_counts = np.zeros(hp.vocab_size, np.int64)  # of the inputs that this rank has loaded
         self.pool, self.pending = ThreadPoolExecutor(1) if dist.device.type == "cuda" else None, None
 
     def sample(self, max_tokens: int = 50_000_000) -> np.ndarray:
@@ -390,8 +387,7 @@ class TokenLoader:
         return np.concatenate([check_vocab(s, self.hp.vocab_size, p) for s, p in zip(starts, self.paths, strict=True)])
 
     def _window(self, index: int) -> np.ndarray:
-        T = self.hp.train_seq_len
-        epoch, slot = divmod(index, self.num_windows)
+        T, (epoch, slot) = self.hp.train_seq_len, divmod(index, self.num_windows)
         if epoch != self.epoch:
             rng = np.random.default_rng([self.hp.seed, epoch])
             self.epoch, self.phase, self.order = epoch, int(rng.integers(T)), rng.permutation(self.num_windows)
@@ -404,7 +400,6 @@ class TokenLoader:
         first = self.position + self.dist.rank * self.num_sequences
         self.position += self.dist.world_size * self.num_sequences
         batch = np.stack([self._window(i) for i in range(first, first + self.num_sequences)]).astype(np.int64)
-        self.token_counts += np.bincount(batch[:, :-1].ravel(), minlength=self.hp.vocab_size)
         return torch.from_numpy(batch).pin_memory() if self.pool else torch.from_numpy(batch)
 
     def next_batch(self) -> tuple[Tensor, Tensor]:
@@ -859,8 +854,7 @@ def zeropower_via_newtonschulz5(G: Tensor) -> Tensor:
     """Nearest semi-orthogonal matrix of each G[i], (M, rows, cols); a zero matrix stays zero. bfloat16 on a GPU."""
     X = G / (G.norm(dim=-1, keepdim=True) + 1e-7)  # row-normalised: MuonEq-R, upstream PR #1217
     X = X / (X.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
-    X = X.bfloat16() if G.is_cuda else X
-    tall = X.size(-2) > X.size(-1)
+    X, tall = X.bfloat16() if G.is_cuda else X, X.size(-2) > X.size(-1)
     X = X.mT if tall else X
     for a, b, c in POLAR_EXPRESS:
         A = X @ X.mT
@@ -1190,7 +1184,7 @@ def factor_for(hp: Hyperparameters, state: dict, goal: float) -> tuple[float, fl
     """The finest factor on every k, 1/8 to 4, at which what is rounded to nearest has at most `goal` bytes of entropy,
     by bisection, or the coarsest if there is none. Returns the factor and these bytes."""
     def entropy(exponent: float) -> float:
-        return entropy_bytes(*itertools.chain(*quantize(hp, state, 2.0**exponent)[0].values()))
+        return entropy_bytes(*(x for part in quantize(hp, state, 2.0**exponent)[0].values() for x in part))
     low, high = -3.0, -3.0 if entropy(-3.0) <= goal else 2.0
     while high - low > 2**-12:
         middle = (low + high) / 2
@@ -1215,10 +1209,18 @@ def fit(hp: Hyperparameters, state: dict, tokenizer_sha256: str, codec: str, hes
         ratio = size / entropy
     return best
 
+def submission_source() -> bytes:
+    """This file and, after a NUL, eval_sliding.py beside it."""
+    files = Path(__file__).resolve(), Path(__file__).resolve().with_name("eval_sliding.py")
+    return b"\0".join(path.read_bytes() for path in files if path.exists())
+
+def pack_source(source: bytes) -> bytes:
+    """The text that a record's train_gpt.py carries between the lines of its loader: xz in base85, ASCII."""
+    return base64.b85encode(lzma.compress(source, preset=9))
+
 def submission_bytes(hp: Hyperparameters, model_bytes: int, what: str) -> tuple[int, int]:
-    """Bytes of the code (this file and eval_sliding.py beside it) and of code plus model. Raises Refusal at the cap."""
-    here = Path(__file__).resolve()
-    code = sum(path.stat().st_size for path in (here, here.with_name("eval_sliding.py")) if path.exists())
+    """Bytes of the code, packed as a record ships it, and of code plus model. Raises Refusal at the cap."""
+    code = LOADER_BYTES + len(pack_source(submission_source()))
     cap = f"the cap is {MAX_SUBMISSION_BYTES:,}; lower MODEL_DIM={hp.model_dim} or raise MATRIX_CLIP={hp.matrix_clip}"
     require(code + model_bytes < MAX_SUBMISSION_BYTES, f"{what}: {code:,} bytes of code + {model_bytes:,}, {cap}")
     return code, code + model_bytes
@@ -1368,8 +1370,7 @@ def train(hp: Hyperparameters, dist: Dist, log: Log, model: GPT, loader: TokenLo
         if hp.loop_is_on(frac) and not looped:
             looped = True
             log(f"layer_loop:enabled step:{step} frac:{frac:.3f} order:{hp.execution_order(True)}")
-        scale = set_schedules(hp, optimizers, frac)
-        batches = [loader.next_batch() for _ in range(accum)]
+        scale, batches = set_schedules(hp, optimizers, frac), [loader.next_batch() for _ in range(accum)]
         device_loss = train_step(forward, optimizers, gradients, batches, hp.grad_clip_norm, looped)
         newest = average_weight(hp, frac, averaged)
         if newest:
@@ -1467,7 +1468,6 @@ def main() -> None:
         log(f"{expected.budget()}\ndry run: {total} bytes of code + model expected")
     torch.set_float32_matmul_precision("high")
     steps, seconds = train(hp, dist, log, model.to(dist.device), loader, val)
-    log(f"trained on {expert_load(model.expert_table, loader.token_counts, hp.num_experts)}")
     hessians, hessian_seconds = collect_hessians(hp, dist, log, model, loader) if hp.gptq_batches else ({}, 0.0)
     seconds += hessian_seconds
     log(f"peak memory allocated: {torch.cuda.max_memory_allocated() >> 20} MiB")

@@ -52,7 +52,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from eval_sliding import interrupt
-from train_gpt import Refusal, require, run_entry_point, write_atomically
+from train_gpt import LOADER_BYTES, Refusal, pack_source, require, run_entry_point, write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 TOLERANCE = 0.01  # of the control's model bytes
@@ -548,7 +548,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", metavar="CELL", help="run these cells; the table has all of them")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time, on equal shares of the cores")
     parser.add_argument("--solve", choices=(*WIDTHS, "off"), default="SHARED_DIM", help="knob that makes bytes equal")
-    parser.add_argument("--model-bytes", type=int, metavar="N", help="TARGET_BYTES = N + the bytes of the two scripts")
+    parser.add_argument("--model-bytes", type=int, metavar="N", help="TARGET_BYTES = N + the bytes of the code, packed")
     parser.add_argument("--score", choices=("sliding", "artifact"), default="sliding", help="val_bpb of the table")
     parser.add_argument("--script", type=Path, default=ROOT / "train_gpt.py", metavar="FILE", help="train_gpt.py")
     parser.add_argument("--dry-run", action="store_true", help="print cells, widths, bytes and runs to do")
@@ -587,8 +587,8 @@ def final_knobs(cell: Cell, found: dict, args: argparse.Namespace) -> Cell:
     """The cell with its solved width, and TARGET_BYTES for --model-bytes. Raises Refusal."""
     more = {cell.solve: str(found["width"])} if cell.solve != "off" else {}
     if args.model_bytes is not None:
-        code = len(cell.source.train) + len(cell.source.evaluation)
-        more["TARGET_BYTES"] = str(args.model_bytes + code)
+        code = len(pack_source(cell.source.train + b"\0" + cell.source.evaluation))
+        more["TARGET_BYTES"] = str(args.model_bytes + LOADER_BYTES + code)
     cell = replace(cell, knobs=cell.knobs | more)
     if cell.source.module:
         for seed in args.seeds:

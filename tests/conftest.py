@@ -2,13 +2,10 @@
 
 import functools
 import os
-import sys
-from pathlib import Path
 
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from train_gpt import GPT, Dist, Hyperparameters, build_expert_table, role_of
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))  # more threads only slow models this small down

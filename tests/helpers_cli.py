@@ -15,11 +15,8 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
-import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data"))
 import tokenize_docs
+import torch
 
 import train_gpt
 

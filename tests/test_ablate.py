@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import ablate
 import pytest
 from helpers_cli import (
     ROOT,
@@ -21,11 +22,9 @@ from helpers_cli import (
     run_in_process,
     write_dataset,
 )
+from make_record import pack_script
 
 import train_gpt
-
-sys.path.insert(0, str(ROOT / "records"))
-import ablate
 
 KNOBS = '''
 from dataclasses import dataclass, fields
@@ -323,7 +322,7 @@ def test_the_trainer_itself_fills_both_cells_to_the_same_bytes(study, tmp_path):
     for name in ("dense", "zipf"):
         closing = study.event(f"{name}_seed5", "ablation")
         assert rows[name]["mean"] == f"{study.event(f'{name}_seed5', 'eval_summary')['val_bpb']:.4f}"
-        code = sum((ROOT / script).stat().st_size for script in ("train_gpt.py", "eval_sliding.py"))
+        code = len(pack_script(train_gpt.submission_source()))
         assert closing["knobs"]["TARGET_BYTES"] == str(14_000 + code)
         assert closing["knobs"]["DATA_PATH"] == str(data.folder)
         artifact = (study.out / "artifacts" / f"{name}_seed5.ptz").read_bytes()

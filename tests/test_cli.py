@@ -38,6 +38,7 @@ from helpers_cli import (
     write_dataset,
     write_shard,
 )
+from make_record import pack_script
 
 import eval_sliding
 import train_gpt
@@ -194,7 +195,7 @@ def test_the_summary_repeats_the_logged_scores(chain):
 
 def test_reported_bytes_are_those_on_disk_and_add_up(chain):
     trained = chain[0]
-    code = sum((ROOT / name).stat().st_size for name in ("train_gpt.py", "eval_sliding.py"))
+    code = len(pack_script(train_gpt.submission_source()))
     model = trained.artifact.stat().st_size
     summary = trained.result.summary
     assert (summary["bytes_code"], summary["bytes_model"], summary["bytes_total"]) == (code, model, code + model)
@@ -615,7 +616,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_at_its_step(dataset, tmp_path):
 
 
 def test_a_model_over_the_cap_is_refused_before_training(dataset, tmp_path, monkeypatch):
-    code = sum((ROOT / name).stat().st_size for name in ("train_gpt.py", "eval_sliding.py"))
+    code = len(pack_script(train_gpt.submission_source()))
     monkeypatch.setattr(train_gpt, "MAX_SUBMISSION_BYTES", code + 1000)
     refused(cli_env(dataset), tmp_path, "dry run: ", f"the cap is {code + 1000:,}", "MODEL_DIM=32", "MATRIX_CLIP=12.85")
     assert train_losses((tmp_path / "logs" / "run.txt").read_text()) == []

@@ -1,17 +1,14 @@
 """Properties of records/codec_table.py on a tiny trained artifact.   pytest tests/test_codec_table.py"""
 
 import re
-import sys
 from pathlib import Path
 
+import codec_table
 import pytest
 import torch
-from helpers_cli import ROOT, assert_refused, cli_env, run_command, run_in_process, write_dataset
+from helpers_cli import assert_refused, cli_env, run_command, run_in_process, write_dataset
 
 import train_gpt
-
-sys.path.insert(0, str(ROOT / "records"))
-import codec_table
 
 ORDERS = [f"{codec} {order}" for codec in ("zstd-22", "brotli-11") for order in ("row", "column", "sorted")]
 

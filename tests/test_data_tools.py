@@ -13,15 +13,12 @@ import sys
 import unicodedata
 from pathlib import Path
 
+import make_sample
 import numpy as np
 import pytest
 import sentencepiece
-import zstandard
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data"))
-import make_sample
 import tokenize_docs
+import zstandard
 
 import train_gpt
 

@@ -6,16 +6,14 @@ import re
 import sys
 from dataclasses import replace
 
+import diagnose
 import numpy as np
 import pytest
 import torch
 from conftest import ALONE, tiny_hp
-from helpers_cli import CPU, ROOT, VOCAB_SIZE, assert_refused, eval_env, run_in_process, write_dataset
+from helpers_cli import CPU, VOCAB_SIZE, assert_refused, eval_env, run_in_process, write_dataset
 
 import train_gpt
-
-sys.path.insert(0, str(ROOT / "records"))
-import diagnose
 
 needs_matplotlib = pytest.mark.skipif(not train_gpt.importlib.util.find_spec("matplotlib"), reason="no matplotlib")
 N = 40  # targets: two whole windows of 16 and a half, so that there is padding

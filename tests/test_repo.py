@@ -4,17 +4,14 @@ import ast
 import math
 import re
 import statistics
-import sys
 from dataclasses import fields
 from pathlib import Path
 
+import ablate
 import pytest
+from ablate import events_of
 
 import train_gpt
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "records"))
-import ablate
-from ablate import events_of
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = [p for p in ROOT.rglob("*.py") if not {".venv", "logs"} & set(p.relative_to(ROOT).parts)]
