@@ -3,9 +3,8 @@
 Every token id owns one narrow expert per layer beside a wide shared one, by a table frozen before the first step, so
 routing is exact, causal and independent of the batch. eval_sliding.py scores the artifact; both fit 16,000,000 bytes.
 
-    python train_gpt.py                                        # one process, any device
-    torchrun --standalone --nproc_per_node=8 train_gpt.py      # the record: 8xH100, 600 s
-    ITERATIONS=10 TRAIN_BATCH_TOKENS=4096 TRAIN_SEQ_LEN=256 python train_gpt.py    # smoke
+    torchrun --standalone --nproc_per_node=8 train_gpt.py                          # the record: 8xH100, 600 s
+    ITERATIONS=10 TRAIN_BATCH_TOKENS=4096 TRAIN_SEQ_LEN=256 python train_gpt.py    # smoke, on any device
 """
 
 import base64
@@ -20,7 +19,6 @@ import lzma
 import math
 import os
 import re
-import shlex
 import shutil
 import struct
 import subprocess
@@ -318,7 +316,8 @@ def write_atomically(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        if temporary.exists():
+            temporary.unlink()
         raise Refusal(f"cannot write {path}: {error.strerror}") from error
 
 def can_compile(hp: Hyperparameters, device: torch.device) -> bool:
@@ -332,11 +331,11 @@ def can_compile(hp: Hyperparameters, device: torch.device) -> bool:
 
 def log_provenance(log: Log, hp: Hyperparameters, dist: Dist, environ: dict[str, str]) -> None:
     """What a reader needs to repeat the run: source, commit, versions, hardware, knobs, overrides, likely typos."""
-    here, source = shlex.quote(str(Path(__file__).resolve().parent)), submission_source()
-    commit = subprocess.getoutput(f"git -C {here} describe --always --dirty 2>/dev/null") or "unknown"
-    log(source.split(b"\0")[0].decode() + "=" * 100 + "\n" + subprocess.getoutput("nvidia-smi"), echo=False)
+    here = {"cwd": Path(__file__).resolve().parent, "capture_output": True, "text": True}
+    commit = subprocess.run("git describe --always --dirty", shell=True, **here).stdout.strip() or "unknown"
+    log(Path(__file__).read_text(encoding="utf-8") + "=" * 100 + "\n" + subprocess.getoutput("nvidia-smi"), echo=False)
     log(f"python:{sys.version.split()[0]} torch:{torch.__version__} numpy:{np.__version__} commit:{commit}")
-    log(f"code_sha256:{hashlib.sha256(source).hexdigest()}")
+    log(f"code_sha256:{hashlib.sha256(submission_source()).hexdigest()}")
     log("\n".join(f"  {name}: {value}" for name, value in asdict(hp).items()), echo=False)
     changed = [f"{name.upper()}={v}" for name, v in asdict(hp).items() if v != getattr(Hyperparameters, name)]
     log(f"device:{dist.device} threads:{torch.get_num_threads()} overrides: {' '.join(changed) or 'none'}")
@@ -1444,6 +1443,7 @@ def export(hp, dist: Dist, log: Log, model: GPT, hessians: dict, tokenizer_sha25
 
 def main() -> None:
     """Read the knobs, train, export, score the reloaded artifact, and end the log with one JSON line."""
+    require(not sys.argv[1:], f"{' '.join(sys.argv[1:])}: no arguments; knobs are environment variables (README.md)")
     hp = Hyperparameters.from_env(os.environ)
     dist = Dist.from_torchrun(hp.device)
     hp = replace(hp, run_id=hp.run_id or time.strftime("%Y%m%d_%H%M%S", time.localtime(dist.all_max(time.time()))))

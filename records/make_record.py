@@ -248,7 +248,7 @@ def comparison(record: Record) -> str:
     result = other.compare(record.scores, mean([run.nats_per_bpb for run in runs]))
     rows = [[f"this record (n={len(runs)})", f"{mean(record.scores):.5f}", f"{mean([r.score.loss for r in runs]):.5f}"]]
     loss = f"{other.val_loss:.5f}" if other.val_loss is not None else "-"
-    rows += [[f"{other.name} (n={len(other.scores) or '?'})", f"{other.val_bpb:.5f}", loss]]
+    rows += [[f"{other.name} (n={len(other.seeds) or '?'})", f"{other.val_bpb:.5f}", loss]]
     rows += [["difference", f"{result.bpb:+.5f}", f"{result.nats:+.5f}"]]
     return table(f"run | {record.metric} | nats/token", rows) + f"\n\n{result.verdict}"
 

@@ -72,8 +72,8 @@ class Run:
 
     @cached_property
     def json_events(self) -> dict[str, dict]:
-        """The closing JSON lines of our own stages, by event; of several the last."""
-        lines = (line for line in self.text.splitlines() if line.startswith('{"event": '))
+        """The closing JSON lines of our own stages, by event; of several the last, and none that was cut off."""
+        lines = (line for line in self.text.splitlines() if re.match(r'\{"event": .*\}$', line))
         return {event["event"]: event for event in map(json.loads, lines)}
 
     @property
@@ -117,9 +117,9 @@ class Run:
         """As nvidia-smi lists it, or the CPU and its threads."""
         world, cpu = self.world_size or 1, re.search(r"^device:cpu threads:(\d+)", self.text, re.M)
         if cpu:
-            return f"CPU, {world} process{'es' * (world > 1)} of {cpu[1]} threads"
+            return f"CPU, {world} process{'es' * (world > 1)} of {cpu[1]} thread{'s' * (cpu[1] != '1')}"
         gpus = re.findall(r"^\| +\d+ +(NVIDIA [\w -]+?) +(?:On|Off) ", self.text, re.M)
-        return f"{world}x{gpus[0].removeprefix('NVIDIA ')}" if gpus else f"{world} devices"
+        return f"{world}x{gpus[0].removeprefix('NVIDIA ')}" if gpus else "unknown hardware"
 
     @property
     def world_size(self) -> int | None:
@@ -213,7 +213,7 @@ class Run:
 
     @property
     def score(self) -> Final | None:
-        """The number of the submission: our last evaluation, or the strongest of the stranger's."""
+        """The number of the submission: our last evaluation; of a stranger's the last of the kind that comes latest."""
         own = self.json_events.get("eval_summary")
         if own is None:
             return self.final("ttt", "sliding", "roundtrip")
