@@ -45,10 +45,11 @@ pick_profile() {
   for NPROC in 8 4 2 1; do if ((NPROC <= gpus)); then break; fi; done
   NODES=1 NODE_RANK=0
   for argument in "$@"; do
-    case ${argument//-/_} in
-      __nnodes=*) NODES=${argument#*=} ;;
-      __node_rank=*) NODE_RANK=${argument#*=} ;;
-      __nproc_per_node=*) NPROC=${argument#*=} ;;
+    [[ ${argument//-/_} =~ ^__(nnodes|node_rank|nproc_per_node)=([0-9]+)$ ]] || continue
+    case ${BASH_REMATCH[1]} in
+      nnodes) NODES=${BASH_REMATCH[2]} ;;
+      node_rank) NODE_RANK=${BASH_REMATCH[2]} ;;
+      *) NPROC=${BASH_REMATCH[2]} ;;
     esac
   done
   if ((NPROC * NODES == 8)); then default PROFILE record; elif ((gpus)); then default PROFILE 1gpu; else default PROFILE cpu; fi

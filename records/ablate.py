@@ -51,6 +51,9 @@ from types import ModuleType
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import runlog
+
 from eval_sliding import interrupt
 from train_gpt import LOADER_BYTES, Refusal, pack_source, require, run_entry_point, write_atomically
 
@@ -249,9 +252,8 @@ def settle(cells: list[Cell], out: Path) -> dict[str, dict]:
 
 
 def events_of(log: Path) -> dict[str, dict]:
-    """The JSON lines of a log, by event, the last of each."""
-    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
-    return {event["event"]: event for event in (json.loads(x) for x in lines if x.startswith('{"event": '))}
+    """The JSON lines of a log, by event, the last of each; none without a log."""
+    return runlog.Run.read(log).json_events if log.exists() else {}
 
 
 def row_of(log: Path, score: str) -> dict[str, object]:

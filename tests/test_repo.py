@@ -16,7 +16,8 @@ import train_gpt
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = [p for p in ROOT.rglob("*.py") if not {".venv", "logs"} & set(p.relative_to(ROOT).parts)]
 SHIPPED = [ROOT / "train_gpt.py", ROOT / "eval_sliding.py"]
-READMES = [ROOT / "README.md", *sorted((ROOT / "records").rglob("README.md"))]
+MAIN = ROOT / "README.md"
+READMES = [MAIN, *sorted((ROOT / "records").rglob("README.md"))]
 
 
 def table_rows(readme: Path) -> list[dict[str, str]]:
@@ -80,10 +81,11 @@ def test_a_codec_table_in_a_readme_is_what_the_tool_printed(path):
 @pytest.mark.parametrize("readme", [p for p in READMES if "Means of n" in p.read_text()], ids=lambda p: p.parent.name)
 def test_the_means_in_the_text_are_those_of_the_logs(readme):
     stated = re.findall(r"token-routed (\d\.\d{4}), dense (\d\.\d{4})", readme.read_text(encoding="utf-8"))
-    logs = [readme.parent / re.search(r"\(([^)]+)\)", row["log"])[1] for row in table_rows(readme)]
-    scores = {log.name: events_of(log)["train_summary"]["val_bpb"] for log in logs}
-    means = [statistics.mean(x for name, x in scores.items() if name.startswith(kind)) for kind in ("zipf", "dense")]
-    assert stated == [tuple(f"{mean:.4f}" for mean in means)]
+    scores = {"token-routed (zipf)": [], "dense control": []}
+    for row in table_rows(readme):
+        log = readme.parent / re.search(r"\(([^)]+)\)", row["log"])[1]
+        scores[row["run"]].append(events_of(log)["train_summary"]["val_bpb"])
+    assert stated == [tuple(f"{statistics.mean(of_one):.4f}" for of_one in scores.values())]
 
 
 QUANTIZATION_STUDY = ROOT / "records" / "track_non_record_16mb" / "2026-11-22_QuantizationStudy"
@@ -106,6 +108,9 @@ def test_the_quantization_study_states_how_close_to_its_entropy_the_artifact_is(
     assert all(1 <= budget[role]["bytes"] / budget[role]["floor"] < 1.02 for role in roles)
     assert budget["embedding"]["bytes"] < budget["embedding"]["floor"]
     text = (QUANTIZATION_STUDY / "README.md").read_text(encoding="utf-8")
+    left = {row["gap left"] for row in table_rows(QUANTIZATION_STUDY / "README.md") if "gap left" in row}
+    assert len(left) == 1
+    assert f"leave {left.pop()} of the loss of rounding to nearest" in MAIN.read_text(encoding="utf-8")
     assert "Bits per weight stay within 2 % of the entropy of the symbols in both logs (matrix and expert rows" in text
 
 
@@ -188,6 +193,7 @@ def test_the_scores_and_gains_of_the_evaluation_study_are_those_of_its_logs():
         gains.append(before - after)
     mean, deviation = re.search(r"^Mean gain (\S+), standard deviation (\S+), n = 3\.", text, re.M).groups()
     assert (mean, deviation) == (f"{statistics.mean(gains):.4f}", f"{statistics.stdev(gains):.4f}")
+    assert f"| score-first test-time training | -{mean}, " in MAIN.read_text(encoding="utf-8")
     assert min(gains) > 0
 
 
@@ -261,8 +267,9 @@ def test_every_difference_in_the_text_of_the_routing_study_is_that_of_its_table(
     stated = re.findall(r"`(\w+)` ([+-]\d\.\d{4})", text)
     assert len(stated) >= 20
     assert [(name, delta) for name, delta in stated if deltas[name] != delta] == []
-    main = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert all(deltas[name] == delta for name, delta in re.findall(r"`(\w+)` ([+-]\d\.\d{4})", main))
+    quoted = re.findall(r"`(\w+)` ([+-]\d\.\d{4})", MAIN.read_text(encoding="utf-8"))
+    assert len(quoted) >= 8
+    assert all(deltas[name] == delta for name, delta in quoted)
 
 
 def row_of(diagnosis: str, section: str, name: str) -> list[float]:
