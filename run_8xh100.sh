@@ -154,13 +154,14 @@ check_commit() {
 }
 
 make_record() {
-  local track=non_record_16mb arguments logs=() seed folder
+  local track=non_record_16mb arguments logs=() seed said
   if [[ $PROFILE == record ]]; then track=10min_16mb; fi
   mapfile -t arguments < <(xargs -n 1 printf '%s\n' <<<"${RECORD_ARGS:---name TokenRouted}")  # reads quotes as a shell
   for seed in $SEEDS; do logs+=("logs/${group}_seed$seed.txt"); done
   "$PYTHON" eval_sliding.py --audit "${logs[0]%.txt}.ptz"
-  folder=$("$PYTHON" records/make_record.py --track "$track" --logs "${logs[@]}" "${arguments[@]}" | tee /dev/stderr | tail -n 1)
-  "$PYTHON" records/check_record.py "$folder"
+  said=$("$PYTHON" records/make_record.py --track "$track" --logs "${logs[@]}" "${arguments[@]}")
+  echo "$said"
+  "$PYTHON" records/check_record.py "${said##*$'\n'}"
 }
 
 main() {
