@@ -43,8 +43,9 @@ pick_profile() {
   local gpus=0 argument
   if [[ ${DEVICE:-auto} != cpu ]]; then gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())'); fi
   for NPROC in 8 4 2 1; do if ((NPROC <= gpus)); then break; fi; done
-  NODES=1 NODE_RANK=0
+  NODES=1 NODE_RANK=
   for argument in "$@"; do
+    [[ $argument == *=* ]] || die "$argument: torchrun arguments are written --name=value here"
     [[ ${argument//-/_} =~ ^__(nnodes|node_rank|nproc_per_node)=([0-9]+)$ ]] || continue
     case ${BASH_REMATCH[1]} in
       nnodes) NODES=${BASH_REMATCH[2]} ;;
@@ -52,6 +53,7 @@ pick_profile() {
       *) NPROC=${BASH_REMATCH[2]} ;;
     esac
   done
+  if ((NODES > 1)) && [[ -z $NODE_RANK ]]; then die "more than one node needs --node_rank=N"; fi
   if ((NPROC * NODES == 8)); then default PROFILE record; elif ((gpus)); then default PROFILE 1gpu; else default PROFILE cpu; fi
   case $PROFILE in
     record) ;;  # the defaults of train_gpt.py
@@ -142,24 +144,29 @@ train_and_score() {
   echo "profile $PROFILE, $NODES x $NPROC process(es), data ${DATA_PATH:-data/datasets/fineweb10B_sp${VOCAB_SIZE:-8192}}, run $RUN_ID"
   launch train_gpt.py
   launch eval_sliding.py "logs/$RUN_ID.ptz"
-  if ((NODE_RANK == 0)); then "$PYTHON" records/runlog.py --summary "logs/$RUN_ID.txt"; fi
+  if ((${NODE_RANK:-0} == 0)); then "$PYTHON" records/runlog.py --summary "logs/$RUN_ID.txt"; fi
 }
 
-# What make_record.py would refuse after hours of training is refused before.
-check_commit() {
-  local commit
+# What make_record.py would refuse after hours of training is refused before. Leaves its arguments in $RECORD.
+plan_record() {
+  local commit words
   commit=$(git describe --always --dirty 2>/dev/null) || commit=unknown-dirty
   [[ $commit != *-dirty || ${RECORD_ARGS:-} == *--allow-commit* ]] ||
     die "SEEDS makes a record, and this tree is not a clean commit; commit first, or RECORD_ARGS='... --allow-commit'"
+  [[ $SEEDS =~ ^[0-9]+(\ [0-9]+)*$ && -z $(tr ' ' '\n' <<<"$SEEDS" | sort | uniq -d) ]] ||
+    die "SEEDS=$SEEDS: expected different numbers with a space between them"
+  words=$("$PYTHON" -c 'import shlex, sys; print(*shlex.split(sys.argv[1]), sep="\n")' "${RECORD_ARGS:---name TokenRouted}") ||
+    die "RECORD_ARGS=$RECORD_ARGS: a quote is not closed"
+  mapfile -t RECORD <<<"$words"
+  if [[ $PROFILE == record ]]; then RECORD+=(--track 10min_16mb); fi
+  "$PYTHON" records/make_record.py --dry-run "${RECORD[@]}"
 }
 
 make_record() {
-  local track=non_record_16mb arguments logs=() seed said
-  if [[ $PROFILE == record ]]; then track=10min_16mb; fi
-  mapfile -t arguments < <(xargs -n 1 printf '%s\n' <<<"${RECORD_ARGS:---name TokenRouted}")  # reads quotes as a shell
+  local logs=() seed said
   for seed in $SEEDS; do logs+=("logs/${group}_seed$seed.txt"); done
   "$PYTHON" eval_sliding.py --audit "${logs[0]%.txt}.ptz"
-  said=$("$PYTHON" records/make_record.py --track "$track" --logs "${logs[@]}" "${arguments[@]}")
+  said=$("$PYTHON" records/make_record.py "${RECORD[@]}" --logs "${logs[@]}")
   echo "$said"
   "$PYTHON" records/check_record.py "${said##*$'\n'}"
 }
@@ -176,12 +183,12 @@ main() {
   cd "$(dirname "${BASH_SOURCE[0]}")"
   if (($#)); then [[ -n ${RUN_ID:-} ]] || die "torchrun arguments need a RUN_ID, the same on every node"; fi
   if [[ -n ${SEEDS:-} ]]; then
-    check_commit
     modules+=", matplotlib, scipy"
     files+=(tests/requirements.txt)
   fi
   setup "$modules" "${files[@]}"
   pick_profile "$@"
+  if [[ -n ${SEEDS:-} ]]; then plan_record; fi
   pick_data
   default RUN_ID "$(date +%Y%m%d_%H%M%S)_$PROFILE"
   if [[ -z ${SEEDS:-} ]]; then
@@ -194,7 +201,7 @@ main() {
     export SEED RUN_ID
     train_and_score
   done
-  if ((NODE_RANK == 0)); then make_record; fi
+  if ((${NODE_RANK:-0} == 0)); then make_record; fi
 }
 
 if [[ ${BASH_SOURCE[0]} == "$0" ]]; then main "$@"; fi

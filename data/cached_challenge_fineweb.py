@@ -108,9 +108,10 @@ class Ledger:
     def __init__(self, root: Path):
         self.root, self.path = root, root / "datasets" / ".download.json"
         try:
-            self.entries = dict(json.loads(self.path.read_bytes()))
+            entries = dict(json.loads(self.path.read_bytes()))
         except (OSError, ValueError, TypeError):
-            self.entries = {}
+            entries = {}
+        self.entries = {name: entry for name, entry in entries.items() if isinstance(entry, dict) and "digest" in entry}
 
     def state(self, local: Path) -> dict[str, int]:
         """What changes when somebody writes to `local`."""
@@ -313,7 +314,7 @@ def select(hub: Hub, manifest: dict[str, dict[str, dict]], name: str, train_shar
     try:
         tokenizer = manifest["tokenizers"][entry["tokenizer_name"]]
         counts = {split: int(entry["stats"][f"files_{split}"]) for split in ("val", "train")}
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise Refusal(f"{hub.repo_id}: incomplete manifest entry of {name}: {error!r}") from error
     available = counts["train"]
     require(train_shards <= available, f"{hub.repo_id}: {train_shards} training shards of {name}, it has {available}")

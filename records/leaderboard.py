@@ -64,6 +64,7 @@ class Comparison(NamedTuple):
     bpb: float
     nats: float  # per token of the record's tokenizer
     verdict: str  # both bars, in both units, with p
+    reached: bool | None  # the bar of a record; None where there are too few seeds for the test
 
 
 class Baseline(NamedTuple):
@@ -75,29 +76,31 @@ class Baseline(NamedTuple):
     seeds: list[float]
     scored: tuple[int | None, int | None]  # validation targets and bytes of its runs; (None, None) for a row
 
-    def same_text(self, run: Run) -> bool:
-        """Whether `run` was validated on the same text: that of the challenge, for a row."""
-        if self.scored == (None, None):
-            return (run.targets or 0) >= CHALLENGE_TARGETS
-        return self.scored == (run.targets, run.scored_bytes)
+    def same_text(self, run: Run) -> bool | None:
+        """Whether `run` was validated on the same text, for a row that of the challenge; None if unknown."""
+        if run.targets is None:
+            return None
+        is_row, scored = self.scored == (None, None), (run.targets, run.scored_bytes)
+        return run.targets >= CHALLENGE_TARGETS if is_row else self.scored == scored
 
     def compare(self, scores: list[float], nats_per_bpb: float) -> Comparison:
-        """Welch's one-sided test that `scores` are better at all, and better by the challenge's bar."""
+        """Welch's one-sided test that `scores` are better at all, and better by the challenge's bar. Raises Refusal."""
         bpb, bar = statistics.fmean(scores) - self.val_bpb, RECORD_NATS / nats_per_bpb
-        better = f"{'better' if bpb < 0 else 'worse'} by {abs(bpb):.5f} bits per byte, "
-        better += f"{abs(bpb) * nats_per_bpb:.5f} nats per token"
+        nats = bpb * nats_per_bpb
+        better = f"It is {'better' if bpb < 0 else 'worse'} by {abs(bpb):.5f} bits per byte, "
+        better += f"{abs(nats):.5f} nats per token"
         bars = f"The bar of a record is {RECORD_NATS} nats per token, here {bar:.5f} bits per byte, at p < 0.01"
         if min(len(scores), len(self.seeds)) < 2 or not any(map(statistics.stdev, (scores, self.seeds))):
-            return Comparison(bpb, bpb * nats_per_bpb, f"{bars}. No test: it takes two seeds of each. It is {better}.")
+            return Comparison(bpb, nats, f"{bars}. No test: it takes two seeds of each. {better}.", None)
         try:
             from scipy.stats import ttest_ind
         except ImportError:
             raise Refusal("the Welch test needs scipy: pip install scipy") from None
         tests = (scores, self.seeds), (scores, [score - bar for score in self.seeds])
         p, p_bar = (ttest_ind(*both, equal_var=False, alternative="less").pvalue for both in tests)
-        reached = "reached" if bpb <= -bar and p_bar < 0.01 else "not reached"
-        text = f"{bars}: {reached}. It is {better}; Welch, one-sided: p = {p:.2g} that it is no better, "
-        return Comparison(bpb, bpb * nats_per_bpb, text + f"p = {p_bar:.2g} that it is not better by the bar.")
+        reached = bool(bpb <= -bar and p_bar < 0.01)
+        welch = f"Welch, one-sided: p = {p:.2g} that it is no better, p = {p_bar:.2g} that it is not better by the bar"
+        return Comparison(bpb, nats, f"{bars}: {'' if reached else 'not '}reached. {better}; {welch}.", reached)
 
 
 def find_baseline(names: list[str]) -> Baseline:

@@ -255,7 +255,7 @@ def draw_sizes(part, curves: list[Curve], width: float) -> None:
     axes.set_yticks(range(len(curves)), [curve.name for curve in curves], fontsize=FONT)
     axes.locator_params(axis="x", nbins=5)
     text = f"; without a label: {', '.join(sorted(narrow))}" if narrow else ""
-    axes.set_xlabel("thousand bytes of code and model" + text)
+    axes.set_xlabel("\n".join(textwrap.wrap("thousand bytes of code and model" + text, 70)))
     axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:,g}")
     axes.spines[["top", "right"]].set_visible(False)
 

@@ -9,6 +9,7 @@ file names. What a log does not say is None or empty.
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import re
@@ -73,8 +74,12 @@ class Run:
     @cached_property
     def json_events(self) -> dict[str, dict]:
         """The closing JSON lines of our own stages, by event; of several the last, and none that was cut off."""
-        lines = (line for line in self.text.splitlines() if re.match(r'\{"event": .*\}$', line))
-        return {event["event"]: event for event in map(json.loads, lines)}
+        found = {}
+        for line in re.findall(r'^\{"event": "\w+".*\}$', self.text, re.M):
+            with contextlib.suppress(ValueError, RecursionError):
+                event = json.loads(line)
+                found[event["event"]] = event
+        return found
 
     @property
     def dialect(self) -> str:
@@ -87,7 +92,7 @@ class Run:
     @cached_property
     def knobs(self) -> dict[str, str]:
         """Every setting that the log states, as text: the block of `  key: value` lines, or `key:value` words."""
-        block = dict(re.findall(STAMP + r"  (\w+): ?(.*)$", self.text, re.M))
+        block = dict(re.findall(STAMP + r"  ([a-z]\w*): ?(.*)$", self.text, re.M))
         return block or dict(SETTINGS.findall(self.text))
 
     @property
@@ -98,7 +103,7 @@ class Run:
     @property
     def seed(self) -> int | None:
         stated = number_in(r"^(?:.* )?seed:(\d+)", self.text, int)
-        return stated if stated is not None else int(self.knobs["seed"]) if "seed" in self.knobs else None
+        return stated if stated is not None else number_in(r"^(\d+)$", self.knobs.get("seed", ""), int)
 
     @property
     def versions(self) -> dict[str, str]:
@@ -218,7 +223,7 @@ class Run:
         if own is None:
             return self.final("ttt", "sliding", "roundtrip")
         row = self.final("sliding" if own.get("ttt", "off") == "off" else "ttt")
-        return row._replace(loss=own["val_loss"], bpb=row.bpb if own["partial"] else own["val_bpb"])
+        return row and row._replace(loss=own["val_loss"], bpb=row.bpb if own["partial"] else own["val_bpb"])
 
     @property
     def eval_seconds(self) -> float | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import ablate
 import pytest
+import runlog
 from ablate import events_of
 
 import train_gpt
@@ -86,6 +87,16 @@ def test_the_means_in_the_text_are_those_of_the_logs(readme):
         log = readme.parent / re.search(r"\(([^)]+)\)", row["log"])[1]
         scores[row["run"]].append(events_of(log)["train_summary"]["val_bpb"])
     assert stated == [tuple(f"{statistics.mean(of_one):.4f}" for of_one in scores.values())]
+
+
+def test_the_packed_script_alone_repeated_a_log_of_its_folder():
+    folder = ROOT / "records" / "track_non_record_16mb" / "2026-11-24_CpuProfile"
+    first, again = (runlog.Run.read(folder / name) for name in ("train_seed42.log", "repeated/seed42.txt"))
+    assert [row[:3:2] for row in again.train] == [row[:3:2] for row in first.train]  # steps and losses
+    assert [row[:4] for row in again.finals] == [row[:4] for row in first.finals]
+    assert again.score.bpb == first.score.bpb
+    assert again.bytes_total == first.bytes_total
+    assert again.code_hashes == first.code_hashes
 
 
 QUANTIZATION_STUDY = ROOT / "records" / "track_non_record_16mb" / "2026-11-22_QuantizationStudy"
