@@ -81,7 +81,7 @@ def test_a_codec_table_in_a_readme_is_what_the_tool_printed(path):
 
 @pytest.mark.parametrize("readme", [p for p in READMES if "Means of n" in p.read_text()], ids=lambda p: p.parent.name)
 def test_the_means_in_the_text_are_those_of_the_logs(readme):
-    stated = re.findall(r"token-routed (\d\.\d{4}), dense (\d\.\d{4})", readme.read_text(encoding="utf-8"))
+    stated = re.findall(r"token-routed (\d\.\d{4}), dense\s+(\d\.\d{4})", readme.read_text(encoding="utf-8"))
     scores = {"token-routed (zipf)": [], "dense control": []}
     for row in table_rows(readme):
         log = readme.parent / re.search(r"\(([^)]+)\)", row["log"])[1]
