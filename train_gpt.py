@@ -1485,10 +1485,10 @@ def main() -> None:
     log(json.dumps(result))
 
 def run_entry_point(entry) -> None:
-    """Call `entry()`; bad input and failing files become one line on stderr and exit status 2, not a traceback."""
+    """Call `entry()`; bad input, failing files and absent packages become one line on stderr and exit status 2."""
     try:
         entry()
-    except (Refusal, OSError) as error:
+    except (Refusal, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     if torch.distributed.is_initialized():

@@ -610,6 +610,17 @@ def test_a_run_with_a_misspelt_knob_warns_and_goes_on(chain):
     assert warnings == ["warning: NUM_LAYER is not a knob; did you mean NUM_LAYERS?"]
 
 
+def test_a_kernel_whose_package_is_absent_is_refused_in_one_line(dataset, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", None)
+    refused(cli_env(dataset, ATTENTION="fa3"), tmp_path, "flash_attn_interface")
+
+
+def test_arguments_that_nobody_reads_are_refused(dataset, tmp_path):
+    result = run_in_process(train_gpt.main, cli_env(dataset), tmp_path, "--seed=3")
+    assert_refused(result, "--seed=3: no arguments; knobs are environment variables")
+    assert not (tmp_path / "logs").exists()
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_at_its_step(dataset, tmp_path):
     refused(cli_env(dataset, MATRIX_LR="1e30", EMBED_LR="1e30"), tmp_path, "training loss is nan at step ", "stopped")
     assert len(train_losses((tmp_path / "logs" / "run.txt").read_text())) in range(1, 8)
