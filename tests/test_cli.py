@@ -373,7 +373,7 @@ def hook(event, args):
         events.append((event, os.path.basename(os.fsdecode(args[0 if event == "open" else 1])), stack))
 import train_gpt
 sys.addaudithook(hook)
-if sys.argv[1] == "peek":
+if sys.argv.pop() == "peek":
     sample = train_gpt.TokenLoader.sample
     def peek(loader):
         open(train_gpt.list_shards(loader.hp.dataset_dir, "val")[0], "rb").close()
