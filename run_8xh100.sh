@@ -155,7 +155,7 @@ plan_record() {
     die "SEEDS makes a record, and this tree is not a clean commit; commit first, or RECORD_ARGS='... --allow-commit'"
   [[ $SEEDS =~ ^[0-9]+(\ [0-9]+)*$ && -z $(tr ' ' '\n' <<<"$SEEDS" | sort | uniq -d) ]] ||
     die "SEEDS=$SEEDS: expected different numbers with a space between them"
-  words=$("$PYTHON" -c 'import shlex, sys; print(*shlex.split(sys.argv[1]), sep="\n")' "${RECORD_ARGS:---name TokenRouted}") ||
+  words=$("$PYTHON" -c 'import shlex, sys; print(*shlex.split(sys.argv[1]), sep="\n")' "${RECORD_ARGS:---name TokenRouted}" 2>/dev/null) ||
     die "RECORD_ARGS=$RECORD_ARGS: a quote is not closed"
   mapfile -t RECORD <<<"$words"
   if [[ $PROFILE == record ]]; then RECORD+=(--track 10min_16mb); fi

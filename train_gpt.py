@@ -254,7 +254,7 @@ class Dist:
             torch.cuda.set_device(device)
         if world_size > 1:  # CPU tensors travel over gloo, so that agreeing on the clock never waits for the GPU
             backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
-            torch.distributed.init_process_group(backend)
+            torch.distributed.init_process_group(backend, timeout=np.timedelta64(10, "m").item())
         return cls(rank, world_size, device)
 
     def all_sum(self, tensor: Tensor) -> Tensor:

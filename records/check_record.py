@@ -44,7 +44,7 @@ from train_gpt import BOS_ID, MAX_SUBMISSION_BYTES, Refusal, require, run_entry_
 NUMERIC = (int, float)
 SCORE_DIGITS = 4  # after the point: with fewer, a score is taken to end in zeros
 REQUIRED = {"author": str, "github_id": str, "name": str, "blurb": str, "date": str}
-REQUIRED |= {"val_bpb": NUMERIC, "val_loss": NUMERIC, "bytes_total": int}  # of the 8 keys, accepted records have most
+REQUIRED |= {"val_bpb": NUMERIC, "val_loss": NUMERIC, "bytes_total": int}  # what accepted records have
 OPTIONAL = {"bytes_code": int, "bytes_model": int, "val_bpb_std": NUMERIC, "val_loss_std": NUMERIC, "track": str}
 OPTIONAL |= {"seeds": (list, dict), "seed_results": dict, "hardware": str, "step_stop": int, "compliance": dict}
 OPTIONAL |= {"pre_quant_val_bpb": NUMERIC, "pre_quant_val_loss": NUMERIC, "wallclock_seconds": NUMERIC}
