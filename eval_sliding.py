@@ -20,7 +20,6 @@ import json
 import math
 import os
 import re
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -44,6 +43,7 @@ from train_gpt import (
     choose_attention,
     load_artifact,
     load_tokenizer,
+    out_of_memory,
     require,
     role_of,
     run_entry_point,
@@ -68,7 +68,7 @@ def same(state: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 def halve_batch(scorer: Scorer, error: RuntimeError, tried: int) -> None:
     """For a caller that ran out of memory with `tried` windows and will try again with `scorer.batch_size`. Raises the
     error if it is another one, or Refusal."""
-    if not re.search("out of memory|allocate memory|ALLOC_FAILED", str(error)):
+    if not out_of_memory(error):
         raise error
     require(tried > 1, f"one window of {scorer.seq_len} tokens exceeds the memory; lower EVAL_SEQ_LEN")
     scorer.batch_size = tried // 2
@@ -107,7 +107,7 @@ def compile_on_random_tokens(forward, model: GPT, hp: Hyperparameters, dist: Dis
     trial = replace(hp, ttt_segments=1, ttt_epochs=1, eval_max_seconds=0.0)
     scorer = Scorer(forward, val, trial, Dist(0, 1, device), hp.eval_stride, "compile")
     score_split(scorer, model, trial, lambda text: None, 0.0)
-    return replace(hp, micro_batch_tokens=-int(dist.all_max(-scorer.batch_size)) * scorer.seq_len)
+    return replace(hp, micro_batch_tokens=-int(dist.all_max(-scorer.batch_size)[0]) * scorer.seq_len)
 
 
 @torch.no_grad()
@@ -404,26 +404,15 @@ def ttt_settings(hp: Hyperparameters) -> str:
     return " ".join(f"{name}:{value}" for name, value in asdict(hp).items() if name in names)
 
 
-def interrupt(number: int, frame: object) -> None:
-    """Signal handler: raises KeyboardInterrupt(number), once; launchers may signal again before the report is out."""
-    for ignored in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(ignored, signal.SIG_IGN)
-    raise KeyboardInterrupt(number)
-
-
 def score_or_stop(scorer: Scorer, model: GPT, hp: Hyperparameters, log: Log, started: float) -> Tensor:
-    """`score_split`; SIGINT and SIGTERM end it with a PARTIAL score of what this rank has scored, and 128 + signal."""
-    handlers = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    """`score_split`; SIGINT and SIGTERM end it with a PARTIAL score of what this rank has scored."""
     try:
         return score_split(scorer, model, hp, log, started)
     except KeyboardInterrupt as error:
         scored = int((scorer.sums[1, :-1] == 1).sum())
         so_far = scorer.total(finished=False) if scored else "nothing"
         log(f"interrupted by signal {error.args[0]}, {scored} of {scorer.num_targets} targets scored here: {so_far}")
-        sys.exit(128 + error.args[0])
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler or signal.SIG_DFL)
+        raise
 
 
 def main() -> None:

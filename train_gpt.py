@@ -11,6 +11,7 @@ import base64
 import collections
 import copy
 import difflib
+import fcntl
 import hashlib
 import importlib.util
 import io
@@ -20,6 +21,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -29,7 +31,7 @@ import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
+from functools import partial, partialmethod
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +43,8 @@ from torch import Tensor, nn
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256  # the challenge's .bin header, shared with llm.c
 MAX_SUBMISSION_BYTES = 16_000_000  # code + compressed model, decimal
 LOADER_BYTES = 1_194  # of what unpacks a record's code, LOADER in records/make_record.py
+LOG_FOLDER = Path("logs")  # of logs, artifacts and checkpoints, below the working directory
+SIGNALS = (signal.SIGINT, signal.SIGTERM)  # that end a run in good order
 BOS_ID = 1  # starts every document of a shard
 GATE_CHANNELS = 12  # of the input, that attention gates and SmearGate read
 TABLE_SCORE = {"learned": 1e-3, "hybrid": 2.0, "soft": 0.0}  # of what the table names; the router's come on top
@@ -62,7 +66,8 @@ class Hyperparameters:
     dtype: str = "bfloat16"  # of activations and matmuls: bfloat16 | float32; master weights are always float32
     attention: str = "auto"  # kernel: fa3 (FlashAttention-3) | cudnn | flash | math; auto = the first of them that runs
     compile: bool = True  # torch.compile with fullgraph where a compiler is installed; 0 = eager
-    save_checkpoint: bool = False  # also write the averaged float32 weights to logs/<RUN_ID>.pt
+    checkpoint_every: str = ""  # steps ("500") or s ("300s") between logs/<RUN_ID>.step<N>.npz; two stay; "" = off
+    resume: str = "off"  # off | auto (the newest intact checkpoint of RUN_ID, if it has any) | path of a checkpoint
     data_path: str = ""  # folder of shards; "" = data/datasets/fineweb10B_sp<VOCAB_SIZE>
     tokenizer_path: str = ""  # SentencePiece model; "" = data/tokenizers/fineweb_<VOCAB_SIZE>_bpe.model
     train_batch_tokens: int = 786_432  # tokens per optimizer step, over all ranks
@@ -140,7 +145,6 @@ class Hyperparameters:
     ttt_epochs: int = 3  # steps on a chunk once it is scored, each over all of its targets
     ttt_chunk_tokens: int = 32_768  # targets scored between two updates
     ttt_segments: int = 8  # contiguous parts of the split that know nothing of each other; ranks share them
-
     @classmethod
     def from_env(cls, environ: dict[str, str]) -> "Hyperparameters":
         """Read and validate all knobs. Raises Refusal naming the variable and the value."""
@@ -152,41 +156,32 @@ class Hyperparameters:
             except (KeyError, ValueError):
                 expected = "0 or 1" if kind is bool else kind.__name__
                 raise Refusal(f"{f.name.upper()}={text!r}: expected {expected}") from None
-        hp = cls(**values)
-        hp.validate()
-        return hp
+        return cls(**values).validate()
 
     head_dim = property(lambda hp: hp.model_dim // hp.num_heads)
     routed_layers = property(lambda hp: range(hp.moe_start_layer, hp.num_layers * (hp.routing != "dense")))
     reserved_seconds = property(lambda hp: hp.gptq_reserve_seconds * (hp.gptq_batches > 0))
     training_seconds = property(lambda hp: max(hp.max_wallclock_seconds - hp.reserved_seconds, 0.0))  # 0 without a cap
     dataset_dir = property(lambda hp: Path(hp.data_path or f"data/datasets/fineweb10B_sp{hp.vocab_size}"))
-
     def execution_order(self, looped: bool) -> list[int]:
         """Layers in the order in which they are run."""
         order, end = list(range(self.num_layers)), self.loop_end + 1
         order[end:end] = order[self.loop_start : end] * (self.loop_passes - 1 if looped else 0)
         return order
-
     def loop_is_on(self, frac: float) -> bool:
         return self.loop_passes == 1 or frac >= self.loop_from
-
-    @property
-    def rope_base(self) -> float:
-        """10,000; for windows beyond the trained one so much more that the slowest rotation turns as far as it did."""
-        dims, longer = self.rope_dims, max(1.0, self.eval_seq_len / self.train_seq_len)
-        return 10_000.0 * longer ** (dims / max(dims - 2, 1))
-
+    longer = property(lambda hp: max(1.0, hp.eval_seq_len / hp.train_seq_len))  # a window, times the trained one
+    # 10,000; for longer windows so much more that the slowest rotation turns as far as it did
+    rope_base = property(lambda hp: 10_000.0 * hp.longer ** (hp.rope_dims / max(hp.rope_dims - 2, 1)))
     def grad_accum_steps(self, world_size: int) -> int:
         """Fewest equal micro-batches of whole sequences that respect MICRO_BATCH_TOKENS. Raises Refusal."""
         sequences, rest = divmod(self.train_batch_tokens, world_size * self.train_seq_len)
-        batch = f"TRAIN_BATCH_TOKENS={self.train_batch_tokens} TRAIN_SEQ_LEN={self.train_seq_len}"
-        require(rest == 0, f"{batch}: not a whole number of sequences on each of {world_size} ranks")
+        names = f"TRAIN_BATCH_TOKENS={self.train_batch_tokens} TRAIN_SEQ_LEN={self.train_seq_len}"
+        require(rest == 0, f"{names}: not a whole number of sequences on each of {world_size} ranks")
         fewest = min(math.ceil(sequences * self.train_seq_len / self.micro_batch_tokens), sequences)
         return next(n for n in range(fewest, sequences + 1) if sequences % n == 0)
-
-    def validate(self) -> None:
-        """All checks of single knobs and between knobs. Raises Refusal naming the variable and the value."""
+    def validate(self) -> "Hyperparameters":
+        """These knobs, after all checks of and between them. Raises Refusal naming the variable and the value."""
         for f in fields(self):
             value, kind, choices = getattr(self, f.name), type(f.default), CHOICES.get(f.name)
             low, high = RANGES.get(f.name, (1, 2**63 - 1) if kind is int else (0, math.inf))
@@ -200,9 +195,10 @@ class Hyperparameters:
 
         grouped, window = self.dispatch == "grouped" and self.routed_layers, self.eval_seq_len or self.train_seq_len
         descent = sgdr_bounds(self)[-2] if self.schedule == "sgdr" else 1 - self.warmdown_frac
-        in_time = not self.max_wallclock_seconds or self.training_seconds > 0
-        swa_fits = self.average != "swa" or descent <= self.swa_start_frac < 1
-        check(re.fullmatch(r"[\w.+-]*", self.run_id) is not None, "run_id", "letters, digits and . _ + - only")
+        run_id, every = re.fullmatch(r"[\w.+-]*", self.run_id), re.fullmatch(r"([1-9]\d*s?)?", self.checkpoint_every)
+        check(run_id is not None, "run_id", "letters, digits and . _ + - only")
+        check(every is not None, "checkpoint_every", "expected steps as in 500, or s as in 300s")
+        check(self.resume != "auto" or self.run_id != "", "resume run_id", "RUN_ID says whose checkpoints")
         check(self.model_dim % self.num_heads == 0, "model_dim num_heads", "the heads must divide the width")
         check(self.num_heads % self.num_kv_heads == 0, "num_heads num_kv_heads", "kv heads must divide the heads")
         check(self.rope_dims in range(0, self.head_dim + 1, 2), "rope_dims", f"must be even, at most {self.head_dim}")
@@ -211,25 +207,28 @@ class Hyperparameters:
         check(self.moe_start_layer < self.num_layers, "moe_start_layer num_layers", "leaves no layer to route")
         inside = self.loop_passes == 1 or self.loop_start <= self.loop_end < self.num_layers
         check(inside, "loop_start loop_end num_layers", "no range of layers; LOOP_PASSES=1 turns the recurrence off")
+        in_time = not self.max_wallclock_seconds or self.training_seconds > 0
         check(in_time, "gptq_reserve_seconds max_wallclock_seconds", "the reserve leaves no time to train")
         check(self.eval_stride <= window, "eval_stride", f"above the window of {window} tokens")
         eights = not grouped or (self.expert_dim | self.model_dim) % 8 == 0
         check(eights, "expert_dim model_dim", "DISPATCH=grouped needs multiples of 8")
+        swa_fits = self.average != "swa" or descent <= self.swa_start_frac < 1
         check(swa_fits, "swa_start_frac", f"must lie inside the last descent, {descent:.3f} to 1")
         self.grad_accum_steps(1)
+        return self
 
 CHOICES = {"device": "auto cuda cpu", "dtype": "bfloat16 float32", "attention": "auto fa3 cudnn flash math",
            "routing": "zipf cluster hash modulo learned hybrid soft dense", "dispatch": "masked grouped",
            "mu": "vector pid lowrank full off", "activation": "leaky_relu2 relu2 swiglu", "codec": "auto zstd brotli",
            "schedule": "sgdr linear", "average": "ema swa off", "ttt": "off sgd", "ttt_scope": "all mu vectors experts"}
-RANGES = {"vocab_size": (4, 65_536), "num_experts": (1, 256), "sgdr_cycles": (1, 16), "seed": (0, 2**63 - 1)}
-RANGES |= dict.fromkeys(["muon_momentum", "warmdown_frac", "min_lr", "ema_decay", "swa_start_frac"], (0, 1))
-RANGES |= dict.fromkeys(["loop_from", "gptq_damping", "ttt_momentum"], (0, 1)) | {"loop_passes": (1, 16)}
-RANGES |= dict.fromkeys(["warmup_steps", "val_loss_every", "val_max_tokens", "eval_seq_len"], (0, 2**63 - 1))
-RANGES |= dict.fromkeys(["moe_start_layer", "parallel_start_layer", "loop_start", "loop_end"], (0, 1024))
-RANGES |= dict.fromkeys(["expert_dim", "shared_dim", "mu_rank"], (1, 65_536)) | {"gptq_batches": (0, 1 << 20)}
-RANGES |= {"model_dim": (GATE_CHANNELS, 65_536), "rope_dims": (0, 65_536), "num_layers": (1, 1024), "top_k": (1, 2)}
-RANGES |= {"target_bytes": (0, MAX_SUBMISSION_BYTES - 1), "matrix_bits": (2, 8), "embed_bits": (2, 8)}
+RANGES = {  # of integers from 1 and of floats from 0 that have a narrower or wider one
+    (0, 1): "muon_momentum warmdown_frac min_lr ema_decay swa_start_frac loop_from gptq_damping ttt_momentum",
+    (0, 2**63 - 1): "warmup_steps val_loss_every val_max_tokens seed", (1, 16): "loop_passes sgdr_cycles",
+    (0, 1024): "moe_start_layer parallel_start_layer loop_start loop_end", (0, 65_536): "rope_dims eval_seq_len",
+    (1, 65_536): "expert_dim shared_dim mu_rank train_seq_len", (1, 256): "num_experts num_layers", (1, 2): "top_k",
+    (GATE_CHANNELS, 65_536): "model_dim", (4, 65_536): "vocab_size", (2, 8): "matrix_bits embed_bits",
+    (0, 1 << 20): "gptq_batches", (0, MAX_SUBMISSION_BYTES - 1): "target_bytes"}
+RANGES = {name: limits for limits, names in RANGES.items() for name in names.split()}
 ALL_KNOBS = [f.name for f in fields(Hyperparameters)]
 MODEL_KNOBS = ALL_KNOBS[ALL_KNOBS.index("vocab_size") : ALL_KNOBS.index("smear_gate") + 1]
 # ---- Runtime and logging ---------------------------------------------------------------------------------------------
@@ -239,12 +238,11 @@ class Dist:
     rank: int
     world_size: int
     device: torch.device
-
     @classmethod
     def from_torchrun(cls, device_name: str) -> "Dist":
         """Join the process group that torchrun announces in the environment. Raises Refusal."""
-        alone = (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
-        rank, local_rank, world_size = (int(os.environ.get(*default)) for default in alone)
+        rank, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
         require(8 % world_size == 0, f"WORLD_SIZE={world_size} does not divide 8")
         count = torch.cuda.device_count()
         kind = ("cuda" if local_rank < count else "cpu") if device_name == "auto" else device_name
@@ -256,20 +254,17 @@ class Dist:
             backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
             torch.distributed.init_process_group(backend, timeout=np.timedelta64(10, "m").item())
         return cls(rank, world_size, device)
-
-    def all_sum(self, tensor: Tensor) -> Tensor:
-        """Sum over ranks, in place."""
+    def all_sum(self, tensor: Tensor, op=torch.distributed.ReduceOp.SUM) -> Tensor:
+        """Sum over ranks, in place. Raises Refusal when a rank is lost."""
         if self.world_size > 1:
-            torch.distributed.all_reduce(tensor)
+            try:
+                torch.distributed.all_reduce(tensor, op)
+            except RuntimeError as error:  # gloo and NCCL raise a class of their own, or this one
+                raise Refusal(f"rank {self.rank} lost another rank: {str(error).splitlines()[0]}") from error
         return tensor
-
-    def all_max(self, value: float) -> float:
-        """The largest of the ranks' host-side values, without touching the GPU."""
-        tensor = torch.tensor(value, dtype=torch.float64)
-        if self.world_size > 1:
-            torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)
-        return tensor.item()
-
+    def all_max(self, *values: float) -> list[float]:
+        """For each value on the host the largest of the ranks', without touching the GPU."""
+        return self.all_sum(torch.tensor(values, dtype=torch.float64), torch.distributed.ReduceOp.MAX).tolist()
     def synchronize(self) -> float:
         """Wait for the device and for the other ranks. Returns the time on the host, s."""
         if self.device.type == "cuda":
@@ -277,17 +272,31 @@ class Dist:
         self.all_max(0.0)
         return time.perf_counter()
 
-class Log:
-    """Rank 0's log: printed, and appended to `path` so that training and scoring share one file."""
-    def __init__(self, dist: Dist, path: Path):
-        self.path, self.enabled = path, dist.rank == 0
-        path.parent.mkdir(parents=True, exist_ok=True)
+def interrupt(number: int, frame: object) -> None:
+    """Handler of SIGINT and SIGTERM: raises KeyboardInterrupt(signal) once, as launchers signal again."""
+    for ignored in SIGNALS:
+        signal.signal(ignored, signal.SIG_IGN)
+    raise KeyboardInterrupt(number)
 
+class Log:
+    """Rank 0's log, printed and appended to `path`; a lock keeps other runs of its name away. Raises Refusal."""
+    def __init__(self, dist: Dist, path: Path):
+        self.path, self.file = path, None
+        if dist.rank == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = open(path, "ab", buffering=0)  # noqa: SIM115, for as long as this lives
+            try:
+                fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:  # some network file systems have no locks
+                require(not isinstance(error, BlockingIOError), f"{path}: another run writes it; choose another RUN_ID")
     def __call__(self, text: str, echo: bool = True) -> None:
-        if self.enabled:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(text + "\n")
-        if self.enabled and echo:
+        data = f"{text}\n".encode() if self.file else b""
+        try:
+            while data:
+                data = data[self.file.write(data) :]
+        except OSError as error:
+            raise Refusal(f"cannot write {self.path}: {error.strerror}") from error
+        if self.file and echo:
             print("\r\033[K" * sys.stderr.isatty(), end="", file=sys.stderr, flush=True)
             print(text, flush=True)
 
@@ -296,7 +305,6 @@ class Progress:
     def __init__(self, label: str, total: float, rank: int = 0):
         self.label, self.total, self.started, self.shown, self.done = label, total, time.perf_counter(), 0.0, 0
         self.enabled = rank == 0 and sys.stderr.isatty()
-
     def update(self, done: float, note: str = "") -> None:
         """Redraw at most five times a second; `done` counts in the unit of `total`."""
         now, self.done = time.perf_counter(), done
@@ -315,10 +323,11 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        if temporary.exists():
-            temporary.unlink()
-        raise Refusal(f"cannot write {path}: {error.strerror}") from error
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise Refusal(f"cannot write {path}: {error.strerror}") from error
+        raise
 
 def can_compile(hp: Hyperparameters, device: torch.device) -> bool:
     """Whether torch.compile is wanted and can build kernels: Triton on CUDA, a C++ compiler and Python.h on CPU."""
@@ -326,8 +335,7 @@ def can_compile(hp: Hyperparameters, device: torch.device) -> bool:
         return False  # torch 2.13 traces grouped_mm for bfloat16 only
     if device.type == "cuda":
         return importlib.util.find_spec("triton") is not None
-    has_headers = Path(sysconfig.get_paths()["include"], "Python.h").exists()
-    return device.type == "cpu" and has_headers and any(map(shutil.which, ("g++", "clang++")))
+    return Path(sysconfig.get_paths()["include"], "Python.h").exists() and any(map(shutil.which, ("g++", "clang++")))
 
 def log_provenance(log: Log, hp: Hyperparameters, dist: Dist, environ: dict[str, str]) -> None:
     """What a reader needs to repeat the run: source, commit, versions, hardware, knobs, overrides, likely typos."""
@@ -337,8 +345,8 @@ def log_provenance(log: Log, hp: Hyperparameters, dist: Dist, environ: dict[str,
     log(f"python:{sys.version.split()[0]} torch:{torch.__version__} numpy:{np.__version__} commit:{commit}")
     log(f"code_sha256:{hashlib.sha256(submission_source()).hexdigest()}")
     log("\n".join(f"  {name}: {value}" for name, value in asdict(hp).items()), echo=False)
-    changed = [f"{name.upper()}={v}" for name, v in asdict(hp).items() if v != getattr(Hyperparameters, name)]
-    log(f"device:{dist.device} threads:{torch.get_num_threads()} overrides: {' '.join(changed) or 'none'}")
+    changed = " ".join(f"{name.upper()}={v}" for name, v in asdict(hp).items() if v != getattr(Hyperparameters, name))
+    log(f"device:{dist.device} threads:{torch.get_num_threads()} overrides: {changed or 'none'}")
     for name in sorted(set(environ) - set(map(str.upper, ALL_KNOBS))):
         for match in difflib.get_close_matches(name, map(str.upper, ALL_KNOBS), n=1, cutoff=0.85):
             log(f"warning: {name} is not a knob; did you mean {match}?")
@@ -350,62 +358,60 @@ def list_shards(folder: Path, split: str) -> list[Path]:
     require(len(shards) > 0, f"{folder}: no fineweb_{split}_*.bin shards (DATA_PATH)")
     return shards
 
-def load_data_shard(path: Path) -> np.ndarray:
-    """Memory-map a shard after checking every header field and the length. Returns (count,) uint16; raises Refusal."""
+def shard_length(path: Path) -> int:
+    """Tokens of a shard, after checking every header field and the length of the file. Raises Refusal."""
+    require(path.is_file(), f"{path}: no such shard")
     header_bytes, size = SHARD_HEADER_INTS * 4, path.stat().st_size
     require(size >= header_bytes, f"{path}: {size} bytes is shorter than the {header_bytes}-byte shard header")
     magic, version, count = map(int, np.fromfile(path, dtype="<i4", count=3))
     require(magic == SHARD_MAGIC, f"{path}: not a shard, magic is {magic} instead of {SHARD_MAGIC}")
     require(version == SHARD_VERSION, f"{path}: shard version {version}, expected {SHARD_VERSION}")
     require(count > 0 and size == header_bytes + 2 * count, f"{path}: {count} tokens do not make {size} bytes")
-    return np.memmap(path, dtype="<u2", mode="r", offset=header_bytes, shape=(count,))
-
-def check_vocab(tokens: np.ndarray, vocab_size: int, source: Path) -> np.ndarray:
-    """`tokens`, or Refusal when an id lies outside the vocabulary."""
+    return count
+def read_shard(path: Path, start: int, count: int, vocab_size: int = 1 << 16) -> np.ndarray:
+    """Tokens of a shard from `start` on, (count,) uint16. Raises Refusal; mapped and cut, it would kill the process."""
+    tokens = np.fromfile(path, "<u2", count, offset=4 * SHARD_HEADER_INTS + 2 * start)
+    require(len(tokens) == count, f"{path}: has become shorter since the start of the run")
     largest = tokens.max(initial=0)
-    require(largest < vocab_size, f"{source}: token id {largest} is outside VOCAB_SIZE={vocab_size}")
+    require(largest < vocab_size, f"{path}: token id {largest} is outside VOCAB_SIZE={vocab_size}")
     return tokens
+def load_data_shard(path: Path, vocab_size: int = 1 << 16) -> np.ndarray:
+    """All tokens of a shard, (count,) uint16, after checking its header. Raises Refusal."""
+    return read_shard(path, 0, shard_length(path), vocab_size)
 
 class TokenLoader:
     """Endless training batches, the same at any world size: an epoch cuts shards at a random phase and shuffles."""
     def __init__(self, hp: Hyperparameters, dist: Dist):
         self.hp, self.dist, self.paths = hp, dist, list_shards(hp.dataset_dir, "train")
-        self.shards = [load_data_shard(path) for path in self.paths]
-        windows = [max(len(s) // hp.train_seq_len - 1, 0) for s in self.shards]  # one to spare for the random phase
+        self.lengths = [shard_length(path) for path in self.paths]
+        windows = [max(n // hp.train_seq_len - 1, 0) for n in self.lengths]  # one to spare for the random phase
         self.first_window, self.num_windows = np.cumsum([0, *windows]), sum(windows)
-        need = f"two sequences of TRAIN_SEQ_LEN={hp.train_seq_len}"
-        require(self.num_windows > 0, f"{hp.dataset_dir}: no training shard holds {need}")
-        micro_steps = dist.world_size * hp.grad_accum_steps(dist.world_size)
-        self.num_sequences = hp.train_batch_tokens // (hp.train_seq_len * micro_steps)
-        self.position, self.epoch = 0, -1
+        short = f"{hp.dataset_dir}: no training shard holds two sequences of TRAIN_SEQ_LEN={hp.train_seq_len}"
+        require(self.num_windows > 0, short)
+        sequences = hp.train_batch_tokens // (hp.train_seq_len * dist.world_size)
+        self.num_sequences, self.position, self.epoch = sequences // hp.grad_accum_steps(dist.world_size), 0, -1
         self.pool, self.pending = ThreadPoolExecutor(1) if dist.device.type == "cuda" else None, None
-
     def sample(self, max_tokens: int = 50_000_000) -> np.ndarray:
         """At most `max_tokens` training tokens, as many from the start of each shard, (n,) uint16. Raises Refusal."""
-        starts = (shard[: max_tokens // len(self.shards)] for shard in self.shards)
-        return np.concatenate([check_vocab(s, self.hp.vocab_size, p) for s, p in zip(starts, self.paths, strict=True)])
-
+        shards = zip(self.paths, np.minimum(self.lengths, max_tokens // len(self.paths)), strict=True)
+        return np.concatenate([read_shard(path, 0, count, self.hp.vocab_size) for path, count in shards])
     def _window(self, index: int) -> np.ndarray:
         T, (epoch, slot) = self.hp.train_seq_len, divmod(index, self.num_windows)
         if epoch != self.epoch:
             rng = np.random.default_rng([self.hp.seed, epoch])
             self.epoch, self.phase, self.order = epoch, int(rng.integers(T)), rng.permutation(self.num_windows)
-        window = int(self.order[slot])
-        shard = int(np.searchsorted(self.first_window, window, side="right")) - 1
-        start = self.phase + (window - int(self.first_window[shard])) * T
-        return check_vocab(self.shards[shard][start : start + T + 1], self.hp.vocab_size, self.paths[shard])
-
+        shard = int(np.searchsorted(self.first_window, self.order[slot], side="right")) - 1
+        start = self.phase + int(self.order[slot] - self.first_window[shard]) * T
+        return read_shard(self.paths[shard], start, T + 1, self.hp.vocab_size)
     def _load(self) -> Tensor:
         first = self.position + self.dist.rank * self.num_sequences
         self.position += self.dist.world_size * self.num_sequences
         batch = np.stack([self._window(i) for i in range(first, first + self.num_sequences)]).astype(np.int64)
         return torch.from_numpy(batch).pin_memory() if self.pool else torch.from_numpy(batch)
-
     def next_batch(self) -> tuple[Tensor, Tensor]:
         """Inputs and targets of a micro-step, each (B, T) int64 on the device; targets are inputs shifted by one."""
-        batch = self.pending.result() if self.pending else self._load()
+        batch = (self.pending.result() if self.pending else self._load()).to(self.dist.device, non_blocking=True)
         self.pending = self.pool.submit(self._load) if self.pool else None
-        batch = batch.to(self.dist.device, non_blocking=True)
         return batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
 
 def token_bytes(sp: spm.SentencePieceProcessor, tokens: np.ndarray) -> np.ndarray:
@@ -414,12 +420,10 @@ def token_bytes(sp: spm.SentencePieceProcessor, tokens: np.ndarray) -> np.ndarra
     base_bytes, has_space, void = (np.full(sp.vocab_size(), fill) for fill in (np.int32(0), False, True))
     for i in range(sp.vocab_size()):
         if not (sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i)):
-            piece = sp.id_to_piece(i)
-            void[i], has_space[i] = False, piece.startswith("\u2581")
-            text = re.sub("[\ue000-\uf8ff]", "", piece.removeprefix("\u2581").replace("\u2581", " "))
-            base_bytes[i] = 1 if sp.is_byte(i) else len(text.encode())
+            void[i], has_space[i] = False, sp.id_to_piece(i).startswith("\u2581")
+            text = sp.id_to_piece(i).removeprefix("\u2581").replace("\u2581", " ")
+            base_bytes[i] = 1 if sp.is_byte(i) else len(re.sub("[\ue000-\uf8ff]", "", text).encode())
     return base_bytes[tokens[1:]] + (has_space[tokens[1:]] & ~void[tokens[:-1]])
-
 def load_tokenizer(hp: Hyperparameters) -> tuple[spm.SentencePieceProcessor, str]:
     """The SentencePiece model and the SHA-256 of its file. Raises Refusal when missing, damaged or of another size."""
     path = Path(hp.tokenizer_path or f"data/tokenizers/fineweb_{hp.vocab_size}_bpe.model")
@@ -430,8 +434,8 @@ def load_tokenizer(hp: Hyperparameters) -> tuple[spm.SentencePieceProcessor, str
         raise Refusal(f"{path} is not a SentencePiece model (TOKENIZER_PATH)") from error
     require(sp.vocab_size() == hp.vocab_size, f"{path} has {sp.vocab_size()} pieces, but VOCAB_SIZE={hp.vocab_size}")
     require(sp.bos_id() == BOS_ID, f"{path} starts documents with id {sp.bos_id()}, shards with {BOS_ID}")
-    # Without this piece a lone space becomes three byte tokens, which inflates the byte count (upstream issue #897).
-    require(not sp.is_unknown(sp.piece_to_id("\u2581")), f"{path} has no U+2581 piece: byte counts would be wrong")
+    lone_space = sp.piece_to_id("\u2581")  # without it, that becomes three byte tokens (upstream issue #897)
+    require(not sp.is_unknown(lone_space), f"{path} has no U+2581 piece: byte counts would be wrong")
     return sp, hashlib.sha256(path.read_bytes()).hexdigest()
 
 @dataclass(frozen=True)
@@ -442,13 +446,11 @@ class ValData:
     tokenizer_sha256: str
     partial: bool  # holds fewer targets than the split
     sidecar: bool = False  # target_bytes were read, not counted
-
     @classmethod
     def load(cls, hp: Hyperparameters, device: torch.device) -> "ValData":
-        """Read and check the whole split. If the shards fineweb_val_N.bin have sidecars fineweb_val_bytes_N.bin, these
-        give the bytes of the text before a lossless transform (#1729). Raises Refusal."""
+        """The split; sidecars fineweb_val_bytes_N.bin: bytes before a lossless transform (#1729). Raises Refusal."""
         (sp, digest), paths = load_tokenizer(hp), list_shards(hp.dataset_dir, "val")
-        shards = [check_vocab(load_data_shard(path), hp.vocab_size, path) for path in paths]
+        shards = [load_data_shard(path, hp.vocab_size) for path in paths]
         tokens, sidecars = np.concatenate(shards), sorted(hp.dataset_dir.glob("fineweb_val_bytes_*.bin"))
         require(len(tokens) > 1, f"{hp.dataset_dir}: the validation split has no target to score")
         odd = {path.name.replace("_bytes", "") for path in sidecars} ^ {path.name for path in paths if sidecars}
@@ -457,23 +459,19 @@ class ValData:
         for path, size, shard in zip(sidecars, sizes, shards, strict=False):
             require(len(size) == len(shard), f"{path}: bytes of {len(size)} tokens, but the shard has {len(shard)}")
         target_bytes = np.concatenate(sizes)[1:].astype(np.int32) if sizes else token_bytes(sp, tokens)
-        partial = 0 < hp.val_max_tokens < len(tokens) - 1
-        count = hp.val_max_tokens if partial else len(tokens) - 1
-        arrays = tokens[: count + 1].astype(np.int32), target_bytes[:count]
-        return cls(*(torch.from_numpy(array).to(device) for array in arrays), digest, partial, len(sizes) > 0)
+        count = min(hp.val_max_tokens or len(tokens), len(tokens) - 1)
+        arrays = (torch.from_numpy(a).to(device) for a in (tokens[: count + 1].astype(np.int32), target_bytes[:count]))
+        return cls(*arrays, digest, count < len(tokens) - 1, len(sizes) > 0)
 # ---- Routing ---------------------------------------------------------------------------------------------------------
 def mix32(x):
     """The lowbias32 mixer of uint32 (nullprogram.com/blog/2018/07/31): all bits reach those which `% E` reads."""
     x = (x ^ (x >> 16)) * 0x7FEB352D & 0xFFFFFFFF
     x = (x ^ (x >> 15)) * 0x846CA68B & 0xFFFFFFFF
     return x ^ (x >> 16)
-
 def zipf_assignment(token_counts: np.ndarray, num_experts: int, layer: int) -> np.ndarray:
-    """Greedy bin packing: the next most frequent token goes to the least loaded expert. (V,) int64 -> (V,) uint8."""
-    # Shuffled per layer within strata of similar frequency: balanced loads, and unrelated partitions in any two layers.
+    """Greedy bin packing, (V,) int64 -> (V,) uint8: by frequency, shuffled in strata per layer, to the least loaded."""
     rng, seen = np.random.default_rng(layer), np.count_nonzero(token_counts)
-    ranked = np.argsort(-token_counts, kind="stable")[:seen]
-    strata = np.split(ranked, range(4 * num_experts, len(ranked), 4 * num_experts))
+    strata = np.split(np.argsort(-token_counts, kind="stable")[:seen], range(4 * num_experts, seen, 4 * num_experts))
     loads, assignment = np.zeros(num_experts, np.int64), np.empty(len(token_counts), np.uint8)
     for token in np.concatenate([rng.permutation(stratum) for stratum in strata]):
         assignment[token] = loads.argmin()
@@ -523,18 +521,11 @@ def build_expert_table(hp: Hyperparameters, token_counts: np.ndarray, tokens: np
         if hp.top_k == 2:  # another hash picks one of the others
             experts[:, 1] = (first + 1 + mix32(ids ^ mix32(np.uint32([layer + 1025]))) % (E - 1)) % E
     return torch.from_numpy(table)
-
-def expert_load(table: Tensor, token_counts: np.ndarray, num_experts: int) -> str:
-    """Load of the busiest expert over the mean, per routed layer, when tokens occur `token_counts` (V,) times."""
-    loads = (token_counts @ np.eye(num_experts)[row].sum(1) for row in table.cpu().numpy())
-    return "expert_load max/mean per routed layer: " + " ".join(f"{load.max() / load.mean():.3f}" for load in loads)
 # ---- Model -----------------------------------------------------------------------------------------------------------
 # Shape suffixes: B batch, T tokens, S scored positions, D model_dim, H heads, K head_dim, F hidden units, V vocabulary,
 # E experts, N B * T, R layers run; G is the rows per hidden unit of an up projection (2 for swiglu, else 1).
-
 def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),))
-
 def activate(h: Tensor, kind: str) -> Tensor:
     """Non-linearity of the MLP, (..., G * F) -> (..., F). The slope 0.3 is from upstream PR #1948."""
     if kind == "swiglu":
@@ -547,7 +538,6 @@ def rotary_tables(seq_len: int, base: float, dims: int, device: torch.device) ->
     frequencies = base ** (-torch.arange(0, dims, 2, device=device, dtype=torch.float32) / max(dims, 1))
     angles = torch.arange(seq_len, device=device, dtype=torch.float32)[:, None, None] * frequencies
     return angles.cos(), angles.sin()
-
 def apply_rotary(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the first dimensions of every head, half-split; the others stay free of position (partial RoPE)."""
     half, cos, sin = cos.size(-1), cos.to(x_BTHK.dtype), sin.to(x_BTHK.dtype)
@@ -556,23 +546,18 @@ def apply_rotary(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 class CastedLinear(nn.Linear):
     """Bias-free linear layer: the float32 master weight is cast to the dtype of the activations at the matmul."""
-    def __init__(self, in_features: int, out_features: int):
-        super().__init__(in_features, out_features, bias=False)
-
+    __init__ = partialmethod(nn.Linear.__init__, bias=False)
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype))
-
 def pick(x: Tensor, positions_BS: Tensor | None) -> Tensor:
     """(B, T, ...) at some positions of each row, (B, S, ...); all of x if these are None."""
     return x if positions_BS is None else x[torch.arange(len(x), device=x.device)[:, None], positions_BS]
-
 def attend_at(positions_BS: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention of queries (B, S, H, K) that stand at some positions, to k and v (B, T, Hkv, K)."""
-    visible_BST = torch.arange(k.size(1), device=k.device) <= positions_BS[..., None]
+    unseen_BST = torch.arange(k.size(1), device=k.device) > positions_BS[..., None]
     scores = torch.einsum("bsgrk,btgk->bgrst", q.unflatten(2, (k.size(2), -1)), k).float() * q.size(-1) ** -0.5
-    weights = scores.masked_fill(~visible_BST[:, None, None], -math.inf).softmax(-1).to(v.dtype)
+    weights = scores.masked_fill(unseen_BST[:, None, None], -math.inf).softmax(-1).to(v.dtype)
     return torch.einsum("bgrst,btgk->bsgrk", weights, v).flatten(2, 3)
-
 def attention_kernel(name: str):
     """Causal attention, FlashAttention-3's or PyTorch's: q (B, T, H, K), k and v (B, T, Hkv, K) -> (B, T, H, K)."""
     if name == "fa3":
@@ -596,7 +581,6 @@ class CausalSelfAttention(nn.Module):
             self.mu_read = CastedLinear(mu_dim, D + 2 * kv_dim)
         elif hp.mu != "off":
             self.mu_gain = nn.Parameter(torch.zeros(3, D))  # of mu in the inputs of q, k and v
-
     def qkv(self, x: Tensor, mu: Tensor | None, scored: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Projections of the normalised input, guided by mu: (B, T, D) twice -> (B, S, D), 2 x (B, T, Hkv * K)."""
         if mu is not None and self.hp.mu not in MATRIX_MU:
@@ -607,7 +591,6 @@ class CausalSelfAttention(nn.Module):
             return q, k, v
         mu_q, mu_k, mu_v = self.mu_read(mu).split([q.size(-1), k.size(-1), v.size(-1)], dim=-1)
         return q + pick(mu_q, scored), k + mu_k, v + mu_v
-
     def forward(self, x: Tensor, mu: Tensor | None, rotary: tuple[Tensor, Tensor], scored=None) -> Tensor:
         """Normalised input (B, T, D), mu (B, T, mu_dim) or None, cosines and sines -> (B, S, D) at scored positions."""
         hp, q_rotary = self.hp, rotary if scored is None else [table[scored] for table in rotary]
@@ -627,15 +610,13 @@ class TokenRoutedMLP(nn.Module):
     def __init__(self, hp: Hyperparameters, routed: bool):
         super().__init__()
         self.hp, self.routed, self.G = hp, routed, 2 if hp.activation == "swiglu" else 1
-        # Without experts, the width of shared and routed together: the dense control of equal bytes.
-        self.width = hp.shared_dim + (0 if routed else hp.num_experts * hp.expert_dim)
+        self.width = hp.shared_dim + (0 if routed else hp.num_experts * hp.expert_dim)  # dense: equal bytes
         self.up, self.down = CastedLinear(hp.model_dim, self.G * self.width), CastedLinear(self.width, hp.model_dim)
         if routed:  # (E, out, in): every expert is a matrix of its own to Muon and to the quantizer
             self.expert_up = nn.Parameter(torch.zeros(hp.num_experts, self.G * hp.expert_dim, hp.model_dim))
             self.expert_down = nn.Parameter(torch.zeros(hp.num_experts, hp.model_dim, hp.expert_dim))
             if hp.routing in TABLE_SCORE:
                 self.router = nn.Parameter(torch.zeros(hp.num_experts, hp.model_dim))
-
     def forward(self, x: Tensor, route: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | float]:
         """(B, T, D) and the layer's dispatch -> (B, T, D), and the Switch loss of a learned choice."""
         if self.routed and self.hp.dispatch == "masked":  # every expert's share of one GEMM with the shared one
@@ -644,7 +625,6 @@ class TokenRoutedMLP(nn.Module):
             return F.linear(self.hidden(x, chosen_BTE), down.to(x.dtype)), balance
         y = self.down(activate(self.up(x), self.hp.activation))
         return y + self.grouped(x, *route) if self.routed else y, 0.0
-
     def choose(self, x: Tensor, table_BTE: Tensor) -> tuple[Tensor, Tensor | float]:
         """Factor on each expert's output, (B, T, E): 1 if chosen, else 0, with the softmax's gradient straight through;
         for soft, E times the softmax. And the Switch loss, 1 for a perfect balance."""
@@ -658,7 +638,6 @@ class TokenRoutedMLP(nn.Module):
         chosen = torch.zeros_like(share).scatter(-1, scores.topk(K).indices, 1.0)
         balance = E / K * chosen.flatten(0, 1).mean(0) @ share.flatten(0, 1).mean(0)
         return (chosen + (share - share.detach())).to(x.dtype), balance
-
     def hidden(self, x: Tensor, chosen_BTE: Tensor) -> Tensor:
         """Hidden units of the shared expert and of all others in one GEMM, those of experts not chosen set to zero."""
         D, width, hidden = self.hp.model_dim, self.width, self.hp.num_experts * self.hp.expert_dim
@@ -667,15 +646,13 @@ class TokenRoutedMLP(nn.Module):
         shared, routed = activate(F.linear(x, up.to(x.dtype)), self.hp.activation).split([width, hidden], dim=-1)
         routed = (routed.unflatten(-1, (self.hp.num_experts, -1)) * chosen_BTE[..., None]).flatten(-2)
         return torch.cat([shared, routed], dim=-1)
-
     def grouped(self, x: Tensor, order_M: Tensor, inverse_M: Tensor, offsets_E: Tensor) -> Tensor:
         """M = N * K rows sorted by expert, one GEMM per expert between the true offsets, and back into place."""
         up, down, K = self.expert_up.to(x.dtype).mT, self.expert_down.to(x.dtype).mT, self.hp.top_k
         h_MF = activate(F.grouped_mm(x.flatten(0, 1)[order_M // K], up, offs=offsets_E), self.hp.activation)
         return F.grouped_mm(h_MF, down, offs=offsets_E)[inverse_M].view(*x.shape[:2], K, -1).sum(2)
 
-# What a layer hands to the next: x and the velocity of MU=pid (B, T, D), mu (B, T, mu_dim), Switch losses so far.
-Stream = collections.namedtuple("Stream", "x mu velocity balance")
+Stream = collections.namedtuple("Stream", "x mu velocity balance")  # (B, T, D), (B, T, mu_dim), pid's (B, T, D), loss
 
 class Block(nn.Module):
     """x0 mix, attention guided by mu, MLP, and the mu for the next layer."""
@@ -693,17 +670,15 @@ class Block(nn.Module):
             self.mu_mix = nn.Parameter(torch.full((2, D), 0.5))
         if hp.mu == "pid":
             self.pid_gains = nn.Parameter(torch.tensor([[2.2], [-2.2], [0.05]]).repeat(1, D))
-
     def next_mu(self, mu: Tensor, x: Tensor) -> Tensor:
         """Made from the normalised stream and bounded by a norm; the lineage's raw streams and clamps diverged."""
         if self.hp.mu in MATRIX_MU:
             return norm(self.mu_base.to(x.dtype) + self.mu_write(norm(x)))
         keep, write = self.mu_mix.to(x.dtype)
         return norm(keep * mu + write * norm(x))
-
     def forward(self, stream: Stream, x0: Tensor, rotary: tuple, route: tuple, scored: Tensor | None = None) -> Stream:
-        """The embeddings x0 (B, T, D), rotary tables and this layer's dispatch -> the stream for the next layer. With
-        scored positions (B, S), to which the dispatch belongs then, only the x there, and no mu: for the last layer."""
+        """Embeddings x0 (B, T, D), rotary tables and the layer's dispatch -> the stream for the next layer. In the last
+        one, with scored positions (B, S), to which the dispatch then belongs, only the x there, and no mu."""
         x, mu, velocity, balance = stream
         keep, inject = self.resid_mix.to(x.dtype)
         x = keep * x + inject * x0
@@ -734,9 +709,7 @@ class GPT(nn.Module):
             self.smear_gate, self.smear_scale = nn.Parameter(torch.zeros(GATE_CHANNELS)), nn.Parameter(torch.zeros(1))
         if hp.mu != "off":
             self.mu_init = nn.Parameter(torch.ones(mu_dim))
-        # Part of the state: routing is data of the artifact, not a recipe to run again.
         self.register_buffer("expert_table", torch.zeros(len(hp.routed_layers), hp.vocab_size, hp.top_k).byte())
-
     @torch.no_grad()
     def init_weights(self) -> None:
         """Orthogonal matrices, each expert by itself; zero for output projections and for the readers of mu. A tensor's
@@ -752,7 +725,6 @@ class GPT(nn.Module):
                     p.zero_()
             elif name == "mu_init" and self.hp.mu in MATRIX_MU:  # equal entries would get equal gradients
                 nn.init.normal_(p, generator=generator)
-
     def routes(self, input_ids: Tensor, order: list[int]) -> list[tuple[Tensor, ...]]:
         """Dispatch in each of the R layers run, from token ids alone: block masks, or permutations and offsets."""
         hp, routed = self.hp, [step for step, layer in enumerate(order) if layer in self.hp.routed_layers]
@@ -770,16 +742,13 @@ class GPT(nn.Module):
             offsets_RE = chosen_RNE.sum(1).cumsum(-1).to(torch.int32)
             parts = list(zip(order_RM, order_RM.argsort(dim=-1), offsets_RE, strict=True))
         return [parts.pop(0) if step in routed else () for step in range(len(order))]
-
     def smear(self, x: Tensor, input_ids: Tensor) -> Tensor:
         """SmearGate (upstream PR #1667): adds a gated part of the token before, but not to a document's first token."""
         follows = (input_ids != BOS_ID) & (torch.arange(input_ids.size(1), device=x.device) > 0)
         gate = self.smear_scale.to(x.dtype) * torch.sigmoid(x[..., :GATE_CHANNELS] @ self.smear_gate.to(x.dtype))
         return x + (gate * follows)[..., None] * F.pad(x[:, :-1], (0, 0, 1, 0))
-
     def features(self, input_ids: Tensor, looped: bool = True, scored: Tensor | None = None) -> tuple:
-        """The normalised input of the output head: (B, T) int64 -> (B, T, D), or (B, S, D) at the scored positions,
-        where alone the last layer then works; and the sum of the Switch losses."""
+        """(B, T) int64 -> the head's normalised input, (B, T, D) or (B, S, D) where scored; and the Switch losses."""
         hp, order, x = self.hp, self.hp.execution_order(looped), self.tok_emb(input_ids).to(self.dtype)
         x = x0 = norm(self.smear(x, input_ids) if hp.smear_gate else x)
         rotary, skips = rotary_tables(input_ids.size(1), hp.rope_base, hp.rope_dims, input_ids.device), []
@@ -796,7 +765,6 @@ class GPT(nn.Module):
             if decoder_step < 0:
                 skips.append(stream.x)
         return norm(stream.x), stream.balance
-
     def forward(self, input_ids, target_ids=None, reduction="mean", looped: bool = True, scored=None) -> Tensor:
         """Logits (B, T, V) or, given targets, cross-entropy in nats; `looped` is off until the recurrence begins. Given
         `scored` positions (B, S) int64, only for these, (B, S, ...). In training, the mean includes Switch losses."""
@@ -816,7 +784,6 @@ ROLES = {  # what each tensor of the state dict is, by name; the optimizers and 
     "vector": r"skip_(weights|gates)|smear_(gate|scale)|mu_init"
     r"|blocks\.\d+\.(attn\.(q_gain|gate|mu_gain)|(attn|mlp)_scale|resid_mix|mu_mix|mu_base|pid_gains)",
     "table": r"expert_table"}
-
 def role_of(name: str) -> str:
     """The one role of a tensor in the state dict; a name without one, or with two, is a bug."""
     roles = [role for role, pattern in ROLES.items() if re.fullmatch(pattern, name)]
@@ -824,8 +791,8 @@ def role_of(name: str) -> str:
     return roles[0]
 
 def choose_attention(model: GPT, device: torch.device, log: Log) -> str:
-    """Give `model` the first kernel that ATTENTION admits and that runs, forward and backward, with its heads; turn
-    PyTorch's others off, so that what is logged is what runs. Returns the kernel; raises Refusal when there is none."""
+    """Give `model` the first kernel of ATTENTION that runs with its heads, forward and backward, and turn PyTorch's
+    others off. Returns the kernel; raises Refusal when there is none."""
     hp, failures = model.hp, []
     for kernel in CHOICES["attention"].split()[1:] if hp.attention == "auto" else [hp.attention]:
         for name in ("cudnn", "flash", "mem_efficient", "math"):
@@ -848,7 +815,6 @@ def choose_attention(model: GPT, device: torch.device, log: Log) -> str:
 POLAR_EXPRESS = (  # optimal odd quintics for five steps, arXiv 2505.16932; used in upstream PR #1787
     (8.156555, -22.483293, 15.878770), (4.042930, -2.808917, 0.500018), (3.891668, -2.772484, 0.506065),
     (3.285754, -2.368129, 0.464490), (2.346541, -1.709783, 0.423236))
-
 def zeropower_via_newtonschulz5(G: Tensor) -> Tensor:
     """Nearest semi-orthogonal matrix of each G[i], (M, rows, cols); a zero matrix stays zero. bfloat16 on a GPU."""
     X = G / (G.norm(dim=-1, keepdim=True) + 1e-7)  # row-normalised: MuonEq-R, upstream PR #1217
@@ -869,7 +835,6 @@ class Muon(torch.optim.Optimizer):
         self.dist, self.zeropower = dist, zeropower_via_newtonschulz5
         if compiles and dist.device.type == "cuda":  # on a CPU it is all GEMM, and not worth the compilation
             self.zeropower = torch.compile(zeropower_via_newtonschulz5, fullgraph=True, dynamic=False)
-
     @torch.no_grad()
     def step(self) -> None:
         """One update of every group, from the gradients and the LR and momentum in the group."""
@@ -886,9 +851,8 @@ class Muon(torch.optim.Optimizer):
             updates = self.dist.all_sum(update).split([p.numel() // (rows * cols) for p in params])
             updates = [u.view_as(p) for u, p in zip(updates, params, strict=True)]
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-            # The shape factor keeps the RMS change of an activation the same for tall and wide matrices.
-            torch._foreach_add_(params, updates, alpha=-group["lr"] * max(1, rows / cols) ** 0.5)
-
+            scale = max(1, rows / cols) ** 0.5  # the RMS change of an activation is the same for tall and wide ones
+            torch._foreach_add_(params, updates, alpha=-group["lr"] * scale)
 def build_optimizers(hp: Hyperparameters, model: GPT, dist: Dist) -> list[torch.optim.Optimizer]:
     """Muon for matrices and experts, AdamW for the embedding and for everything small; each parameter exactly once."""
     by_role = {role: [p for name, p in model.named_parameters() if role_of(name) == role] for role in ROLES}
@@ -909,7 +873,6 @@ def sgdr_bounds(hp: Hyperparameters) -> list[float]:
     bounds = [(2**i - 1) / (2**hp.sgdr_cycles - 1) for i in range(hp.sgdr_cycles + 1)]
     aligned = hp.loop_passes > 1 and hp.sgdr_cycles > 1 and 0 < hp.loop_from < 1
     return [start * hp.loop_from / bounds[-2] for start in bounds[:-1]] + [1.0] if aligned else bounds
-
 def lr_scale(hp: Hyperparameters, frac: float) -> float:
     """Multiplier of all learning rates when the fraction `frac` of the budget is used (SGDR: arXiv 1608.03983)."""
     if hp.schedule == "linear":
@@ -918,7 +881,6 @@ def lr_scale(hp: Hyperparameters, frac: float) -> float:
     cycle = sum(frac >= start for start in bounds[1:-1])
     position = min((frac - bounds[cycle]) / (bounds[cycle + 1] - bounds[cycle]), 1.0)
     return hp.min_lr + max(0.7**cycle - hp.min_lr, 0.0) * 0.5 * (1 + math.cos(math.pi * position))
-
 def set_schedules(hp: Hyperparameters, optimizers: list[torch.optim.Optimizer], frac: float) -> float:
     """Set learning rates and Muon's momentum for `frac` of the budget. Returns the LR multiplier."""
     scale, start = lr_scale(hp, frac), min(0.85, hp.muon_momentum)
@@ -927,22 +889,18 @@ def set_schedules(hp: Hyperparameters, optimizers: list[torch.optim.Optimizer], 
         if "momentum" in group:
             group["momentum"] = start + (hp.muon_momentum - start) * min(frac / 0.1, 1.0)
     return scale
-
 def average_weight(hp: Hyperparameters, frac: float, count: int) -> float:
     """Weight of the newest parameters in a running average that has taken in `count` before; 0 = leave them out."""
     if hp.average == "ema":  # its warm-up keeps a short run from averaging over the bad start
         return 1 - min(hp.ema_decay, (1 + count) / (10 + count))
     return 1 / (1 + count) if hp.average == "swa" and frac >= hp.swa_start_frac else 0.0
 # ---- Quantization ----------------------------------------------------------------------------------------------------
-# A row may have one of 256 steps, 2^(1/8) apart: one byte a row, and k is met within 4.5 %.
-STEPS = torch.exp2((torch.arange(256, dtype=torch.float64) - 192) / 8).float()
-
+STEPS = torch.exp2((torch.arange(256, dtype=torch.float64) - 192) / 8).float()  # a byte a row meets k within 4.5 %
 def quant_rule(hp: Hyperparameters, name: str) -> tuple[int, float] | None:
     """(bits, k) of a tensor, k = 0 where the largest weight alone sets the step; None = kept as it is."""
     rules = dict.fromkeys(("matrix", "expert", "mu_matrix"), (hp.matrix_bits, hp.matrix_clip))
     rules |= {"embedding": (hp.embed_bits, hp.embed_clip), "vector": (8, 0.0), "router": None, "table": None}
     return rules[role_of(name)]
-
 def step_codes(weight: Tensor, bits: int, clip: float) -> Tensor:
     """Index into STEPS of every row, (..., C) -> (..., 1) uint8. The step is clip * std(row) / (2^(bits-1) - 1)
     (SDClip, upstream PR #1394), which sets the entropy and hence the size, or as much more as an outlier needs."""
@@ -951,7 +909,6 @@ def step_codes(weight: Tensor, bits: int, clip: float) -> Tensor:
     typical = 8 * (clip * std / levels).log2()
     needed = 8 * (weight.abs().amax(-1, keepdim=True) / levels).log2() - 1e-3  # one that just fits is large enough
     return (torch.maximum(typical.round(), needed.ceil()) + 192).clamp(0, 255).to(torch.uint8)
-
 def column_codes(hessian: Tensor | None, weight: Tensor) -> Tensor:
     """Index into STEPS of a factor on each column's steps, (C,) uint8: 1, or the inverse fourth root of the inputs'
     second moments. Some inputs of a head are a hundred times as active as the rest; cf. AWQ, arXiv 2306.00978."""
@@ -959,14 +916,11 @@ def column_codes(hessian: Tensor | None, weight: Tensor) -> Tensor:
         return torch.full(weight.shape[-1:], 192, dtype=torch.uint8, device=weight.device)
     activity = hessian.diagonal().clamp(min=1e-4 * hessian.diagonal().mean().item() + 1e-30).log2()
     return (192 + 8 / 4 * (activity.mean() - activity)).round().clamp(160, 216).to(torch.uint8)
-
 def steps_of(*codes: Tensor) -> Tensor:
     return math.prod(STEPS.to(code.device)[code.long()] for code in codes)
-
 def round_to_nearest(weight: Tensor, step: Tensor, bits: int) -> Tensor:
     levels = 2 ** (bits - 1) - 1
     return (weight.float() / step).round().clamp(-levels, levels)
-
 def dequantize(symbols: Tensor, *codes: Tensor) -> Tensor:
     return symbols.float() * steps_of(*codes)
 
@@ -982,8 +936,7 @@ def gptq(weight: Tensor, step: Tensor, bits: int, hessian: Tensor, damping: floa
         upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(upper), upper=True)
     if failed or not upper.isfinite().all():
         return None
-    upper = upper.float()
-    weight, step = weight.float().T[order], step.T[order]  # columns as rows, to lie close in memory
+    upper, weight, step = upper.float(), weight.float().T[order], step.T[order]  # columns as rows, close in memory
     symbols = torch.empty_like(weight)
     for start in range(0, len(order), 128):
         block, rest = slice(start, start + 128), slice(start + 128, None)
@@ -1000,8 +953,7 @@ def matrices_of(tensors: dict[str, Tensor], name: str) -> list[list[Tensor]]:
     of the shared expert and of all others side by side, as they add up to one output; else the tensor itself."""
     if name.endswith("expert_up"):
         return [[matrix] for matrix in tensors[name]]
-    experts = name.replace("mlp.down.weight", "mlp.expert_down")
-    return [[tensors[name], *(tensors[experts] if experts != name and experts in tensors else ())]]
+    return [[tensors[name], *tensors.get(name.removesuffix("down.weight") + "expert_down", ())]]
 
 def quantize(hp: Hyperparameters, state: dict, factor: float = 1.0, hessians: dict | None = None) -> tuple[dict, list]:
     """(symbols int8, step codes uint8 of rows, in the embedding also of columns) of tensors with a rule, (tensor,) of
@@ -1010,10 +962,10 @@ def quantize(hp: Hyperparameters, state: dict, factor: float = 1.0, hessians: di
     parts, unusable, hessians = {}, [], hessians or {}
     for name, tensor in state.items():
         parts[name], rule = (tensor,), quant_rule(hp, name)
-        limit = STEPS[-1].item() * (2 ** (rule[0] - 1) - 1) if rule else torch.finfo(torch.float16).max
+        gains = [column_codes(hessians.get(name), tensor)] * (role_of(name) == "embedding")
+        limit = steps_of(*gains) * (STEPS[-1].item() * (2 ** (rule[0] - 1) - 1) if rule else 65_504)  # float16's
         require(bool((tensor.float().abs() <= limit).all()), f"{name}: not finite or too large, nothing exported")
         if rule:
-            gains = [column_codes(hessians.get(name), tensor)] * (role_of(name) == "embedding")
             codes = step_codes(tensor / steps_of(*gains), rule[0], factor * rule[1])
             parts[name] = round_to_nearest(tensor, steps_of(codes, *gains), rule[0]).to(torch.int8), codes, *gains
         coarse = role_of(name) == "vector" and (dequantize(*parts[name]) - tensor).norm() > 0.01 * tensor.norm()
@@ -1028,15 +980,15 @@ def quantize(hp: Hyperparameters, state: dict, factor: float = 1.0, hessians: di
             if result is None:
                 unusable += [name] * (name not in unusable)
                 continue
-            for target, piece in zip(targets, result.split([t.size(-1) for t in targets], dim=-1), strict=True):
-                target.copy_(piece)
+            for old, step, new in zip(targets, all_steps, result.split([t.size(-1) for t in targets], -1), strict=True):
+                old.copy_(torch.where(step > STEPS[0], new, old))  # errors of others would fill a row of zeros
     return parts, unusable
 # ---- Artifact --------------------------------------------------------------------------------------------------------
 # PREFIX | JSON header | streams, each compressed by itself. The model knobs in the header give the names and shapes of
 # all tensors, `storage` a letter for each (q = symbols and steps, h = float16, t = uint8), `streams` codecs and bytes.
 PREFIX = struct.Struct("<8sHI32s")  # magic, version, bytes of the header, SHA-256 of all other bytes
 ARTIFACT_MAGIC, ARTIFACT_VERSION, CODECS = b"TRMOE\r\n\x1a", 3, {1: "zstd", 2: "brotli"}
-MAX_PAYLOAD_BYTES = 1 << 30  # a stranger's file may not unpack to more
+MAX_WEIGHTS, MAX_HEADER_BYTES = 1 << 27, 1 << 16  # bound what a stranger's file may cost: seconds, and 2 GiB
 
 def import_codec(name: str) -> tuple:
     """(compress, decompress up to about a size, error class) of a codec; imported on use, as reading needs only one."""
@@ -1046,17 +998,14 @@ def import_codec(name: str) -> tuple:
             reader = zstd.ZstdDecompressor().stream_reader
             return zstd.ZstdCompressor(22).compress, lambda data, size: reader(data).read(size), zstd.ZstdError
         import brotli
-        unpack = brotli.Decompressor().process
-        pack = partial(brotli.compress, quality=11, lgwin=24)
+        unpack, pack = brotli.Decompressor().process, partial(brotli.compress, quality=11, lgwin=24)
         return pack, lambda data, size: unpack(data, output_buffer_limit=size), brotli.error
     except ImportError as error:
         raise Refusal(f"codec {name} needs the Python package {error.name}: pip install {error.name}") from None
-
 def compress(data: bytes, codec: str) -> tuple[int, bytes]:
     """Number of the codec and what it makes of `data`; auto keeps the smaller of zstd-22 and brotli-11."""
-    packed = {number: import_codec(name)[0](data) for number, name in CODECS.items() if codec in (name, "auto")}
-    return min(packed.items(), key=lambda item: len(item[1]))
-
+    packed = ((number, import_codec(name)[0](data)) for number, name in CODECS.items() if codec in (name, "auto"))
+    return min(packed, key=lambda item: len(item[1]))
 def decompress(data: bytes, number: int, size: int, source: Path) -> bytes:
     """`size` bytes from a stream. Raises Refusal when it holds more, or less, or is damaged."""
     require(number in CODECS, f"{source}: damaged artifact, no codec {number}")
@@ -1071,58 +1020,54 @@ def decompress(data: bytes, number: int, size: int, source: Path) -> bytes:
 def layout(shapes: dict[str, tuple[int, ...]], storage: str) -> dict[str, list[tuple[str, str, np.dtype, tuple]]]:
     """Streams in order, each a list of (tensor, part, dtype, shape). Raises ValueError for impossible storage."""
     streams: dict[str, list] = {}
+    require(sum(map(math.prod, shapes.values())) <= MAX_WEIGHTS, f"too large a model, over {MAX_WEIGHTS:,} weights")
     for (name, shape), kind in zip(shapes.items(), storage, strict=True):
         role = role_of(name)
         if kind not in {"vector": "qh", "router": "h", "table": "t"}.get(role, "q"):
             raise ValueError(f"{name} cannot be stored as {kind!r}")
         entries = [("float16", "kept", "<f2", shape)] if kind == "h" else [("table", "kept", "u1", shape)]
         if kind == "q":
-            entries = [("vector" if role == "vector" else name, "symbols", "i1", shape)]
+            entries = [(role if role == "vector" else name, "symbols", "i1", shape)]
             entries += [("steps", "codes", "u1", (*shape[:-1], 1))]
             entries += [("steps", "gains", "u1", shape[-1:])] * (role == "embedding")
         for stream, part, dtype, part_shape in entries:
             streams.setdefault(stream, []).append((name, part, np.dtype(dtype), part_shape))
     return streams
-
 def pack(hp: Hyperparameters, parts: dict, tokenizer_sha256: str, codec: str) -> tuple[bytes, dict[str, int]]:
     """The artifact of quantized tensors, and its bytes by role of the tensors, with the streams that tensors share."""
     storage = "".join({torch.uint8: "t", torch.float16: "h", torch.int8: "q"}[p[0].dtype] for p in parts.values())
     plan = layout({name: tuple(part[0].shape) for name, part in parts.items()}, storage)
     index = {"kept": 0, "symbols": 0, "codes": 1, "gains": 2}
     def stream_of(entries: list[tuple]) -> tuple[int, bytes]:
-        arrays = (parts[name][index[part]].cpu().numpy() for name, part, _, _ in entries)
-        return compress(b"".join(array.tobytes() for array in arrays), codec)
+        return compress(b"".join(parts[name][index[part]].cpu().numpy().tobytes() for name, part, *_ in entries), codec)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         streams = dict(zip(plan, pool.map(stream_of, plan.values()), strict=True))
     header = {"model": {name: getattr(hp, name) for name in MODEL_KNOBS}, "tokenizer_sha256": tokenizer_sha256}
     header |= {"storage": storage, "streams": [(number, len(data)) for number, data in streams.values()]}
     text = json.dumps(header, separators=(",", ":")).encode()
     body, prefix = text + b"".join(data for _, data in streams.values()), (ARTIFACT_MAGIC, ARTIFACT_VERSION, len(text))
-    digest = hashlib.sha256(PREFIX.pack(*prefix, bytes(32)) + body).digest()
-    sizes = {"header": PREFIX.size + len(text)}
+    sizes = collections.Counter(header=PREFIX.size + len(text))
     for stream, (_, data) in streams.items():
-        role = role_of(stream) if stream in parts else stream
-        sizes[role] = sizes.get(role, 0) + len(data)
-    return PREFIX.pack(*prefix, digest) + body, sizes
-
+        sizes[role_of(stream) if stream in parts else stream] += len(data)
+    return PREFIX.pack(*prefix, hashlib.sha256(PREFIX.pack(*prefix, bytes(32)) + body).digest()) + body, sizes
 def load_artifact(path: Path, hp: Hyperparameters, device: torch.device) -> tuple[GPT, Hyperparameters, str]:
     """The only reader of artifacts: the model, `hp` with the artifact's model knobs, and its tokenizer's SHA-256."""
     require(path.is_file(), f"{path}: no such artifact")
+    require(PREFIX.size <= path.stat().st_size < MAX_SUBMISSION_BYTES, f"{path}: too short or too long for an artifact")
     data, what = path.read_bytes(), f"{path}: damaged artifact"
-    require(len(data) >= PREFIX.size, f"{path}: truncated artifact of {len(data)} bytes")
     magic, version, header_bytes, digest = PREFIX.unpack_from(data)
     require(magic == ARTIFACT_MAGIC, f"{path} is not an artifact of this trainer")
     require(version == ARTIFACT_VERSION, f"{path}: artifact version {version}, this trainer reads {ARTIFACT_VERSION}")
     intact = hashlib.sha256(data[: PREFIX.size - 32] + bytes(32) + data[PREFIX.size :]).digest() == digest
     require(intact, f"{what}, the checksum does not match")
+    require(header_bytes <= MAX_HEADER_BYTES, f"{what}, a header of {header_bytes:,} bytes")
     offset = PREFIX.size + header_bytes
     try:
         header = json.loads(data[PREFIX.size : offset])
-        tokenizer_sha256, numbers = str(header["tokenizer_sha256"]), [int(number) for number, _ in header["streams"]]
-        sizes = [int(size) for _, size in header["streams"]]
+        tokenizer_sha256 = str(header["tokenizer_sha256"])
+        numbers, sizes = zip(*(map(int, stream) for stream in header["streams"]), strict=True)
         hp = replace(hp, **{name: header["model"][name] for name in MODEL_KNOBS})
-        hp = replace(hp, train_batch_tokens=hp.train_seq_len)  # the environment's need not fit, and is of no use here
-        hp.validate()
+        hp = replace(hp, train_batch_tokens=hp.train_seq_len).validate()  # the environment's need not fit
         with torch.device("meta"):
             model = GPT(hp)
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -1131,33 +1076,25 @@ def load_artifact(path: Path, hp: Hyperparameters, device: torch.device) -> tupl
         raise Refusal(f"{path}: {error}") from error
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise Refusal(f"{what}, bad header ({error})") from error
-    whole = len(sizes) == len(plan) and min(sizes) >= 0 and offset + sum(sizes) == len(data)
-    unpacked = [sum(math.prod(shape) * dtype.itemsize for *_, dtype, shape in entries) for entries in plan.values()]
-    require(whole and sum(unpacked) <= MAX_PAYLOAD_BYTES, f"{what}, its streams do not fill it or are too large")
+    fill = len(sizes) == len(plan) and min(sizes) >= 0 and offset + sum(sizes) == len(data)
+    require(fill, f"{what}, its streams do not fill it")
     parts: dict[str, dict[str, Tensor]] = {name: {} for name in shapes}
-    for entries, number, size, expected in zip(plan.values(), numbers, sizes, unpacked, strict=True):
-        stream, offset = io.BytesIO(decompress(data[offset : offset + size], number, expected, path)), offset + size
+    for entries, number, size in zip(plan.values(), numbers, sizes, strict=True):
+        unpacked = sum(math.prod(shape) * dtype.itemsize for *_, dtype, shape in entries)
+        stream, offset = io.BytesIO(decompress(data[offset : offset + size], number, unpacked, path)), offset + size
         for name, part, dtype, shape in entries:
             array = np.frombuffer(stream.read(math.prod(shape) * dtype.itemsize), dtype).reshape(shape)
             parts[name][part] = torch.from_numpy(array.astype(dtype.newbyteorder("=")))
-    state = {}
-    for name, part in parts.items():
-        codes = [part[kind] for kind in ("codes", "gains") if kind in part]
-        state[name] = dequantize(part["symbols"], *codes) if codes else part["kept"]
+    state = {name: dequantize(part.pop("symbols"), *part.values()) if "symbols" in part else part["kept"]
+             for name, part in parts.items()}
+    require(all(bool(tensor.isfinite().all()) for tensor in state.values()), f"{what}, a weight is not finite")
     table = state["expert_table"].sort(-1).values
     require(bool((table < hp.num_experts).all() and table.diff(dim=-1).all()), f"{what}, expert out of range or twice")
     model.load_state_dict(state, strict=True, assign=True)
     return model.float().to(device).eval(), hp, tokenizer_sha256
 
-@dataclass(frozen=True)
-class Fitted:
-    """An artifact whose size is as wanted, and how it came about."""
-    artifact: bytes
-    sizes: dict[str, int]  # bytes by role
-    parts: dict[str, tuple[Tensor, ...]]
-    factor: float  # on every k
-    unusable: list[str]  # tensors rounded to nearest because their Hessian was of no use
-
+class Fitted(collections.namedtuple("Fitted", "artifact sizes parts factor unusable")):
+    """An artifact, its bytes by role, quantized tensors, the factor on every k, tensors whose Hessian was of no use."""
     def budget(self) -> str:
         """Table of what every role takes, with the entropy of its symbols, tensor by tensor, as the floor in bytes."""
         lines = [f"{'role':<10}{'weights':>12}{'bytes':>12}{'bits/weight':>13}{'entropy floor':>15}"]
@@ -1178,10 +1115,9 @@ def entropy_bytes(*tensors: Tensor) -> float:
             bits = torch.special.entr(shares).sum().item() / math.log(2)
         total += tensor.numel() * bits / 8
     return total
-
 def factor_for(hp: Hyperparameters, state: dict, goal: float) -> tuple[float, float]:
-    """The finest factor on every k, 1/8 to 4, at which what is rounded to nearest has at most `goal` bytes of entropy,
-    by bisection, or the coarsest if there is none. Returns the factor and these bytes."""
+    """The finest factor on every k, 1/8 to 4, at which rounding to nearest leaves at most `goal` bytes of entropy, or
+    the coarsest if there is none; and these bytes."""
     def entropy(exponent: float) -> float:
         return entropy_bytes(*(x for part in quantize(hp, state, 2.0**exponent)[0].values() for x in part))
     low, high = -3.0, -3.0 if entropy(-3.0) <= goal else 2.0
@@ -1189,7 +1125,6 @@ def factor_for(hp: Hyperparameters, state: dict, goal: float) -> tuple[float, fl
         middle = (low + high) / 2
         low, high = (low, middle) if entropy(middle) <= goal else (middle, high)
     return 2.0**high, entropy(high)
-
 def fit(hp: Hyperparameters, state: dict, tokenizer_sha256: str, codec: str, hessians: dict | None = None) -> Fitted:
     """The finest artifact whose size and the code's are at most TARGET_BYTES, within ~0.1 % where k decides the size; k
     as given if that is 0. Each try corrects the entropy to aim at. Raises Refusal if the largest k is not enough."""
@@ -1212,11 +1147,9 @@ def submission_source() -> bytes:
     """This file and, after a NUL, eval_sliding.py beside it."""
     files = Path(__file__).resolve(), Path(__file__).resolve().with_name("eval_sliding.py")
     return b"\0".join(path.read_bytes() for path in files if path.exists())
-
 def pack_source(source: bytes) -> bytes:
     """The text that a record's train_gpt.py carries between the lines of its loader: xz in base85, ASCII."""
     return base64.b85encode(lzma.compress(source, preset=9))
-
 def submission_bytes(hp: Hyperparameters, model_bytes: int, what: str) -> tuple[int, int]:
     """Bytes of the code, packed as a record ships it, and of code plus model. Raises Refusal at the cap."""
     code = LOADER_BYTES + len(pack_source(submission_source()))
@@ -1231,21 +1164,13 @@ def dry_run(hp: Hyperparameters, model: GPT) -> Fitted:
     return fit(hp, state, "0" * 64, "zstd" if hp.codec == "auto" else hp.codec)
 # ---- Evaluation ------------------------------------------------------------------------------------------------------
 def scoring_windows(num_targets: int, seq_len: int, stride: int) -> Tensor:
-    """Windows that score `stride` targets each, (W, 3) int64: start, first scored target, end. Every target has
-    `seq_len - stride` tokens of context or more where the text has them."""
+    """Windows that score `stride` targets each, (W, 3) int64: start, first target, end; where the text has them, with
+    `seq_len - stride` tokens of context or more."""
     first = torch.arange(0, num_targets, stride)
     return torch.stack([(first + stride - seq_len).clamp(min=0), first, (first + stride).clamp(max=num_targets)], 1)
 
-@dataclass(frozen=True)
-class Score:
-    """Result of an evaluation over `target_tokens` targets that stand for `scored_bytes` bytes of text."""
-    val_loss: float  # nats per token
-    bpb: float  # bits per byte; a val_bpb unless partial
-    target_tokens: int
-    scored_bytes: int
-    seconds: float
-    partial: bool
-
+class Score(collections.namedtuple("Score", "val_loss bpb target_tokens scored_bytes seconds partial")):
+    """Of an evaluation, in nats per token and in bits per byte, which is a val_bpb unless partial."""
     def __str__(self) -> str:
         name = "PARTIAL" if self.partial else "val"
         return f"{name}_loss:{self.val_loss:.8f} {name}_bpb:{self.bpb:.8f}"
@@ -1258,11 +1183,9 @@ class Scorer:
         self.batch_size = max(1, hp.micro_batch_tokens // self.seq_len)  # windows per forward pass
         self.windows = scoring_windows(self.num_targets, self.seq_len, stride).to(dist.device)
         self.sums = torch.zeros(2, self.num_targets + 1, device=dist.device)  # the last column is for padding
-        # Ranks share whole batches, so that a window has the same neighbours, and rounding, at any world size.
-        batch = torch.arange(len(self.windows), device=dist.device) // self.batch_size
+        batch = torch.arange(len(self.windows), device=dist.device) // self.batch_size  # shared whole: same rounding
         self.share = self.windows[batch % dist.world_size == dist.rank]
         self.progress = Progress(label, len(self.share), dist.rank)
-
     def batch(self, windows: Tensor, stride: int, size: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         """Inputs (B, T), targets (B, S), scored positions (B, S), None for all, and the column of each loss (B, S), for
         windows (W, 3) and empty ones up to B. A window's last input is repeated to its end: nothing beyond is read."""
@@ -1273,7 +1196,6 @@ class Scorer:
         target_BS = target_BS.minimum(end - 1).clamp(min=0)
         scored_BS = None if stride == self.seq_len else target_BS - start
         return self.val.tokens[position_BT].long(), self.val.tokens[target_BS + 1].long(), scored_BS, column_BS
-
     @torch.no_grad()
     def score(self, windows: Tensor) -> None:
         """Score windows (W, 3), in batches of one shape."""
@@ -1282,10 +1204,9 @@ class Scorer:
             nll_BS = self.forward(input_ids, target_ids, reduction="none", scored=scored_BS)
             self.sums.index_add_(1, column_BS.flatten(), torch.stack([nll_BS, torch.ones_like(nll_BS)]).flatten(1))
             self.progress.update(self.progress.done + len(batch))
-
     def total(self, finished: bool = True) -> Score:
-        """The score of what all ranks have scored, each target once; unless finished, of what this rank has. Summed in
-        float64 in the order of the text, whatever the ranks and batches. Raises Refusal."""
+        """Of all ranks, each target once, or unless finished of this one; float64, in the order of the text, whatever
+        the ranks and batches. Raises Refusal."""
         nll, times = (self.dist.all_sum(self.sums) if finished else self.sums)[:, :-1]
         once, partial = times == 1, self.val.partial or not finished
         assert not finished or bool(once.all()), f"{int((~once).sum())} of {self.num_targets} targets not scored once"
@@ -1293,7 +1214,6 @@ class Scorer:
         require(math.isfinite(nats) and scored_bytes > 0, f"{self.label}: total loss {nats} over {scored_bytes} bytes")
         count, seconds = int(once.sum()), time.perf_counter() - self.progress.started
         return Score(nats / count, nats / math.log(2) / scored_bytes, count, scored_bytes, seconds, partial)
-
 def evaluate(model: nn.Module, val: ValData, hp: Hyperparameters, dist: Dist, stride: int, label: str) -> Score:
     """Score the split by windows that score `stride` targets, a whole window in plain validation. Raises Refusal."""
     scorer = Scorer(model, val, hp, dist, stride, label)
@@ -1308,13 +1228,11 @@ class Gradients:
         self.flat = torch.zeros(starts[-1], device=dist.device)
         for p, start in zip(params, starts, strict=False):
             p.grad = self.flat[start : start + p.numel()].view_as(p)
-
     def average_and_clip(self, max_norm: float) -> None:
         """Mean over ranks of loss and gradients; then shrink the gradients to an L2 norm of at most `max_norm`."""
         self.dist.all_sum(self.flat).div_(self.dist.world_size)
         if max_norm:
             self.flat[64:].mul_((max_norm / (self.flat[64:].norm() + 1e-6)).clamp(max=1.0))
-
 def train_step(model, optimizers: list, gradients: Gradients, batches: list, max_norm: float, looped=True) -> Tensor:
     """One optimizer step over micro-batches (input_ids, target_ids). Returns the mean loss of all ranks, a tensor."""
     gradients.flat.zero_()
@@ -1326,7 +1244,6 @@ def train_step(model, optimizers: list, gradients: Gradients, batches: list, max
     for optimizer in optimizers:
         optimizer.step()
     return gradients.flat[0].clone()
-
 def warm_up(model: nn.Module, raw_model: GPT, optimizers: list, gradients: Gradients, loader: TokenLoader) -> None:
     """Compile everything on random tokens and leave no trace: weights and optimizer states are restored."""
     hp, generator = loader.hp, torch.Generator().manual_seed(0)
@@ -1337,28 +1254,97 @@ def warm_up(model: nn.Module, raw_model: GPT, optimizers: list, gradients: Gradi
     raw_model.load_state_dict(weights)
     for optimizer, state in zip(optimizers, states, strict=True):
         optimizer.load_state_dict(state)
-
 def timing(seconds: float, steps: int) -> str:
     return f"train_time:{1000 * seconds:.0f}ms step_avg:{1000 * seconds / max(steps, 1):.2f}ms"
+
+class Checkpoints:
+    """logs/<RUN_ID>.step<N>.npz: all that the next step depends on, at any world size; no step draws from an RNG, and
+    the order of the data follows from SEED and the step. Raises Refusal."""
+    def __init__(self, log: Log, model: GPT, optimizers: list, average: list[Tensor], loader: TokenLoader):
+        self.log, self.model, self.optimizers, self.average, self.hp = log, model, optimizers, average, loader.hp
+        self.rank, self.step, self.elapsed, self.kept = loader.dist.rank, 0, 0.0, []
+        self.fixed = {name: getattr(self.hp, name) for name in (*MODEL_KNOBS, "seed", "train_batch_tokens")}
+        self.fixed["train_windows"], self.pattern = loader.num_windows, f"{self.hp.run_id}.step{'[0-9]' * 8}.npz"
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor that a step changes, by name."""
+        parts = {"model": self.model.state_dict()}
+        parts["average"] = dict(zip([name for name, _ in self.model.named_parameters()], self.average, strict=True))
+        for i, optimizer in enumerate(self.optimizers):
+            parts |= {f"optimizer{i}/{p}": state for p, state in optimizer.state_dict()["state"].items()}
+        return {f"{part}/{name}": tensor for part, named in parts.items() for name, tensor in named.items()}
+    def save(self, step: int, elapsed: float, averaged: int, now: bool) -> None:
+        """After so many steps and s of training, if CHECKPOINT_EVERY has passed, or `now`; the last two are kept."""
+        every, path = self.hp.checkpoint_every, LOG_FOLDER / f"{self.hp.run_id}.step{step:08d}.npz"
+        past = elapsed - self.elapsed if every.endswith("s") else step - self.step
+        if not every or step == self.step or not (now or past >= int(every.rstrip("s"))):
+            return
+        if self.rank == 0:
+            tensors, file = self.tensors(), io.BytesIO()
+            finite = all(bool(tensor.isfinite().all()) for tensor in tensors.values())
+            require(finite, f"weights or moments are not finite at step {step}: stopped, {path} not written")
+            arrays = {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
+            np.savez(file, meta=json.dumps([self.fixed, (step, elapsed, averaged)]), **arrays)
+            write_atomically(path, file.getbuffer())
+            for old in set(LOG_FOLDER.glob(self.pattern)) - {path, *self.kept[-1:]}:
+                old.unlink()
+        self.step, self.elapsed, self.kept = step, elapsed, [*self.kept, path]
+        self.log(f"checkpoint:{path} train_time:{1000 * elapsed:.0f}ms (to go on: RUN_ID={self.hp.run_id} RESUME=auto)")
+    def resume(self) -> tuple[int, float, int]:
+        """Load what RESUME names. Returns steps done, s of training, and how many steps the average holds."""
+        found, flaws = sorted(LOG_FOLDER.glob(self.pattern)), []
+        paths = {"off": [], "auto": found[::-1]}.get(self.hp.resume, [Path(self.hp.resume)])
+        apart = self.hp.resume == "auto" or not found or found[-1].resolve() in [path.resolve() for path in paths]
+        require(apart, f"{max(found, default='')} is there: RESUME=auto goes on from it, another RUN_ID leaves it")
+        for optimizer in self.optimizers * (len(paths) > 0):
+            optimizer.step()  # makes the states that are loaded next
+        for path in paths:
+            try:
+                with np.load(path, allow_pickle=False) as file:
+                    knobs, (step, elapsed, averaged) = json.loads(str(file["meta"]))
+                    other = [f"{k.upper()}={knobs[k]}, now {v}" for k, v in self.fixed.items() if v != knobs[k]]
+                    require(not other, f"{path} is of another run: {'; '.join(other)}")
+                    for name, tensor in self.tensors().items():
+                        tensor.copy_(torch.from_numpy(file[name]))
+                self.step, self.elapsed, self.kept = step, elapsed, [path]
+                self.log(f"resumed:{path} step:{step} train_time:{1000 * elapsed:.0f}ms")
+                return step, elapsed, averaged
+            except Refusal:
+                raise
+            except Exception as error:  # a zip file can be damaged in many ways
+                flaws.append(f"{path}: damaged checkpoint ({error})")
+                self.log(f"warning: {flaws[-1]}")
+        require(not flaws, "; ".join(flaws))
+        return 0, 0.0, 0
 
 def train(hp: Hyperparameters, dist: Dist, log: Log, model: GPT, loader: TokenLoader, val: ValData):
     """Train until ITERATIONS or the wall-clock cap; leave averaged weights in `model`. Returns steps and seconds."""
     compiles, cap, accum = can_compile(hp, dist.device), hp.training_seconds, hp.grad_accum_steps(dist.world_size)
     forward = torch.compile(model, fullgraph=True, dynamic=False) if compiles else model
     optimizers, gradients, started = build_optimizers(hp, model, dist), Gradients(model, dist), time.perf_counter()
+    weights = [p.detach() for p in model.parameters()]
+    average = [p.clone() for p in weights]
+    checkpoints = Checkpoints(log, model, optimizers, average, loader)
+    step, elapsed, averaged = checkpoints.resume()
+    loader.position = step * hp.train_batch_tokens // hp.train_seq_len
     warm_up(forward, model, optimizers, gradients, loader)
     log(f"warmup_step:{hp.warmup_steps}/{hp.warmup_steps} random tokens, undone, {dist.synchronize() - started:.1f}s "
         f"compile:{'fullgraph' if compiles else 'off'} grad_accum_steps:{accum}")
-    weights, averaged = [p.detach() for p in model.parameters()], 0
-    average = [p.clone() for p in weights]
-    progress, step, loss, started = Progress("train", 1.0, dist.rank), 0, math.nan, dist.synchronize()
+    progress, loss, started = Progress("train", 1.0, dist.rank), math.nan, dist.synchronize() - elapsed
     on_cpu, looped = dist.device.type == "cpu", hp.loop_is_on(0.0)  # on a CPU, reading the loss costs nothing
-    # The next step must end inside the cap, and so must the two by which the host may be ahead of a GPU.
+    # Steps that must end inside the cap: the next, and the two by which the host may be ahead of a GPU.
     ahead = (1 if on_cpu else 3) * len(hp.execution_order(True)) / hp.num_layers
+    caught: list[int] = []
+    handlers = [signal.signal(number, lambda number, frame: caught.append(number)) for number in SIGNALS]
     while True:
-        elapsed = dist.all_max(time.perf_counter() - started)
+        before, (elapsed, signalled) = elapsed, dist.all_max(time.perf_counter() - started, sum(caught[:1]))
+        require(elapsed >= before, f"the clock went back by {before - elapsed:.1f} s at step {step}: stopped")
         out_of_time = cap > 0 and step > 0 and elapsed * (1 + ahead / step) > cap
-        if out_of_time or step == hp.iterations:
+        ended = out_of_time or step == hp.iterations
+        checkpoints.save(step, elapsed, averaged, now=ended or signalled > 0)
+        if signalled:
+            log(f"interrupted after step {step}, CHECKPOINT_EVERY={hp.checkpoint_every or 'off: nothing saved'}")
+            raise KeyboardInterrupt(int(signalled))
+        if ended:
             break
         if hp.val_loss_every and step and step % hp.val_loss_every == 0:
             paused = dist.synchronize()
@@ -1381,11 +1367,13 @@ def train(hp: Hyperparameters, dist: Dist, log: Log, model: GPT, loader: TokenLo
             loss = device_loss.item()
             require(math.isfinite(loss), f"training loss is {loss} at step {step}: stopped, nothing exported")
         spent = time.perf_counter() - started
-        rate, note = step * hp.train_batch_tokens / spent, f"{timing(spent, step)} lr_scale:{scale:.3f}"
+        speed = f"{timing(spent, step)} lr_scale:{scale:.3f} tok/s: {step * hp.train_batch_tokens / spent:.0f}"
         if logged:
-            log(f"step:{step}/{hp.iterations} train_loss:{loss:.6f} {note} tok/s: {rate:.0f}")
-        progress.update(frac, f"step {step} loss {loss:.3f} {rate:,.0f} tok/s")
-    elapsed = dist.all_max(dist.synchronize() - started)
+            log(f"step:{step}/{hp.iterations} train_loss:{loss:.6f} {speed}")
+        progress.update(frac, f"step {step} loss {loss:.3f} {speed}")
+    for number, handler in zip(SIGNALS, handlers, strict=True):
+        signal.signal(number, handler)
+    elapsed = dist.all_max(dist.synchronize() - started)[0]
     if out_of_time:
         log(f"stopping_early: wallclock_cap train_time:{1000 * elapsed:.0f}ms step:{step}/{hp.iterations}")
     if averaged:
@@ -1398,47 +1386,42 @@ def collect_hessians(hp: Hyperparameters, dist: Dist, log: Log, model: GPT, load
     for expert_up; of shared and routed hidden units together for a routed down projection. Stops after GPTQ_BATCHES
     training micro-batches or, under a wall-clock cap, before GPTQ_RESERVE_SECONDS are over. Also returns seconds."""
     sums: dict[str, Tensor] = {}
-    def add(name: str, inputs: Tensor) -> None:
-        inputs = inputs.flatten(0, -2).float()
-        sums[name] = sums.get(name, 0) + inputs.mT @ inputs
-    def add_routed(name: str, mlp: TokenRoutedMLP, args: tuple) -> None:
-        x, chosen_BTE = args[0], mlp.choose(args[0], *args[1])[0]
-        add(f"{name}.up.weight", x)
-        add(f"{name}.down.weight", mlp.hidden(x, chosen_BTE))
-        reached = (x[chosen_BTE[..., expert] > 0].float() for expert in range(hp.num_experts))
-        sums[f"{name}.expert_up"] = sums.get(f"{name}.expert_up", 0) + torch.stack([y.mT @ y for y in reached])
+    def add(name: str, *inputs: Tensor) -> None:
+        moments = [x.mT @ x for x in (y.flatten(0, -2).float() for y in inputs)]
+        sums[name] = sums.get(name, 0) + (torch.stack(moments) if name.endswith("expert_up") else moments[0])
+    def observe(name: str, module: nn.Module, args: tuple) -> None:
+        if isinstance(module, CastedLinear):
+            add(f"{name}.weight", args[0])
+        elif isinstance(module, TokenRoutedMLP) and module.routed:
+            chosen_BTE = module.choose(args[0], *args[1])[0]
+            add(f"{name}.up.weight", args[0])
+            add(f"{name}.down.weight", module.hidden(args[0], chosen_BTE))
+            add(f"{name}.expert_up", *(args[0][chosen > 0] for chosen in chosen_BTE.unbind(-1)))
     with torch.device("meta"):  # the masked dispatch, as only that has all hidden units side by side
         observed = GPT(replace(hp, dispatch="masked"))
     observed.load_state_dict(model.state_dict(), assign=True)
     for name, module in observed.named_modules():
-        if isinstance(module, CastedLinear):
-            module.register_forward_pre_hook(lambda module, args, name=name: add(f"{name}.weight", args[0]))
-        elif isinstance(module, TokenRoutedMLP) and module.routed:
-            module.register_forward_pre_hook(lambda module, args, name=name: add_routed(name, module, args))
+        module.register_forward_pre_hook(partial(observe, name))
     started, batches, elapsed = dist.synchronize(), 0, 0.0
     reserve = hp.gptq_reserve_seconds if hp.max_wallclock_seconds else math.inf
     while batches * dist.world_size < hp.gptq_batches and elapsed * (1 + 1 / max(batches, 1)) < reserve:
         add("tok_emb.weight", observed.features(loader.next_batch()[0])[0])
-        batches, elapsed = batches + 1, dist.all_max(dist.synchronize() - started)
+        batches, elapsed = batches + 1, dist.all_max(dist.synchronize() - started)[0]
     tokens = batches * dist.world_size * loader.num_sequences * hp.train_seq_len
     log(f"gptq: {len(sums)} Hessians over {tokens} training tokens in {elapsed:.1f}s")
     return {name: dist.all_sum(hessian) for name, hessian in sums.items()}, dist.synchronize() - started
 
 def export(hp, dist: Dist, log: Log, model: GPT, hessians: dict, tokenizer_sha256: str, path: Path) -> None:
-    """Write the artifact, and the checkpoint if asked for, from rank 0. Raises Refusal at the cap or when it cannot."""
+    """Write the artifact from rank 0. Raises Refusal at the cap, or when it cannot."""
     if dist.rank == 0:
-        started, checkpoint, state = time.perf_counter(), io.BytesIO(), model.state_dict()
-        if hp.save_checkpoint:
-            torch.save(state, checkpoint)
-            write_atomically(path.with_suffix(".pt"), checkpoint.getvalue())
-        fitted = fit(hp, state, tokenizer_sha256, hp.codec, hessians)
+        started, fitted = time.perf_counter(), fit(hp, model.state_dict(), tokenizer_sha256, hp.codec, hessians)
         code, total = submission_bytes(hp, len(fitted.artifact), "artifact")
         write_atomically(path, fitted.artifact)
         for name in fitted.unusable:
             log(f"warning: the Hessian of {name} is not finite or not positive definite: rounded to nearest")
-        log(f"{fitted.budget()}\nexport_time:{time.perf_counter() - started:.1f}s")
-        log(f"Serialized model quantized+{hp.codec}: {total - code} bytes")
-        log(f"Code size: {code} bytes\nTotal submission size quantized+{hp.codec}: {total} bytes")
+        log(f"{fitted.budget()}\nexport_time:{time.perf_counter() - started:.1f}s\n"
+            f"Serialized model quantized+{hp.codec}: {total - code} bytes\nCode size: {code} bytes\n"
+            f"Total submission size quantized+{hp.codec}: {total} bytes")
     dist.synchronize()
 
 def main() -> None:
@@ -1446,55 +1429,69 @@ def main() -> None:
     require(not sys.argv[1:], f"{' '.join(sys.argv[1:])}: no arguments; knobs are environment variables (README.md)")
     hp = Hyperparameters.from_env(os.environ)
     dist = Dist.from_torchrun(hp.device)
-    hp = replace(hp, run_id=hp.run_id or time.strftime("%Y%m%d_%H%M%S", time.localtime(dist.all_max(time.time()))))
-    path = Path("logs", f"{hp.run_id}.ptz")
+    now = np.datetime64(int(1000 * dist.all_max(time.time())[0]), "ms")
+    hp = replace(hp, run_id=hp.run_id or str(now).replace(":", ""))
+    path = LOG_FOLDER / f"{hp.run_id}.ptz"
     log = Log(dist, path.with_suffix(".txt"))
     log_provenance(log, hp, dist, os.environ)
     hp = replace(hp, eval_seq_len=0, eval_stride=1)  # plain validation, whatever eval_sliding.py is to do
     loader, val = TokenLoader(hp, dist), ValData.load(hp, dist.device)
     sample, model = loader.sample(), GPT(hp)
-    token_counts = np.bincount(sample, minlength=hp.vocab_size)
     model.init_weights()
     hp = replace(hp, attention=choose_attention(model, dist.device, log))
-    model.expert_table.copy_(dist.all_sum(build_expert_table(hp, token_counts, sample) * (dist.rank == 0)))
+    table = build_expert_table(hp, np.bincount(sample, minlength=hp.vocab_size), sample)
+    model.expert_table.copy_(dist.all_sum(table * (dist.rank == 0)))
     params = sum(p.numel() for p in model.parameters())
     log(f"model_params:{params} world_size:{dist.world_size} seed:{hp.seed}")
-    log(f"train_loader:dataset:{hp.dataset_dir.name} train_shards:{len(loader.shards)} windows:{loader.num_windows}")
+    log(f"train_loader:dataset:{hp.dataset_dir.name} train_shards:{len(loader.paths)} windows:{loader.num_windows}")
     log(f"val_loader:shards pattern={hp.dataset_dir}/fineweb_val_*.bin tokens:{len(val.tokens) - 1}")
-    log(f"counted {expert_load(model.expert_table, token_counts, hp.num_experts)}")
     if dist.rank == 0:
         expected = dry_run(hp, model)
-        total = submission_bytes(hp, len(expected.artifact), "dry run")[1]
+        _, total = submission_bytes(hp, len(expected.artifact), "dry run")
         log(f"{expected.budget()}\ndry run: {total} bytes of code + model expected")
     torch.set_float32_matmul_precision("high")
     steps, seconds = train(hp, dist, log, model.to(dist.device), loader, val)
-    hessians, hessian_seconds = collect_hessians(hp, dist, log, model, loader) if hp.gptq_batches else ({}, 0.0)
-    seconds += hessian_seconds
+    hessians, reserved = collect_hessians(hp, dist, log, model, loader) if hp.gptq_batches else ({}, 0.0)
+    seconds += reserved
     log(f"peak memory allocated: {torch.cuda.max_memory_allocated() >> 20} MiB")
     before = evaluate(model, val, hp, dist, hp.train_seq_len, "validate")
-    log(f"step:{steps}/{hp.iterations} {before} {timing(seconds, steps)}")
-    log(f"pre-quantization post-{hp.average} {before} eval_time:{1000 * before.seconds:.0f}ms")
+    log(f"step:{steps}/{hp.iterations} {before} {timing(seconds, steps)}\n"
+        f"pre-quantization post-{hp.average} {before} eval_time:{1000 * before.seconds:.0f}ms")
     export(hp, dist, log, model, hessians, val.tokenizer_sha256, path)
     after = evaluate(load_artifact(path, hp, dist.device)[0], val, hp, dist, hp.train_seq_len, "validate the artifact")
     log(f"quantized {after} eval_time:{1000 * after.seconds:.0f}ms\nfinal_roundtrip_exact {after}")
     code, total = submission_bytes(hp, path.stat().st_size, "artifact")
-    result = {"event": "train_summary", "run_id": hp.run_id, "artifact_path": str(path), "partial": val.partial}
-    result |= {"val_bpb_float": None if val.partial else before.bpb, "val_bpb": None if val.partial else after.bpb}
-    result |= {"val_loss": after.val_loss, "train_seconds": seconds, "tokens": steps * hp.train_batch_tokens}
-    result |= {"steps": steps, "params": params, "bytes_code": code, "bytes_model": total - code, "bytes_total": total}
-    log(json.dumps(result))
+    log(json.dumps({
+        "event": "train_summary", "run_id": hp.run_id, "artifact_path": str(path), "partial": val.partial,
+        "val_bpb_float": None if val.partial else before.bpb, "val_bpb": None if val.partial else after.bpb,
+        "val_loss": after.val_loss, "train_seconds": seconds, "tokens": steps * hp.train_batch_tokens, "params": params,
+        "steps": steps, "bytes_code": code, "bytes_model": total - code, "bytes_total": total}))
 
+def out_of_memory(error: BaseException) -> bool:
+    patterns = "out of memory|allocate memory|ALLOC_FAILED|start new thread"
+    return isinstance(error, MemoryError) or re.search(patterns, str(error)) is not None
 def run_entry_point(entry) -> None:
-    """Call `entry()`; bad input, failing files and absent packages become one line on stderr and exit status 2."""
+    """Call `entry()`; bad input, files, packages and memory end in one line and status 2, signals in 130 and 143."""
+    code, message, handlers = 0, "", [signal.signal(number, interrupt) for number in SIGNALS]
     try:
         entry()
-    except (Refusal, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        if torch.distributed.is_initialized():  # nobody leaves while another still needs it
+            torch.distributed.all_reduce(torch.zeros(1))
+    except KeyboardInterrupt as error:
+        code = 128 + int((*error.args, signal.SIGINT)[0])
+        message = f"error: interrupted by signal {code - 128}\n"
+    except (Refusal, OSError, ImportError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not out_of_memory(error):
+            raise
+        code, message = 2, f"error: {'out of memory: ' * out_of_memory(error)}{error}\n"
+    print(end=message, file=sys.stderr, flush=True)
     if torch.distributed.is_initialized():
-        torch.distributed.all_reduce(torch.zeros(1))
         sys.stdout.flush()
-        os._exit(0)  # gloo's threads may abort an interpreter that shuts down, and torchrun would report a failed run
+        os._exit(code)  # gloo's threads may abort an interpreter that shuts down, with another status
+    for number, handler in zip(SIGNALS, handlers, strict=True):
+        signal.signal(number, handler or signal.SIG_DFL)
+    if code:
+        sys.exit(code)
 
 if __name__ == "__main__":
     run_entry_point(main)

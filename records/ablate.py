@@ -54,7 +54,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import runlog
 
-from eval_sliding import interrupt
 from train_gpt import LOADER_BYTES, Refusal, pack_source, require, run_entry_point, write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -561,7 +560,7 @@ def parse_arguments() -> argparse.Namespace:
 
 @contextlib.contextmanager
 def sole_runner(out: Path) -> Iterator[None]:
-    """Hold the folder's lock and leave with 128 + signal on SIGINT and SIGTERM. Raises Refusal when it is held."""
+    """Hold the folder's lock, and leave no half-written file when interrupted. Raises Refusal when it is held."""
 
     def sweep() -> None:
         for rest in out.rglob(".*.tmp"):
@@ -574,15 +573,11 @@ def sole_runner(out: Path) -> Iterator[None]:
         except BlockingIOError:
             raise Refusal(f"{out}: another ablate.py is at work there") from None
         sweep()
-        handlers = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
-        except KeyboardInterrupt as error:
+        except KeyboardInterrupt:
             sweep()
-            sys.exit(128 + error.args[0])
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+            raise
 
 
 def final_knobs(cell: Cell, found: dict, args: argparse.Namespace) -> Cell:

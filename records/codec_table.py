@@ -1,13 +1,15 @@
 """Bits per weight of a trained model's symbols under every codec and order of storage, beside their entropy.
 
-    SAVE_CHECKPOINT=1 RUN_ID=x ... python train_gpt.py
+    CHECKPOINT_EVERY=1000000 RUN_ID=x ... python train_gpt.py
     MATRIX_CLIP=12.85 EMBED_CLIP=15 python records/codec_table.py logs/x.ptz
 
-Reads the model's knobs from the artifact and the float32 weights from the checkpoint beside it (logs/x.pt), rounds them
-to nearest with MATRIX_CLIP, EMBED_CLIP, MATRIX_BITS and EMBED_BITS of the environment, and compresses tensor by tensor.
+Reads the model's knobs from the artifact and the averaged float32 weights from the last checkpoint beside it
+(logs/x.step*.npz, made at the end of the training), rounds them to nearest with MATRIX_CLIP, EMBED_CLIP, MATRIX_BITS
+and EMBED_BITS of the environment, and compresses tensor by tensor.
 Orders: row by row, column by column, and columns sorted by magnitude, whose permutation (2 bytes a column) is counted.
 """
 
+import json
 import os
 import sys
 from collections import defaultdict
@@ -41,6 +43,15 @@ def orders(symbols: np.ndarray) -> dict[str, tuple[np.ndarray, int]]:
     }
 
 
+def averaged_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The state dict whose parameters are the checkpoint's average or, without one, its newest weights."""
+    with np.load(checkpoint, allow_pickle=False) as file:
+        _, (_, _, averaged) = json.loads(str(file["meta"]))
+        tensors = {name: torch.from_numpy(file[name]) for name in file.files if name != "meta"}
+    parts = ("model/", "average/") if averaged else ("model/",)
+    return {n.removeprefix(part): t for part in parts for n, t in tensors.items() if n.startswith(part)}
+
+
 def main() -> None:
     """Print the table of the artifact named on the command line. Raises Refusal."""
     if sys.argv[1:] in (["-h"], ["--help"]):
@@ -48,10 +59,10 @@ def main() -> None:
         return
     require(len(sys.argv) == 2, f"usage: {sys.argv[0]} ARTIFACT (more with --help)")
     path = Path(sys.argv[1])
-    checkpoint = path.with_suffix(".pt")
+    checkpoints = sorted(path.parent.glob(f"{path.stem}.step*.npz"))
     _, hp, _ = load_artifact(path, Hyperparameters.from_env(dict(os.environ)), torch.device("cpu"))
-    require(checkpoint.is_file(), f"{checkpoint}: no such checkpoint (SAVE_CHECKPOINT=1)")
-    parts, _ = quantize(hp, torch.load(checkpoint, map_location="cpu", weights_only=True))
+    require(len(checkpoints) > 0, f"{path.with_suffix('')}.step*.npz: no checkpoint (CHECKPOINT_EVERY)")
+    parts, _ = quantize(hp, averaged_weights(checkpoints[-1]))
     sizes, weights, entropy = defaultdict(int), defaultdict(int), defaultdict(float)
     for name, part in parts.items():
         if len(part) > 1 and role_of(name) != "vector":

@@ -132,11 +132,18 @@ class Result:
         return json.loads(self.out.splitlines()[-1])
 
 
+def allow_every_attention_kernel() -> None:
+    """What choose_attention() takes away from the process that it runs in."""
+    for name in ("cudnn", "flash", "mem_efficient", "math"):
+        vars(torch.backends.cuda)[f"enable_{name}_sdp"](True)
+
+
 def run_in_process(entry: Callable[[], None], env: dict[str, str], cwd: Path, *argv: object) -> Result:
     """What `python SCRIPT argv` does for the script whose main is `entry`, without another import of torch."""
     out, err, code, old_cwd = io.StringIO(), io.StringIO(), 0, Path.cwd()
     with contextlib.ExitStack() as stack:
         stack.callback(os.chdir, old_cwd)
+        stack.callback(allow_every_attention_kernel)
         os.chdir(cwd)
         stack.enter_context(mock.patch.dict(os.environ, full_environment(env), clear=True))
         stack.enter_context(mock.patch.object(sys, "argv", ["script.py", *map(str, argv)]))

@@ -504,11 +504,12 @@ def test_a_killed_runner_takes_its_run_along_and_the_same_command_gives_the_same
 
 def test_sigterm_stops_the_run_and_leaves_nothing_half_written(study):
     study.write("one FAIL_ON=stop_parent:one_seed2", "two", "three")
+    before = signal.getsignal(signal.SIGTERM)
     result = study.run()
-    assert (result.code, result.err) == (143, "")
+    assert (result.code, result.err) == (143, "error: interrupted by signal 15\n")
     pid = int(study.notes.read_text().splitlines()[-1].split()[1])
     assert not is_alive(pid)
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == before
     assert {path.name for path in study.out.glob("*_seed*.txt")} == {f"{c}_seed1.txt" for c in ("one", "two", "three")}
     assert list(study.out.rglob("*.tmp")) == []
     assert study.rows()["two"]["n"] == "1"

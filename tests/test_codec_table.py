@@ -6,7 +6,7 @@ from pathlib import Path
 import codec_table
 import pytest
 import torch
-from helpers_cli import assert_refused, cli_env, run_command, run_in_process, write_dataset
+from helpers_cli import ALONE, assert_refused, cli_env, run_command, run_in_process, write_dataset
 
 import train_gpt
 
@@ -21,7 +21,7 @@ def dataset(tmp_path_factory):
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory, dataset) -> Path:
     folder = tmp_path_factory.mktemp("trained")
-    result = run_in_process(train_gpt.main, cli_env(dataset, SAVE_CHECKPOINT=1), folder)
+    result = run_in_process(train_gpt.main, cli_env(dataset, CHECKPOINT_EVERY=5), folder)
     assert result.code == 0, result.err
     return folder / "logs" / "run.ptz"
 
@@ -43,9 +43,9 @@ def table(artifact: Path, dataset, **knobs) -> dict[str, dict[str, float]]:
 
 def test_the_table_covers_every_matrix_once_and_its_total_is_the_sum_of_the_roles(artifact, dataset):
     rows = table(artifact, dataset)
-    state = torch.load(artifact.with_suffix(".pt"), weights_only=True)
+    model, _, _ = train_gpt.load_artifact(artifact, train_gpt.Hyperparameters(eval_stride=8), ALONE.device)
     weights = dict.fromkeys(("embedding", "matrix", "expert"), 0)
-    for name, tensor in state.items():
+    for name, tensor in model.state_dict().items():
         if train_gpt.role_of(name) in weights:
             weights[train_gpt.role_of(name)] += tensor.numel()
     total = rows.pop("all")
@@ -65,6 +65,20 @@ def test_bits_per_weight_are_those_of_int6_and_int7_symbols_and_fewer_with_fewer
     assert rows["embedding"] == coarse["embedding"]
 
 
+@pytest.mark.parametrize("average", ["ema", "off"])
+def test_the_weights_are_those_that_the_run_exports(average, dataset, tmp_path):
+    result = run_in_process(train_gpt.main, cli_env(dataset, CHECKPOINT_EVERY=5, AVERAGE=average), tmp_path)
+    assert result.code == 0, result.err
+    older, newest = sorted((tmp_path / "logs").glob("run.step*.npz"))
+    weights, before = codec_table.averaged_weights(newest), codec_table.averaged_weights(older)
+    hp = train_gpt.Hyperparameters(eval_stride=8)
+    model, _, _ = train_gpt.load_artifact(tmp_path / "logs" / "run.ptz", hp, ALONE.device)
+    assert weights.keys() == model.state_dict().keys()
+    exported = model.tok_emb.weight
+    error = (weights["tok_emb.weight"] - exported).norm()
+    assert 0 < error < 0.5 * (before["tok_emb.weight"] - exported).norm()
+
+
 def test_a_permutation_is_paid_for():
     symbols = torch.arange(12, dtype=torch.int8).view(3, 4).numpy()
     stored = codec_table.orders(symbols)
@@ -78,7 +92,7 @@ def test_a_permutation_is_paid_for():
     ("names", "expected"),
     [
         (["other.ptz"], r"other\.ptz: no such artifact"),
-        (["copy.ptz"], r"copy\.pt: no such checkpoint \(SAVE_CHECKPOINT=1\)"),
+        (["copy.ptz"], r"copy\.step\*\.npz: no checkpoint \(CHECKPOINT_EVERY\)"),
         ([], r"usage: "),
         (["run.ptz", "copy.ptz"], r"usage: "),
     ],

@@ -160,12 +160,6 @@ def test_every_step_has_the_same_content_at_any_world_size_and_accumulation(fold
     assert hp.grad_accum_steps(world_size) == max(1, -(-per_rank * T // micro_batch_tokens))
 
 
-def test_shards_are_memory_mapped(folder):
-    loader = TokenLoader(knobs(folder), ALONE)
-    assert all(isinstance(shard, np.memmap) for shard in loader.shards)
-    assert [len(shard) for shard in loader.shards] == list(LENGTHS)
-
-
 @pytest.mark.parametrize("max_tokens", [3, 6, 48, 50, 51, 249, 252, 770, 771, 10_000])
 def test_the_sample_takes_as_many_tokens_from_the_start_of_every_shard(folder, max_tokens):
     """Shards are in the order of the crawl: the first of them alone would be another text than the whole."""

@@ -391,8 +391,9 @@ def test_an_interrupted_run_leaves_nothing_new_and_keeps_the_old(
         calls = []
         with monkeypatch.context() as patch:
             patch.setattr(os, "fsync", interrupted)
-            with pytest.raises(KeyboardInterrupt):
+            with pytest.raises(SystemExit) as ended:
                 run(*argv, "--output", tmp_path / output, "--name", "set")
+            assert ended.value.code == 130
     assert final_files(tmp_path / "new") == []
     assert {path: path.read_bytes() for path in final_files(tmp_path / "old")} == before
 

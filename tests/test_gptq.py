@@ -626,11 +626,8 @@ def test_the_reserve_ends_the_collection_before_it_is_over(folder, monkeypatch, 
 class OneOfTwo(Dist):
     """A rank of two whose collectives return what it brought."""
 
-    def all_sum(self, tensor):
+    def all_sum(self, tensor, op=None):
         return tensor
-
-    def all_max(self, value):
-        return value
 
 
 def test_two_ranks_see_together_what_one_sees_alone(folder):

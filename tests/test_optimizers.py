@@ -318,7 +318,7 @@ class Rig:
         return torch.tensor(1.0)
 
     def train(self) -> tuple:
-        loader = SimpleNamespace(next_batch=lambda: None, hp=self.hp, dist=ALONE, num_sequences=4)
+        loader = SimpleNamespace(next_batch=lambda: None, hp=self.hp, dist=ALONE, num_sequences=4, num_windows=9)
         return train(self.hp, ALONE, self.lines.append, self.model, loader, None)
 
     def weights(self) -> torch.Tensor:

@@ -15,7 +15,6 @@ from train_gpt import (
     TokenLoader,
     build_expert_table,
     cluster_assignments,
-    expert_load,
     mix32,
     zipf_assignment,
 )
@@ -174,21 +173,6 @@ def test_more_tokens_of_one_kind_than_the_rest_together_leave_the_rest_to_the_ot
     assert (row == row[5]).sum() < V // 40
     others = np.bincount(np.delete(row, 5), minlength=4)
     assert sorted(others)[1] > V // 4
-
-
-def test_load_line_has_the_directly_computed_figure_of_every_layer():
-    for routing in ROUTED:
-        counts, table = zipf_counts(V, seed=2), table_of(routing, 8, moe_start_layer=1)
-        text = expert_load(torch.from_numpy(table)[..., None], counts, 8)
-        figures = [float(figure) for figure in text.rsplit(": ", 1)[1].split()]
-        assert figures == pytest.approx([imbalance(row, counts, 8) for row in table], abs=6e-4)
-        assert len(figures) == 3
-    idle = expert_load(torch.zeros(1, V, 1, dtype=torch.uint8), counts, 8)
-    assert float(idle.split()[-1]) == 8.0
-    both = tables_of("zipf", 8, counts, top_k=2)
-    loads = sum(np.bincount(both[1, :, k], weights=counts, minlength=8) for k in (0, 1))
-    figure = expert_load(torch.from_numpy(both), counts, 8).split()[-3]
-    assert float(figure) == pytest.approx(loads.max() / loads.mean(), abs=6e-4)
 
 
 def test_loader_samples_as_many_tokens_from_the_start_of_every_training_shard(tmp_path):

@@ -909,7 +909,7 @@ def stop_at(monkeypatch):
 def test_a_signal_ends_scoring_with_the_partial_score_so_far(number, knobs, score, stop_at, tmp_path):
     handler = stop_at(number, batch=3)  # batches of 4 windows that score 8 targets each
     result = score(**knobs)
-    assert (result.code, result.err) == (128 + number, "")
+    assert (result.code, result.err) == (128 + number, f"error: interrupted by signal {int(number)}\n")
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == [handler] * 2
     line = re.search(rf"^interrupted by signal {int(number)}, 64 of (\d+) targets scored here: (.*)$", result.out, re.M)
     assert (tmp_path / "model.txt").read_text() == result.out
@@ -924,7 +924,7 @@ def test_a_signal_ends_scoring_with_the_partial_score_so_far(number, knobs, scor
 def test_a_signal_before_anything_is_scored_says_so(number, score, stop_at):
     handler = stop_at(number, batch=1)
     result = score()
-    assert (result.code, result.err) == (128 + number, "")
+    assert (result.code, result.err) == (128 + number, f"error: interrupted by signal {int(number)}\n")
     assert re.search(rf"^interrupted by signal {int(number)}, 0 of \d+ targets scored here: nothing$", result.out, re.M)
     assert not re.search("bpb|eval_summary", result.out)
     assert signal.getsignal(number) is handler
