@@ -39,6 +39,7 @@ TRANSIENT_STATUS = {408, 429, 500, 502, 503, 504}
 TIMEOUT_SECONDS = 30  # without a byte from the server
 THREADS = 4
 READ_BYTES = 1 << 20
+MAX_JSON_BYTES = 1 << 20  # of a manifest or ledger; as Python objects, text takes up to 50 times its size
 DOCS, DOCS_SOURCE = "docs_selected.jsonl", "docs_selected.source_manifest.json"
 NO_ACCESS = "no such dataset repository or file, or private or gated: check MATCHED_FINEWEB_REPO_ID, or set HF_TOKEN"
 HINTS = {401: NO_ACCESS, 403: NO_ACCESS, 404: NO_ACCESS, 429: "too many requests: wait some minutes, or set HF_TOKEN"}
@@ -107,9 +108,10 @@ class Ledger:
 
     def __init__(self, root: Path):
         self.root, self.path = root, root / "datasets" / ".download.json"
+        readable = self.path.is_file() and self.path.stat().st_size <= MAX_JSON_BYTES
         try:
-            entries = dict(json.loads(self.path.read_bytes()))
-        except (OSError, ValueError, TypeError):
+            entries = dict(json.loads(self.path.read_bytes())) if readable else {}
+        except (OSError, ValueError, TypeError, RecursionError):
             entries = {}
         self.entries = {name: entry for name, entry in entries.items() if isinstance(entry, dict) and "digest" in entry}
 
@@ -230,6 +232,8 @@ class Hub:
                 for chunk in response.iter_bytes():
                     on_bytes(len(chunk))
                     out.write(chunk)
+                    if out.tell() > file.size:
+                        break  # a server that never ends would fill the disk
             out.flush()
             os.fsync(out.fileno())
 
@@ -273,10 +277,12 @@ def load_manifest(hub: Hub, path: Path, skip: bool) -> bytes:
     """The repository's manifest, taken from `path` if that is the same or if `skip`. Raises Refusal."""
     require(path.is_file() or not skip, f"{path}: no such file, and --skip-manifest fetches none")
     if skip:
+        require(path.stat().st_size <= MAX_JSON_BYTES, f"{path}: more than {MAX_JSON_BYTES:,} bytes are no manifest")
         return path.read_bytes()
     where = f"{', '.join(hub.manifests) or 'none elsewhere either'} (MATCHED_FINEWEB_REMOTE_ROOT_PREFIX)"
     require("manifest.json" in hub.files, f"{hub.repo_id} has no {hub.prefix}manifest.json, but: {where}")
     file = hub.file("manifest.json")
+    require(file.size <= MAX_JSON_BYTES, f"{hub.repo_id} has a manifest.json of {file.size:,} bytes")
     if path.is_file() and file.flaw_of(path) is None:
         return path.read_bytes()
     with tempfile.TemporaryDirectory() as folder:
@@ -289,17 +295,22 @@ def parse_manifest(data: bytes, source: str) -> dict[str, dict[str, dict]]:
     """The manifest's datasets and tokenizers by name. Raises Refusal."""
     try:
         manifest = json.loads(data)
-        return {kind: {entry["name"]: entry for entry in manifest[kind]} for kind in ("datasets", "tokenizers")}
+        parsed = {kind: {entry["name"]: entry for entry in manifest[kind]} for kind in ("datasets", "tokenizers")}
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise Refusal(f"{source}: not a manifest of datasets and tokenizers: {error!r}") from error
+    for name in (name for entries in parsed.values() for name in entries):
+        plain = isinstance(name, str) and name.isprintable()  # it will be part of one-line messages
+        require(plain, f"{source}: not a manifest of datasets and tokenizers: the name {name!r}")
+    return parsed
 
 
 def tokenizer_files(hub: Hub, entry: dict) -> list[RemoteFile]:
     """What the manifest names for a tokenizer; its vocabulary is for people, so it may be missing. Raises Refusal."""
     paths = {key: entry[key] for key in ("model_path", "path", "vocab_path") if entry.get(key)}
     for path in paths.values():
-        plain = re.fullmatch(r"tokenizers(/\w[\w.-]*)+", str(path), re.ASCII)
-        require(plain is not None, f"{hub.repo_id}: its manifest has a tokenizer at {path!r}, not below tokenizers/")
+        plain = isinstance(path, str) and bool(re.fullmatch(r"tokenizers(/\w[\w.-]*)+", path, re.ASCII))
+        shown = type(path).__name__ if isinstance(path, list | dict) else repr(path)  # nested ones may have no repr
+        require(plain, f"{hub.repo_id}: its manifest has a tokenizer at {shown}, not below tokenizers/")
     if paths.get("vocab_path") not in hub.files:
         paths.pop("vocab_path", None)
     require(len(paths) > 0, f"{hub.repo_id}: its manifest names no file of the tokenizer {entry['name']}")

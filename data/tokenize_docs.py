@@ -51,6 +51,7 @@ TEXT_SUFFIXES = (".txt", ".md")
 COMPRESSED_SUFFIXES = (".gz", ".xz", ".zst")
 DECOMPRESSION_ERRORS = (zlib.error, lzma.LZMAError) + ((zstandard.ZstdError,) if zstandard else ())
 READ_BYTES = 1 << 18
+MAX_JSON_BYTES = 1 << 20  # of a manifest; as Python objects, text takes up to 50 times its size
 BATCH_CHARS = 1 << 20  # enough work for every thread of one encode call, small enough never to matter in memory
 
 EXAMPLES = """examples:
@@ -385,10 +386,13 @@ def read_manifest(path: Path) -> dict:
     """The manifest already at `path`, with its two lists; empty when there is none. Raises Refusal."""
     if not path.exists():
         return {"tokenizers": [], "datasets": []}
+    if not path.is_file() or path.stat().st_size > MAX_JSON_BYTES:
+        raise Refusal(f"{path}: not a file of at most {MAX_JSON_BYTES:,} bytes; move it away first")
     try:
         manifest = json.loads(path.read_bytes())
         named = all(isinstance(entry["name"], str) for key in ("tokenizers", "datasets") for entry in manifest[key])
-    except (ValueError, KeyError, TypeError) as error:
+        json.dumps(manifest, indent=2)  # what is nested too deeply to be written again is to fail before the work
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise Refusal(f"{path}: not a manifest of datasets and tokenizers; move it away first") from error
     if not named:
         raise Refusal(f"{path}: a dataset or tokenizer has no name; move it away first")

@@ -465,6 +465,16 @@ def test_content_that_is_not_what_was_announced_never_gets_a_final_name(run, hub
     assert files_below(tmp_path / "out") == expected(content, 1)
 
 
+def test_a_server_that_sends_more_than_it_announced_is_cut_off(run, hub, content, tmp_path, monkeypatch):
+    path, truth, received, add = f"datasets/{TRAIN % 0}", content[TRAIN % 0], [], downloader.Meter.add
+    monkeypatch.setattr(downloader.Meter, "add", lambda meter, count: add(meter, count) or received.append(count))
+    hub.repositories[REPO].announced[path] = truth
+    hub.repositories[REPO].files[path] = truth + bytes(2_000_000)
+    assert_refused(run(1), TRAIN % 0, "damaged", "instead of 2,024")
+    assert len(truth) < sum(received) < 500_000
+    assert not list((tmp_path / "out" / "datasets" / NAME).glob("*train*"))
+
+
 @pytest.mark.parametrize(
     ("broken", "flaw"),
     [({"magic": 7}, "magic is 7"), ({"version": 2}, "shard version 2"), ({"count": 501}, "501 tokens do not make")],
