@@ -129,15 +129,25 @@ pick_data() {
   fi
 }
 
-# One process needs no torchrun, and its errors then stay one line.
+# One process needs no torchrun, and its errors then stay one line. A signal to this script alone reaches the stage.
 launch() {
+  local command=("$PYTHON") child status=0
   if ((${#TORCHRUN[@]})); then
-    "$PYTHON" -m torch.distributed.run --nproc_per_node="$NPROC" "${TORCHRUN[@]}" "$@"
-  elif ((NPROC == 1)); then
-    "$PYTHON" "$@"
-  else
-    "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$NPROC" "$@"
+    command+=(-m torch.distributed.run --nproc_per_node="$NPROC" "${TORCHRUN[@]}")
+  elif ((NPROC > 1)); then
+    command+=(-m torch.distributed.run --standalone --nproc_per_node="$NPROC")
   fi
+  "${command[@]}" "$@" &
+  child=$!
+  trap 'kill -TERM "$child"' TERM
+  trap 'kill -INT "$child"' INT
+  wait "$child" || status=$?
+  while kill -0 "$child" 2>/dev/null; do  # a signal ends `wait`, not yet the stage
+    status=0
+    wait "$child" || status=$?
+  done
+  trap - TERM INT
+  return "$status"
 }
 
 train_and_score() {
@@ -186,10 +196,13 @@ main() {
     modules+=", matplotlib, scipy"
     files+=(tests/requirements.txt)
   fi
+  exec 9>.lock
+  if command -v flock >/dev/null; then flock 9; fi  # of two launchers here, the second finds .venv and data complete
   setup "$modules" "${files[@]}"
   pick_profile "$@"
   if [[ -n ${SEEDS:-} ]]; then plan_record; fi
   pick_data
+  exec 9>&-
   default RUN_ID "$(date +%Y%m%d_%H%M%S)_$PROFILE"
   if [[ -z ${SEEDS:-} ]]; then
     train_and_score

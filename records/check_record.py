@@ -359,7 +359,10 @@ def check_time(folder: Folder) -> Iterator[Finding]:
         seconds = [s for run in folder.runs if (s := run.train_seconds if what == "train" else run.eval_seconds)]
         slowest[what] = max(seconds, default=None)
     text = ", ".join(f"{what} {s:.3f} s" if s else f"{what} not stated" for what, s in slowest.items()) + " at most"
-    holds = all(s is not None and s < MAX_SECONDS for s in slowest.values()) if folder.is_record else None
+    resumed = [run.path.name for run in folder.runs if run.resumed]
+    text += f"; interrupted and resumed: {', '.join(resumed)}" if resumed else ""
+    in_time = not resumed and all(s is not None and s < MAX_SECONDS for s in slowest.values())
+    holds = in_time if folder.is_record else None
     yield Finding("time", text + f", less than {MAX_SECONDS:.0f} s each allowed", holds)
 
 

@@ -90,7 +90,7 @@ EXCEPTIONS = {
     "mixed": "seeds of different configurations",
     "unscored": "a log without the line of eval_sliding.py",
     "cap": f"code + model of {MAX_SUBMISSION_BYTES:,} bytes or more",
-    "time": f"training or evaluation of {MAX_SECONDS:.0f} s or more in the track 10min_16mb",
+    "time": f"training or evaluation of {MAX_SECONDS:.0f} s or more, or resumed, in the track 10min_16mb",
     "partial": "a PARTIAL score",
     "commit": "a commit that is dirty or unknown, or several",
 }
@@ -178,6 +178,8 @@ def objections(runs: list[Run], track: str) -> list[tuple[str, str]]:
             if spent is None or spent >= MAX_SECONDS:
                 took = "an unstated time" if spent is None else f"{spent:.3f} s"
                 found.append(("time", f"{run.path}: {what} took {took}, less than {MAX_SECONDS:.0f} s are allowed"))
+        if run.resumed and track == "10min_16mb":
+            found.append(("time", f"{run.path}: the training was interrupted and resumed; a timed run is one run"))
         commit = run.versions.get("commit", "unknown")
         if commit == "unknown" or commit.endswith("-dirty"):
             found.append(("commit", f"{run.path}: made at commit {commit}"))
@@ -322,7 +324,7 @@ def environment(run: Run) -> dict[str, str]:
     window, stride = run.evaluation.get("window"), run.evaluation.get("stride")
     own |= {"eval_stride": stride} if stride not in (None, defaults["eval_stride"]) else {}
     own |= {"eval_seq_len": window} if window not in (None, run.knobs["train_seq_len"]) else {}
-    skipped = ("run_id", "seed", "data_path", "tokenizer_path")
+    skipped = ("run_id", "seed", "data_path", "tokenizer_path", "checkpoint_every", "resume")
     shown = {name.upper(): value for name, value in own.items() if name not in skipped}
     return {name: {"True": "1", "False": "0"}.get(value, value) for name, value in shown.items()}
 

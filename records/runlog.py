@@ -33,8 +33,10 @@ STEP = re.compile(STAMP + r"(?:step:)?(\d+)/(\d+) (.*)$", re.M)
 LABEL, SCORES = r"([A-Za-z][\w +/-]*?):?(?: stride:\d+)?", rf"(val|PARTIAL)_loss:\s*{NUMBER} +\w+_bpb:\s*{NUMBER}"
 FINAL = re.compile(rf"{STAMP}{LABEL} {SCORES}(.*)$", re.M)
 KINDS = {"float": r"pre-quantization|post_ema", "ttt": "ttt", "sliding": "sliding", "roundtrip": "roundtrip|quantized"}
-# Where a run happened to lie, which process it was and what its files are called: no part of a configuration.
-NOT_CONFIGURATION = re.compile(r"seed|run_id|.*(path|paths|file|files|dir)|rank|local_rank|is_main_process")
+# Where a run happened to lie, which process it was, what its files are called and when it saved: no configuration.
+NOT_CONFIGURATION = re.compile(
+    r"seed|run_id|.*(path|paths|file|files|dir)|rank|local_rank|is_main_process|checkpoint_every|resume"
+)
 SETTINGS = re.compile(  # that the old dialect states outside a block
     r"\b(train_batch_tokens|train_seq_len|iterations|warmup_steps|max_wallclock_seconds|world_size|grad_accum_steps|"
     r"num_heads|num_kv_heads|attention_mode|tie_embeddings|\w+_lr|train_shards|model_params):([\w.+-]+)"
@@ -179,6 +181,11 @@ class Run:
         found += [Event(step, "LR restart") for (_, before), (step, after) in pairs if after > 1.2 * before]
         stops = re.findall(r"stopping_early: \w+ train_time:\s*\d+ms step:\s*(\d+)", self.text)
         return sorted(found + [Event(int(step), "clock") for step in stops])
+
+    @property
+    def resumed(self) -> bool:
+        """Whether a training of our own went on from a checkpoint, so that this is the log of its last part."""
+        return re.search(r"^resumed:", self.text, re.M) is not None
 
     @property
     def steps(self) -> int | None:

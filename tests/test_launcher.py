@@ -2,10 +2,13 @@
 
 import json
 import os
+import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -97,6 +100,27 @@ def test_two_nodes_train_one_model_through_torchruns_own_arguments(workplace):
     assert log.count("train_summary") == 2, "once in the source, once at the end"
     assert "val_bpb by sliding window" in outputs[0][0]
     assert "val_bpb by sliding window" not in outputs[1][0]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_to_the_launcher_lets_the_training_save_and_the_same_command_goes_on(workplace, number, code):
+    run_id = f"signal{int(number)}"
+    knobs = {"PROFILE": "smoke", "RUN_ID": run_id, "CHECKPOINT_EVERY": 1000, "RESUME": "auto", "GPTQ_BATCHES": 1}
+    process, log = start(workplace, ITERATIONS=100_000, **knobs), workplace / "logs" / f"{run_id}.txt"
+    until = time.perf_counter() + 60
+    while not (log.exists() and "\nstep:3/" in log.read_text()):
+        assert time.perf_counter() < until
+        time.sleep(0.05)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert err == f"error: interrupted by signal {int(number)}\n"
+    saved = re.search(rf"checkpoint:logs/{run_id}\.step(\d+)\.npz", out)
+    assert "val_bpb by sliding window" not in out
+    again = launch(workplace, ITERATIONS=int(saved[1]) + 1, **knobs)
+    assert again.code == 0, again.err
+    assert f"resumed:logs/{run_id}.step{saved[1]}.npz" in again.out
+    assert "val_bpb by sliding window" in again.out
 
 
 def test_torchrun_arguments_without_a_run_id_are_refused(workplace):

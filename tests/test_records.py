@@ -237,6 +237,7 @@ def test_a_partial_score_is_never_called_val_bpb(workshop, tmp_path):
     [
         (r'"train_seconds": [\d.]+', '"train_seconds": 600.0', "training took 600.000 s"),
         (r"^total_eval_time:.*", "total_eval_time:600.1s", "evaluation took 600.100 s"),
+        (r"^(warmup_step:)", r"resumed:logs/x.step00000003.npz step:3\n\1", "the training was interrupted and resumed"),
     ],
 )
 def test_the_record_track_has_its_600_seconds(workshop, tmp_path, pattern, replacement, what):
@@ -455,6 +456,10 @@ def test_the_limits_of_the_record_track(copy, tmp_path):
     assert "time" not in found
     change(record / "train_seed1.log", r"^total_eval_time:.*", "total_eval_time:600.5s")
     assert "eval 600.500 s at most, less than 600 s each allowed" in failed(record)["time"]
+    change(record / "train_seed1.log", r"^total_eval_time:.*", "total_eval_time:599.5s")
+    assert "time" not in failed(record)
+    change(record / "train_seed1.log", r"^(warmup_step:)", r"resumed:logs/x.step00000003.npz step:3\n\1")
+    assert "interrupted and resumed: train_seed1.log" in failed(record)["time"]
 
 
 def test_the_test_against_a_row_has_both_bars_in_both_units(copy):
