@@ -1483,7 +1483,7 @@ def run_entry_point(entry) -> None:
     except (Refusal, OSError, ImportError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not out_of_memory(error):
             raise
-        code, message = 2, f"error: {'out of memory: ' * out_of_memory(error)}{error}\n"
+        code, message = 2, f"error: {'out of memory: ' * out_of_memory(error)}{str(error) or type(error).__name__}\n"
     print(end=message, file=sys.stderr, flush=True)
     if torch.distributed.is_initialized():
         sys.stdout.flush()
