@@ -8,6 +8,7 @@ import contextlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -297,13 +298,20 @@ def wait_for(path: Path, seconds: float = 60) -> None:
         time.sleep(0.01)
 
 
-def faulty(env: dict[str, str], fault: str, folder: Path, *launcher: str) -> subprocess.Popen:
-    """A training with a fault in its own process, or under a launcher."""
+@contextlib.contextmanager
+def faulty(env: dict[str, str], fault: str, folder: Path, *launcher: str) -> Iterator[subprocess.Popen]:
+    """A training with a fault in its own process, or under a launcher; killed in the end if it is not over."""
     command = [sys.executable, *launcher, str(ROOT / "tests" / "helpers_faults.py"), "train_gpt"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     paths = os.pathsep.join(str(ROOT / name) for name in ("", "data", "tests"))
     environment = full_environment(env) | {"FAULT": fault, "PYTHONPATH": paths}
-    return subprocess.Popen(command, env=environment, cwd=folder, **pipes)
+    process = subprocess.Popen(command, env=environment, cwd=folder, start_new_session=True, **pipes)
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -352,8 +360,9 @@ def test_an_evaluation_of_what_a_run_is_about_to_replace_is_refused(dataset, tra
 
 def test_runs_without_a_name_that_start_together_get_names_of_their_own(dataset, tmp_path):
     env = cli_env(dataset, ITERATIONS=2, RUN_ID=None)
-    runs = [faulty(env, "none train_gpt.fit 1 0", tmp_path) for _ in range(3)]
-    assert [(run.communicate(timeout=100)[1], run.returncode) for run in runs] == [("", 0)] * 3
+    with contextlib.ExitStack() as stack:
+        runs = [stack.enter_context(faulty(env, "none train_gpt.fit 1 0", tmp_path)) for _ in range(3)]
+        assert [(run.communicate(timeout=100)[1], run.returncode) for run in runs] == [("", 0)] * 3
     names = files_in(tmp_path / "logs")
     assert len(names) == 6
     assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT\d{6}\.\d{3}\.(ptz|txt)", name) for name in names)
@@ -390,17 +399,6 @@ def test_under_torchrun_a_killed_rank_ends_all_in_a_minute(dataset, tmp_path):
     assert "Signal 9 (SIGKILL)" in err
     assert {"run.step00000003.npz", "run.txt"} <= set(outcome.files)
     assert_readable(tmp_path / "logs")
-
-
-def test_torchrun_starts_ranks_again_and_resume_goes_on(dataset, trained, tmp_path):
-    """The fault is planted in every start, but only the first gets to a fifth step."""
-    env = cli_env(dataset, **SAVED, RESUME="auto")
-    fault = "kill train_gpt.train_step 5 1"
-    with faulty({**env, "ITERATIONS": "7"}, fault, tmp_path, *TORCHRUN, "--max-restarts=3") as run:
-        out, err = run.communicate(timeout=100)
-    assert run.returncode == 0, err
-    assert "resumed:logs/run.step00000003.npz step:3 " in out
-    assert {"run.ptz", "run.step00000006.npz", "run.step00000007.npz", "run.txt"} == set(files_in(tmp_path / "logs"))
 
 
 def test_sigterm_to_torchrun_lets_the_ranks_save(dataset, tmp_path):
