@@ -145,6 +145,7 @@ class Hyperparameters:
     ttt_epochs: int = 3  # steps on a chunk once it is scored, each over all of its targets
     ttt_chunk_tokens: int = 32_768  # targets scored between two updates
     ttt_segments: int = 8  # contiguous parts of the split that know nothing of each other; ranks share them
+
     @classmethod
     def from_env(cls, environ: dict[str, str]) -> "Hyperparameters":
         """Read and validate all knobs. Raises Refusal naming the variable and the value."""
@@ -238,6 +239,7 @@ class Dist:
     rank: int
     world_size: int
     device: torch.device
+
     @classmethod
     def from_torchrun(cls, device_name: str) -> "Dist":
         """Join the process group that torchrun announces in the environment. Raises Refusal."""
@@ -446,6 +448,7 @@ class ValData:
     tokenizer_sha256: str
     partial: bool  # holds fewer targets than the split
     sidecar: bool = False  # target_bytes were read, not counted
+
     @classmethod
     def load(cls, hp: Hyperparameters, device: torch.device) -> "ValData":
         """The split; sidecars fineweb_val_bytes_N.bin: bytes before a lossless transform (#1729). Raises Refusal."""
