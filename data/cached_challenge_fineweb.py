@@ -7,6 +7,7 @@ that another repository or an older commit gave are replaced if this tool fetche
 than you ask for; files that it did not fetch are never touched: the run then refuses and says what is in the way.
 datasets/.download.json keeps what was fetched, so that nothing is hashed twice.
 """
+
 import argparse
 import contextlib
 import hashlib
@@ -39,10 +40,17 @@ TRANSIENT_STATUS = {408, 429, 500, 502, 503, 504}
 TIMEOUT_SECONDS = 30  # without a byte from the server
 THREADS = 4
 READ_BYTES = 1 << 20
-MAX_JSON_BYTES = 1 << 20  # of a manifest or ledger; as Python objects, text takes up to 50 times its size
+MAX_JSON_BYTES = (
+    1 << 20
+)  # of a manifest or ledger; as Python objects, text takes up to 50 times its size
 DOCS, DOCS_SOURCE = "docs_selected.jsonl", "docs_selected.source_manifest.json"
 NO_ACCESS = "no such dataset repository or file, or private or gated: check MATCHED_FINEWEB_REPO_ID, or set HF_TOKEN"
-HINTS = {401: NO_ACCESS, 403: NO_ACCESS, 404: NO_ACCESS, 429: "too many requests: wait some minutes, or set HF_TOKEN"}
+HINTS = {
+    401: NO_ACCESS,
+    403: NO_ACCESS,
+    404: NO_ACCESS,
+    429: "too many requests: wait some minutes, or set HF_TOKEN",
+}
 COMMUNITY = (
     "other repositories: kevclark/parameter-golf (sp4096, sp8192), romeerp/parameter-golf-caseops-v1 (CaseOps sp8192), "
     "sproos/parameter-golf-tokenizers, LightSpeedUp/parameter-golf-data (sp1024, sp4096, sp8192 in another layout, may "
@@ -83,7 +91,9 @@ class RemoteFile:
 
     def digest_of(self, local: Path) -> str:
         """The digest of a local file of this size, of the same kind as this one's."""
-        digest = hashlib.sha256() if len(self.digest) == 64 else hashlib.sha1(b"blob %d\0" % self.size)
+        digest = (
+            hashlib.sha256() if len(self.digest) == 64 else hashlib.sha1(b"blob %d\0" % self.size)
+        )
         with open(local, "rb") as file:
             while data := file.read(READ_BYTES):
                 digest.update(data)
@@ -113,7 +123,11 @@ class Ledger:
             entries = dict(json.loads(self.path.read_bytes())) if readable else {}
         except (OSError, ValueError, TypeError, RecursionError):
             entries = {}
-        self.entries = {name: entry for name, entry in entries.items() if isinstance(entry, dict) and "digest" in entry}
+        self.entries = {
+            name: entry
+            for name, entry in entries.items()
+            if isinstance(entry, dict) and "digest" in entry
+        }
 
     def state(self, local: Path) -> dict[str, int]:
         """What changes when somebody writes to `local`."""
@@ -128,7 +142,11 @@ class Ledger:
     def add(self, files: Iterable[RemoteFile], source: str) -> None:
         """Remember `files`, which lie at their final names. Raises Refusal if the ledger cannot be written."""
         for file in files:
-            self.entries[file.path] = {"digest": file.digest, "source": source, **self.state(self.root / file.path)}
+            self.entries[file.path] = {
+                "digest": file.digest,
+                "source": source,
+                **self.state(self.root / file.path),
+            }
         write_atomically(self.path, (json.dumps(self.entries, indent=1) + "\n").encode())
 
 
@@ -136,7 +154,11 @@ class Meter:
     """Bytes that all threads have fetched: one line that redraws itself on a terminal, elsewhere a line per file."""
 
     def __init__(self, total: int):
-        self.progress, self.lock, self.stopped = Progress("downloading", total), threading.Lock(), threading.Event()
+        self.progress, self.lock, self.stopped = (
+            Progress("downloading", total),
+            threading.Lock(),
+            threading.Event(),
+        )
 
     def add(self, count: int) -> None:
         """Count bytes. Raises Refusal once another thread has failed, to end this one."""
@@ -170,9 +192,13 @@ def refuse_hub_errors(what: str) -> Iterator[None]:
         status = error.response.status_code
         raise Refusal(f"{what}: HTTP {status}, {HINTS.get(status, 'try again later')}") from error
     except (huggingface_hub.errors.HTTPError, huggingface_hub.errors.OfflineModeIsEnabled) as error:
-        raise Refusal(f"{what}: connection failed, {first_line(error)}; the next run goes on from here") from error
+        raise Refusal(
+            f"{what}: connection failed, {first_line(error)}; the next run goes on from here"
+        ) from error
     except (ValueError, KeyError, TypeError) as error:
-        raise Refusal(f"{what}: this is not how a Hugging Face hub answers (HF_ENDPOINT): {error!r}") from error
+        raise Refusal(
+            f"{what}: this is not how a Hugging Face hub answers (HF_ENDPOINT): {error!r}"
+        ) from error
 
 
 def with_retries(action: Callable, wait: Callable[[float], object] = time.sleep):
@@ -197,9 +223,13 @@ class Hub:
         self.repo_id, self.prefix, self.endpoint = repo_id, f"{prefix}/" if prefix else "", endpoint
         api = huggingface_hub.HfApi(endpoint=endpoint)
         with refuse_hub_errors(repo_id):
-            info = with_retries(lambda: api.dataset_info(repo_id, revision="main", timeout=TIMEOUT_SECONDS))
+            info = with_retries(
+                lambda: api.dataset_info(repo_id, revision="main", timeout=TIMEOUT_SECONDS)
+            )
             self.commit = info.sha
-            tree = api.list_repo_tree(repo_id, recursive=True, revision=self.commit, repo_type="dataset")
+            tree = api.list_repo_tree(
+                repo_id, recursive=True, revision=self.commit, repo_type="dataset"
+            )
             listed = [entry for entry in tree if isinstance(entry, huggingface_hub.RepoFile)]
         self.manifests = [file.path for file in listed if Path(file.path).name == "manifest.json"]
         self.files = {
@@ -216,7 +246,11 @@ class Hub:
     def append(self, file: RemoteFile, partial: Path, on_bytes: Callable[[int], None]) -> None:
         """Fetch what `partial` lacks of `file`; an error leaves in it what had arrived."""
         url = huggingface_hub.hf_hub_url(
-            self.repo_id, self.prefix + file.path, repo_type="dataset", revision=self.commit, endpoint=self.endpoint
+            self.repo_id,
+            self.prefix + file.path,
+            repo_type="dataset",
+            revision=self.commit,
+            endpoint=self.endpoint,
         )
         with open(partial, "r+b") as out:
             start = out.seek(0, os.SEEK_END)
@@ -277,12 +311,20 @@ def load_manifest(hub: Hub, path: Path, skip: bool) -> bytes:
     """The repository's manifest, taken from `path` if that is the same or if `skip`. Raises Refusal."""
     require(path.is_file() or not skip, f"{path}: no such file, and --skip-manifest fetches none")
     if skip:
-        require(path.stat().st_size <= MAX_JSON_BYTES, f"{path}: more than {MAX_JSON_BYTES:,} bytes are no manifest")
+        require(
+            path.stat().st_size <= MAX_JSON_BYTES,
+            f"{path}: more than {MAX_JSON_BYTES:,} bytes are no manifest",
+        )
         return path.read_bytes()
     where = f"{', '.join(hub.manifests) or 'none elsewhere either'} (MATCHED_FINEWEB_REMOTE_ROOT_PREFIX)"
-    require("manifest.json" in hub.files, f"{hub.repo_id} has no {hub.prefix}manifest.json, but: {where}")
+    require(
+        "manifest.json" in hub.files,
+        f"{hub.repo_id} has no {hub.prefix}manifest.json, but: {where}",
+    )
     file = hub.file("manifest.json")
-    require(file.size <= MAX_JSON_BYTES, f"{hub.repo_id} has a manifest.json of {file.size:,} bytes")
+    require(
+        file.size <= MAX_JSON_BYTES, f"{hub.repo_id} has a manifest.json of {file.size:,} bytes"
+    )
     if path.is_file() and file.flaw_of(path) is None:
         return path.read_bytes()
     with tempfile.TemporaryDirectory() as folder:
@@ -295,7 +337,10 @@ def parse_manifest(data: bytes, source: str) -> dict[str, dict[str, dict]]:
     """The manifest's datasets and tokenizers by name. Raises Refusal."""
     try:
         manifest = json.loads(data)
-        parsed = {kind: {entry["name"]: entry for entry in manifest[kind]} for kind in ("datasets", "tokenizers")}
+        parsed = {
+            kind: {entry["name"]: entry for entry in manifest[kind]}
+            for kind in ("datasets", "tokenizers")
+        }
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise Refusal(f"{source}: not a manifest of datasets and tokenizers: {error!r}") from error
     for name in (name for entries in parsed.values() for name in entries):
@@ -308,16 +353,27 @@ def tokenizer_files(hub: Hub, entry: dict) -> list[RemoteFile]:
     """What the manifest names for a tokenizer; its vocabulary is for people, so it may be missing. Raises Refusal."""
     paths = {key: entry[key] for key in ("model_path", "path", "vocab_path") if entry.get(key)}
     for path in paths.values():
-        plain = isinstance(path, str) and bool(re.fullmatch(r"tokenizers(/\w[\w.-]*)+", path, re.ASCII))
-        shown = type(path).__name__ if isinstance(path, list | dict) else repr(path)  # nested ones may have no repr
-        require(plain, f"{hub.repo_id}: its manifest has a tokenizer at {shown}, not below tokenizers/")
+        plain = isinstance(path, str) and bool(
+            re.fullmatch(r"tokenizers(/\w[\w.-]*)+", path, re.ASCII)
+        )
+        shown = (
+            type(path).__name__ if isinstance(path, list | dict) else repr(path)
+        )  # nested ones may have no repr
+        require(
+            plain, f"{hub.repo_id}: its manifest has a tokenizer at {shown}, not below tokenizers/"
+        )
     if paths.get("vocab_path") not in hub.files:
         paths.pop("vocab_path", None)
-    require(len(paths) > 0, f"{hub.repo_id}: its manifest names no file of the tokenizer {entry['name']}")
+    require(
+        len(paths) > 0,
+        f"{hub.repo_id}: its manifest names no file of the tokenizer {entry['name']}",
+    )
     return [hub.file(path) for path in dict.fromkeys(paths.values())]
 
 
-def select(hub: Hub, manifest: dict[str, dict[str, dict]], name: str, train_shards: int) -> list[RemoteFile]:
+def select(
+    hub: Hub, manifest: dict[str, dict[str, dict]], name: str, train_shards: int
+) -> list[RemoteFile]:
     """Files of dataset `name`: tokenizer, whole validation split, first `train_shards` shards. Raises Refusal."""
     known = ", ".join(manifest["datasets"]) or "no dataset"
     require(name in manifest["datasets"], f"{hub.repo_id} has no {name}, only {known}; {COMMUNITY}")
@@ -328,12 +384,17 @@ def select(hub: Hub, manifest: dict[str, dict[str, dict]], name: str, train_shar
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise Refusal(f"{hub.repo_id}: incomplete manifest entry of {name}: {error!r}") from error
     available = counts["train"]
-    require(train_shards <= available, f"{hub.repo_id}: {train_shards} training shards of {name}, it has {available}")
+    require(
+        train_shards <= available,
+        f"{hub.repo_id}: {train_shards} training shards of {name}, it has {available}",
+    )
     require(counts["val"] > 0, f"{hub.repo_id}: {name} has no validation shard")
     counts["train"] = train_shards
     files = tokenizer_files(hub, tokenizer)
     for split, count in counts.items():
-        files += (hub.file(f"datasets/{name}/fineweb_{split}_{number:06d}.bin") for number in range(count))
+        files += (
+            hub.file(f"datasets/{name}/fineweb_{split}_{number:06d}.bin") for number in range(count)
+        )
     sidecar = re.compile(rf"datasets/{name}/fineweb_val_bytes_\d+\.bin")
     return files + [file for path, file in hub.files.items() if sidecar.fullmatch(path)]
 
@@ -343,7 +404,9 @@ def size_of(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def split_present(hub: Hub, present: list[Path], ledger: Ledger) -> tuple[set[RemoteFile], list[Path]]:
+def split_present(
+    hub: Hub, present: list[Path], ledger: Ledger
+) -> tuple[set[RemoteFile], list[Path]]:
     """(copies of the repository's files, stale files that are this tool's to remove) among local files.
 
     Damaged shards are stale. Raises Refusal for intact files that are neither.
@@ -351,7 +414,10 @@ def split_present(hub: Hub, present: list[Path], ledger: Ledger) -> tuple[set[Re
     copies, stale, foreign = set(), [], []
     progress = Progress("checking", len(present))
     for number, local in enumerate(present, 1):
-        file, digest = hub.files.get(local.relative_to(ledger.root).as_posix()), ledger.digest(local)
+        file, digest = (
+            hub.files.get(local.relative_to(ledger.root).as_posix()),
+            ledger.digest(local),
+        )
         if file and (digest == file.digest or file.flaw_of(local) is None):
             copies.add(file)
         elif digest or (local.suffix == ".bin" and shard_flaw(local)):
@@ -359,7 +425,13 @@ def split_present(hub: Hub, present: list[Path], ledger: Ledger) -> tuple[set[Re
         else:
             foreign.append(local)
         progress.update(number, local.name)
-    named = f"{foreign[0]} and {len(foreign) - 1} more" if len(foreign) > 1 else f"{foreign[0]}" if foreign else ""
+    named = (
+        f"{foreign[0]} and {len(foreign) - 1} more"
+        if len(foreign) > 1
+        else f"{foreign[0]}"
+        if foreign
+        else ""
+    )
     advice = "delete or move what differs, or name another folder with --output"
     require(not foreign, f"not from {hub.repo_id} and not fetched by this tool: {named}; {advice}")
     return copies, stale
@@ -374,15 +446,22 @@ def check_disk_space(needs: dict[Path, int]) -> None:
         disks[device] = folder, total + size
     for folder, total in disks.values():
         free = shutil.disk_usage(folder).free
-        require(total <= free, f"{folder}: the download needs {total / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free")
+        require(
+            total <= free,
+            f"{folder}: the download needs {total / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free",
+        )
 
 
-def synchronize(hub: Hub, wanted: list[RemoteFile], folder: Path, ledger: Ledger) -> list[RemoteFile]:
+def synchronize(
+    hub: Hub, wanted: list[RemoteFile], folder: Path, ledger: Ledger
+) -> list[RemoteFile]:
     """Make `wanted` lie at their final names, with no other repository's shard beside; returns what was fetched."""
     root = ledger.root
     for file in wanted:
         (root / file.path).parent.mkdir(parents=True, exist_ok=True)
-    present = {root / file.path for file in wanted if (root / file.path).exists()} | set(folder.glob("fineweb_*.bin"))
+    present = {root / file.path for file in wanted if (root / file.path).exists()} | set(
+        folder.glob("fineweb_*.bin")
+    )
     copies, stale = split_present(hub, sorted(present), ledger)
     missing = [file for file in wanted if file not in copies]
     needs = {local: -size_of(local) for local in stale}
@@ -403,21 +482,32 @@ def download(args: argparse.Namespace, hub: Hub) -> None:
     started, root, name = time.perf_counter(), args.output, f"fineweb10B_{args.variant}"
     path, folder = root / "manifest.json", root / "datasets" / name
     data = load_manifest(hub, path, args.skip_manifest)
-    manifest = parse_manifest(data, str(path) if args.skip_manifest else f"{hub.repo_id} {hub.prefix}manifest.json")
+    manifest = parse_manifest(
+        data, str(path) if args.skip_manifest else f"{hub.repo_id} {hub.prefix}manifest.json"
+    )
     count = args.train_shards if args.shards is None else args.shards
     wanted = select(hub, manifest, name, count)
     if args.with_docs:
-        wanted += [hub.file(DOCS), *(hub.files[path] for path in [DOCS_SOURCE] if path in hub.files)]
+        wanted += [
+            hub.file(DOCS),
+            *(hub.files[path] for path in [DOCS_SOURCE] if path in hub.files),
+        ]
     fetched = synchronize(hub, wanted, folder, Ledger(root))
     if not path.is_file() or path.read_bytes() != data:
         write_atomically(path, data)
         print(f"{path} is now that of {hub.repo_id} at {hub.commit[:8]}")
     size, seconds = sum(file.size for file in fetched), time.perf_counter() - started
-    print(f"fetched {len(fetched)} of {len(wanted)} files, {size / 1e9:.2f} GB, in {seconds:.1f} seconds")
-    shards = {split: len(list(folder.glob(f"fineweb_{split}_[0-9]*.bin"))) for split in ("val", "train")}
+    print(
+        f"fetched {len(fetched)} of {len(wanted)} files, {size / 1e9:.2f} GB, in {seconds:.1f} seconds"
+    )
+    shards = {
+        split: len(list(folder.glob(f"fineweb_{split}_[0-9]*.bin"))) for split in ("val", "train")
+    }
     print(f"{folder} holds {shards['val']} validation and {shards['train']} training shards")
     if hub.repo_id != OFFICIAL_REPO:
-        print(f"{hub.repo_id} is a mirror: the challenge validates on the first 50,000 documents; see that it does too")
+        print(
+            f"{hub.repo_id} is a mirror: the challenge validates on the first 50,000 documents; see that it does too"
+        )
 
 
 def shard_count(text: str) -> int:
@@ -434,17 +524,39 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("shards", type=shard_count, nargs="?", metavar="N", help="number of training shards; beats --train-shards")
+    add(
+        "shards",
+        type=shard_count,
+        nargs="?",
+        metavar="N",
+        help="number of training shards; beats --train-shards",
+    )
     add("--variant", default="sp1024", help="sp1024, sp8192, byte260, ...; default: %(default)s")
-    add("--train-shards", type=shard_count, default=80, metavar="N", help="the first N; default: %(default)s")
+    add(
+        "--train-shards",
+        type=shard_count,
+        default=80,
+        metavar="N",
+        help="the first N; default: %(default)s",
+    )
     add("--with-docs", action="store_true", help=f"also {DOCS}, the documents themselves")
-    add("--skip-manifest", action="store_true", help="use the manifest.json that is there, whatever the repository has")
+    add(
+        "--skip-manifest",
+        action="store_true",
+        help="use the manifest.json that is there, whatever the repository has",
+    )
     default = Path(__file__).resolve().parent
     add("--output", type=Path, default=default, metavar="FOLDER", help="default: %(default)s")
     args = parser.parse_args(argv)
-    require(huggingface_hub is not None, "downloading needs huggingface_hub: pip install huggingface_hub")
+    require(
+        huggingface_hub is not None,
+        "downloading needs huggingface_hub: pip install huggingface_hub",
+    )
     known = re.fullmatch(r"byte260|sp\d+\w*", args.variant, re.ASCII)
-    require(known is not None, f"--variant {args.variant}: expected byte260 or sp and a size, as in sp1024")
+    require(
+        known is not None,
+        f"--variant {args.variant}: expected byte260 or sp and a size, as in sp1024",
+    )
     repo_id = os.environ.get("MATCHED_FINEWEB_REPO_ID", OFFICIAL_REPO)
     named = re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id, re.ASCII)
     require(named is not None, f"MATCHED_FINEWEB_REPO_ID={repo_id}: expected owner/name")

@@ -6,6 +6,7 @@ The text is the docstrings of torch, numpy, sympy and networkx, read with `ast` 
 importing them. One module is one document; one in seventeen is set aside for validation, and dropped where it repeats
 training text. The same versions of the packages give byte-identical shards and tokenizer.
 """
+
 import argparse
 import ast
 import contextlib
@@ -34,7 +35,9 @@ SKIPPED_FOLDERS = {"tests", "test", "_internal"}  # hardly any docstring in a fi
 DATASET, TOKENIZER, VOCAB_SIZE = "sample_sp1024", "sample_1024_bpe", 1024
 SHINGLE_WORDS = 8
 NEAR_DUPLICATE_SHARE = 0.5  # of a docstring's shingles seen before: drop the docstring
-MAX_SHARED_SHARE = 0.02  # of a validation document's shingles that training also has: drop the document
+MAX_SHARED_SHARE = (
+    0.02  # of a validation document's shingles that training also has: drop the document
+)
 VAL_PER_MILLE = 60
 
 
@@ -53,7 +56,9 @@ def installed_packages(names: tuple[str, ...] = PACKAGES) -> list[Package]:
     for name in names:
         spec = importlib.util.find_spec(name)
         if spec is None or not spec.submodule_search_locations:
-            raise Refusal(f"package {name} is not installed, and the sample is made from it: pip install {name}")
+            raise Refusal(
+                f"package {name} is not installed, and the sample is made from it: pip install {name}"
+            )
         root = Path(next(iter(spec.submodule_search_locations)))
         packages.append(Package(name, root, importlib.metadata.version(name)))
     return packages
@@ -73,7 +78,11 @@ def read_docstrings(path: Path) -> list[str]:
         except (SyntaxError, ValueError):
             return []
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    found = [ast.get_docstring(node, clean=False) for node in ast.walk(tree) if isinstance(node, documented)]
+    found = [
+        ast.get_docstring(node, clean=False)
+        for node in ast.walk(tree)
+        if isinstance(node, documented)
+    ]
     cleaned = [inspect.cleandoc(text).encode(errors="ignore").decode() for text in found if text]
     return [text for text in cleaned if text]
 
@@ -120,7 +129,12 @@ def shingles(text: str) -> set[int]:
     words = text.lower().split()
     runs = range(max(1, len(words) - SHINGLE_WORDS + 1))
     return {
-        int.from_bytes(hashlib.blake2b(" ".join(words[i : i + SHINGLE_WORDS]).encode(), digest_size=8).digest(), "big")
+        int.from_bytes(
+            hashlib.blake2b(
+                " ".join(words[i : i + SHINGLE_WORDS]).encode(), digest_size=8
+            ).digest(),
+            "big",
+        )
         for i in runs
     }
 
@@ -169,7 +183,9 @@ def fingerprint(packages: list[Package]) -> dict[str, str]:
     scripts = (Path(__file__), Path(tokenize_docs.__file__))
     versions = {package.name: package.version for package in packages}
     versions["sentencepiece"] = importlib.metadata.version("sentencepiece")
-    versions["python"] = ".".join(map(str, sys.version_info[:2]))  # its grammar decides which files parse
+    versions["python"] = ".".join(
+        map(str, sys.version_info[:2])
+    )  # its grammar decides which files parse
     return versions | {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in scripts}
 
 
@@ -179,7 +195,9 @@ def file_sizes(destination: tokenize_docs.Destination) -> dict[str, int]:
     return {path.relative_to(destination.output).as_posix(): path.stat().st_size for path in paths}
 
 
-def is_cached(stamp_path: Path, destination: tokenize_docs.Destination, made_by: dict[str, str]) -> bool:
+def is_cached(
+    stamp_path: Path, destination: tokenize_docs.Destination, made_by: dict[str, str]
+) -> bool:
     """Whether the stamp, which is written last, names this maker and the files that are there."""
     try:
         stamp = json.loads(stamp_path.read_bytes())
@@ -197,24 +215,35 @@ def make_sample(output: Path, packages: list[Package], processes: int) -> None:
     if is_cached(stamp_path, destination, made_by):
         print(f"{destination.folder} is complete and made by these versions; nothing to do")
         return
-    print(f"reading the docstrings of {', '.join(f'{p.name} {p.version}' for p in packages)}", flush=True)
+    print(
+        f"reading the docstrings of {', '.join(f'{p.name} {p.version}' for p in packages)}",
+        flush=True,
+    )
     training, validation = split_documents(read_modules(packages, processes))
     print(f"training a tokenizer of {VOCAB_SIZE:,} pieces on the training split", flush=True)
     model = tokenize_docs.train_tokenizer(training.values(), VOCAB_SIZE)
     stamp_path.unlink(missing_ok=True)
-    stats = tokenize_docs.write_dataset(destination, model, validation.values(), training.values(), processes)
+    stats = tokenize_docs.write_dataset(
+        destination, model, validation.values(), training.values(), processes
+    )
     stamp = {"made_by": made_by, "files": file_sizes(destination)}
     write_atomically(stamp_path, (json.dumps(stamp, indent=2) + "\n").encode())
     for split, part in stats.items():
         print(part.line(split))
-    print(f"wrote {destination.folder} and {destination.model_path} in {time.perf_counter() - started:.1f} seconds")
+    print(
+        f"wrote {destination.folder} and {destination.model_path} in {time.perf_counter() - started:.1f} seconds"
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
     """Command line; `argv` defaults to the process's own arguments. Raises Refusal."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     default = Path(__file__).resolve().parent
-    parser.add_argument("--output", type=Path, default=default, metavar="FOLDER", help="default: %(default)s")
+    parser.add_argument(
+        "--output", type=Path, default=default, metavar="FOLDER", help="default: %(default)s"
+    )
     args = parser.parse_args(argv)
     with tokenize_docs.refuse_os_errors():
         make_sample(args.output, installed_packages(), min(os.cpu_count() or 1, 8))

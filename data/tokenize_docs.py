@@ -7,6 +7,7 @@ Inputs are .jsonl files with {"text": ...} on every line (plain, .gz, .xz or .zs
 A document becomes BOS + tokens without EOS and may straddle shards, as in openai/parameter-golf. All shards are written
 to a hidden folder first and moved to their final names only when every one of them is complete.
 """
+
 import argparse
 import collections
 import contextlib
@@ -42,7 +43,12 @@ try:
 except ImportError:
     zstandard = None
 
-SPECIAL_IDS = {"pad": 0, "bos": 1, "eos": 2, "unk": 3}  # the challenge's shards and its trainers assume these
+SPECIAL_IDS = {
+    "pad": 0,
+    "bos": 1,
+    "eos": 2,
+    "unk": 3,
+}  # the challenge's shards and its trainers assume these
 SPACE_PIECE = "\u2581"
 MAX_PIECES = 1 << 16  # shards store uint16
 DEFAULT_SHARD_TOKENS = 100_000_000
@@ -52,7 +58,9 @@ COMPRESSED_SUFFIXES = (".gz", ".xz", ".zst")
 DECOMPRESSION_ERRORS = (zlib.error, lzma.LZMAError) + ((zstandard.ZstdError,) if zstandard else ())
 READ_BYTES = 1 << 18
 MAX_JSON_BYTES = 1 << 20  # of a manifest; as Python objects, text takes up to 50 times its size
-BATCH_CHARS = 1 << 20  # enough work for every thread of one encode call, small enough never to matter in memory
+BATCH_CHARS = (
+    1 << 20
+)  # enough work for every thread of one encode call, small enough never to matter in memory
 
 EXAMPLES = """examples:
   python data/tokenize_docs.py --train a.jsonl.xz b.jsonl --val c.jsonl.xz \\
@@ -85,7 +93,11 @@ class Destination:
 
     def shards(self) -> list[Path]:
         """Files that a trainer's globs would read, byte sidecars of the validation split included."""
-        return sorted(path for split in ("train", "val") for path in self.folder.glob(f"fineweb_{split}_*.bin"))
+        return sorted(
+            path
+            for split in ("train", "val")
+            for path in self.folder.glob(f"fineweb_{split}_*.bin")
+        )
 
     def check_free(self, model: bytes | None = None) -> None:
         """Raise Refusal if writing here would replace shards, or a tokenizer other than `model`, unasked."""
@@ -95,9 +107,13 @@ class Destination:
         if self.overwrite:
             return
         if self.shards():
-            raise Refusal(f"{self.folder} already holds {len(self.shards())} shards; add --overwrite to replace them")
+            raise Refusal(
+                f"{self.folder} already holds {len(self.shards())} shards; add --overwrite to replace them"
+            )
         if model is not None and self.model_path.exists() and self.model_path.read_bytes() != model:
-            raise Refusal(f"{self.model_path} is another tokenizer; add --overwrite to replace it or rename this one")
+            raise Refusal(
+                f"{self.model_path} is another tokenizer; add --overwrite to replace it or rename this one"
+            )
 
 
 @dataclass
@@ -133,7 +149,9 @@ def expand_inputs(paths: Iterable[Path]) -> list[Path]:
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in TEXT_SUFFIXES and p.is_file())
+            found = sorted(
+                p for p in path.rglob("*") if p.suffix.lower() in TEXT_SUFFIXES and p.is_file()
+            )
             if not found:
                 raise Refusal(f"{path}: no .txt or .md file in this folder")
             files += found
@@ -152,7 +170,9 @@ def new_decompressor(path: Path):
         return lzma.LZMADecompressor()
     if zstandard is None:
         raise Refusal(f"{path}: reading .zst needs the package zstandard")
-    return zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()  # as far as zstd --long=31 goes
+    return zstandard.ZstdDecompressor(
+        max_window_size=1 << 31
+    ).decompressobj()  # as far as zstd --long=31 goes
 
 
 def read_chunks(path: Path, on_bytes: Callable[[int], None]) -> Iterator[bytes]:
@@ -166,7 +186,9 @@ def read_chunks(path: Path, on_bytes: Callable[[int], None]) -> Iterator[bytes]:
                 continue
             while data:
                 if decompressor is None:
-                    data = data.lstrip(b"\0")  # xz and gzip allow zero padding between and after frames
+                    data = data.lstrip(
+                        b"\0"
+                    )  # xz and gzip allow zero padding between and after frames
                     if not data:
                         break
                     decompressor = new_decompressor(path)
@@ -178,12 +200,16 @@ def read_chunks(path: Path, on_bytes: Callable[[int], None]) -> Iterator[bytes]:
                 if decompressor.eof:
                     decompressor = None
     if decompressor is not None:
-        raise Refusal(f"{path}: truncated {path.suffix[1:]} file: the compressed data ends in the middle")
+        raise Refusal(
+            f"{path}: truncated {path.suffix[1:]} file: the compressed data ends in the middle"
+        )
 
 
 def read_lines(path: Path, on_bytes: Callable[[int], None]) -> Iterator[bytes]:
     """Lines without their newline; a last line without one counts."""
-    parts: list[bytes] = []  # a list, because adding bytes to bytes is quadratic when one line spans many chunks
+    parts: list[
+        bytes
+    ] = []  # a list, because adding bytes to bytes is quadratic when one line spans many chunks
     for chunk in read_chunks(path, on_bytes):
         *lines, rest = chunk.split(b"\n")
         for line in lines:
@@ -217,7 +243,9 @@ def parse_line(line: bytes, where: str) -> str:
     return text
 
 
-def read_documents(files: Iterable[Path], on_bytes: Callable[[int], None] = lambda count: None) -> Iterator[str]:
+def read_documents(
+    files: Iterable[Path], on_bytes: Callable[[int], None] = lambda count: None
+) -> Iterator[str]:
     """Texts of all documents in order, one in memory at a time; `on_bytes` hears of every read. Raises Refusal."""
     for path in files:
         if path.suffix.lower() in TEXT_SUFFIXES:
@@ -243,7 +271,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
             for text in texts:
                 yield text.replace("\0", " ")  # the trainer drops a whole document for one NUL
         except (Exception, KeyboardInterrupt) as error:
-            failures.append(error)  # SentencePiece passes on only the text of an exception, inside its own
+            failures.append(
+                error
+            )  # SentencePiece passes on only the text of an exception, inside its own
             raise
 
     model = io.BytesIO()
@@ -259,7 +289,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
             split_digits=True,
             normalization_rule_name="nmt_nfkc",
             add_dummy_prefix=False,
-            max_sentence_length=1 << 30,  # bytes; the default of 4,192 silently drops every longer document
+            max_sentence_length=1
+            << 30,  # bytes; the default of 4,192 silently drops every longer document
             minloglevel=2,
             **{f"{name}_id": number for name, number in SPECIAL_IDS.items()},
         )
@@ -280,14 +311,18 @@ def load_tokenizer(model: bytes, name: str) -> sentencepiece.SentencePieceProces
     except RuntimeError as error:
         raise Refusal(f"{name}: not a SentencePiece model") from error
     if tokenizer.vocab_size() > MAX_PIECES:
-        raise Refusal(f"{name}: {tokenizer.vocab_size():,} pieces do not fit the uint16 of a shard ({MAX_PIECES:,})")
+        raise Refusal(
+            f"{name}: {tokenizer.vocab_size():,} pieces do not fit the uint16 of a shard ({MAX_PIECES:,})"
+        )
     ids = {special: getattr(tokenizer, f"{special}_id")() for special in SPECIAL_IDS}
     if ids != SPECIAL_IDS:
         raise Refusal(f"{name}: special ids are {ids}, the challenge needs {SPECIAL_IDS}")
     space = tokenizer.piece_to_id(SPACE_PIECE)
     if space == ids["unk"] or tokenizer.is_unused(space) or tokenizer.is_control(space):
         # Otherwise a lone space counts as the three bytes of U+2581 (openai/parameter-golf #897).
-        raise Refusal(f"{name}: no piece for a space alone (U+2581), which would inflate bits-per-byte byte counts")
+        raise Refusal(
+            f"{name}: no piece for a space alone (U+2581), which would inflate bits-per-byte byte counts"
+        )
     return tokenizer
 
 
@@ -334,12 +369,17 @@ def batches(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 def write_split(
-    texts: Iterable[str], tokenizer: sentencepiece.SentencePieceProcessor, writer: ShardWriter, threads: int
+    texts: Iterable[str],
+    tokenizer: sentencepiece.SentencePieceProcessor,
+    writer: ShardWriter,
+    threads: int,
 ) -> SplitStats:
     """Encode every document as BOS + tokens into `writer`. Raises Refusal when no document has any text."""
     stats = SplitStats()
     for batch in batches(texts):
-        for text, ids in zip(batch, tokenizer.encode(batch, add_bos=True, num_threads=threads), strict=True):
+        for text, ids in zip(
+            batch, tokenizer.encode(batch, add_bos=True, num_threads=threads), strict=True
+        ):
             if len(ids) == 1:
                 stats.empty += 1
                 continue
@@ -355,7 +395,11 @@ def write_split(
 
 
 def write_dataset(
-    destination: Destination, model: bytes, val_texts: Iterable[str], train_texts: Iterable[str], threads: int
+    destination: Destination,
+    model: bytes,
+    val_texts: Iterable[str],
+    train_texts: Iterable[str],
+    threads: int,
 ) -> dict[str, SplitStats]:
     """Tokenizer and shards of both splits, under their final names only once all are complete; val is read first.
 
@@ -390,17 +434,28 @@ def read_manifest(path: Path) -> dict:
         raise Refusal(f"{path}: not a file of at most {MAX_JSON_BYTES:,} bytes; move it away first")
     try:
         manifest = json.loads(path.read_bytes())
-        named = all(isinstance(entry["name"], str) for key in ("tokenizers", "datasets") for entry in manifest[key])
-        json.dumps(manifest, indent=2)  # what is nested too deeply to be written again is to fail before the work
+        named = all(
+            isinstance(entry["name"], str)
+            for key in ("tokenizers", "datasets")
+            for entry in manifest[key]
+        )
+        json.dumps(
+            manifest, indent=2
+        )  # what is nested too deeply to be written again is to fail before the work
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise Refusal(f"{path}: not a manifest of datasets and tokenizers; move it away first") from error
+        raise Refusal(
+            f"{path}: not a manifest of datasets and tokenizers; move it away first"
+        ) from error
     if not named:
         raise Refusal(f"{path}: a dataset or tokenizer has no name; move it away first")
     return manifest
 
 
 def write_manifest(
-    destination: Destination, stats: dict[str, SplitStats], vocab_size: int, inputs: dict[str, list[str]]
+    destination: Destination,
+    stats: dict[str, SplitStats],
+    vocab_size: int,
+    inputs: dict[str, list[str]],
 ) -> None:
     """Add dataset and tokenizer to the manifest, keeping entries of other names; the keys are the challenge's."""
     path = destination.manifest_path
@@ -412,7 +467,12 @@ def write_manifest(
         "recommended_bigram_vocab_size": -(-vocab_size // 128) * 128 * 5,
     }
     kind, name, tokenizer_name = "sentencepiece_bpe", destination.name, destination.tokenizer_name
-    spec = {"name": tokenizer_name, "kind": kind, "dataset_suffix": f"sp{vocab_size}", "vocab_size": vocab_size}
+    spec = {
+        "name": tokenizer_name,
+        "kind": kind,
+        "dataset_suffix": f"sp{vocab_size}",
+        "vocab_size": vocab_size,
+    }
     totals = {}
     for unit, key in (("docs", "documents"), ("files", "files"), ("tokens", "tokens")):
         counts = {split: getattr(part, key) for split, part in stats.items()}
@@ -435,7 +495,9 @@ def write_manifest(
         **shared,
         "stats": totals,
     }
-    other_tokenizers = [entry for entry in manifest["tokenizers"] if entry["name"] != tokenizer_name]
+    other_tokenizers = [
+        entry for entry in manifest["tokenizers"] if entry["name"] != tokenizer_name
+    ]
     other_datasets = [entry for entry in manifest["datasets"] if entry["name"] != name]
     manifest = {
         "version": "local",
@@ -478,7 +540,9 @@ class Corpus:
 
     def training_only(self) -> Iterator[str]:
         """Documents of the training split, which are all that a tokenizer may learn from."""
-        documents = read_documents(self.train_files, byte_progress("reading for the tokenizer", self.train_files))
+        documents = read_documents(
+            self.train_files, byte_progress("reading for the tokenizer", self.train_files)
+        )
         return itertools.islice(documents, self.num_val_docs or 0, None)
 
 
@@ -510,21 +574,65 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--train", type=Path, nargs="+", required=True, metavar="FILE", help=".jsonl[.gz|.xz|.zst], .txt, .md, folder")
+    add(
+        "--train",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help=".jsonl[.gz|.xz|.zst], .txt, .md, folder",
+    )
     val = parser.add_mutually_exclusive_group(required=True)
     val.add_argument("--val", type=Path, nargs="+", metavar="FILE", help="validation documents")
-    val.add_argument("--num-val-docs", type=positive_int, metavar="N", help="instead: the first N documents of --train")
-    tokenizer = parser.add_mutually_exclusive_group(required=True)
-    tokenizer.add_argument("--tokenizer", type=Path, metavar="MODEL", help="SentencePiece model to reuse")
-    tokenizer.add_argument(
-        "--train-tokenizer", type=positive_int, metavar="PIECES", help="instead: train one on the training split alone"
+    val.add_argument(
+        "--num-val-docs",
+        type=positive_int,
+        metavar="N",
+        help="instead: the first N documents of --train",
     )
-    add("--tokenizer-train-docs", type=positive_int, metavar="N", help="train it on its first N documents")
-    add("--output", type=Path, default=Path(__file__).resolve().parent, metavar="FOLDER", help="default: %(default)s")
+    tokenizer = parser.add_mutually_exclusive_group(required=True)
+    tokenizer.add_argument(
+        "--tokenizer", type=Path, metavar="MODEL", help="SentencePiece model to reuse"
+    )
+    tokenizer.add_argument(
+        "--train-tokenizer",
+        type=positive_int,
+        metavar="PIECES",
+        help="instead: train one on the training split alone",
+    )
+    add(
+        "--tokenizer-train-docs",
+        type=positive_int,
+        metavar="N",
+        help="train it on its first N documents",
+    )
+    add(
+        "--output",
+        type=Path,
+        default=Path(__file__).resolve().parent,
+        metavar="FOLDER",
+        help="default: %(default)s",
+    )
     add("--name", required=True, help="dataset name, for example fineweb10B_sp1024")
-    add("--tokenizer-name", metavar="NAME", help="default: that of --tokenizer, or <dataset name>_bpe")
-    add("--shard-tokens", type=positive_int, default=DEFAULT_SHARD_TOKENS, metavar="N", help="default: %(default)s")
-    add("--threads", type=positive_int, default=os.cpu_count() or 1, metavar="N", help="default: all cores")
+    add(
+        "--tokenizer-name",
+        metavar="NAME",
+        help="default: that of --tokenizer, or <dataset name>_bpe",
+    )
+    add(
+        "--shard-tokens",
+        type=positive_int,
+        default=DEFAULT_SHARD_TOKENS,
+        metavar="N",
+        help="default: %(default)s",
+    )
+    add(
+        "--threads",
+        type=positive_int,
+        default=os.cpu_count() or 1,
+        metavar="N",
+        help="default: all cores",
+    )
     add("--overwrite", action="store_true", help="replace the shards that the dataset folder holds")
     return parser.parse_args(argv)
 
@@ -534,8 +642,12 @@ def tokenize(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     corpus = Corpus(expand_inputs(args.train), expand_inputs(args.val or []), args.num_val_docs)
     corpus.check()
-    tokenizer_name = args.tokenizer_name or (args.tokenizer.stem if args.tokenizer else f"{args.name}_bpe")
-    destination = Destination(args.output, args.name, tokenizer_name, args.overwrite, args.shard_tokens)
+    tokenizer_name = args.tokenizer_name or (
+        args.tokenizer.stem if args.tokenizer else f"{args.name}_bpe"
+    )
+    destination = Destination(
+        args.output, args.name, tokenizer_name, args.overwrite, args.shard_tokens
+    )
     destination.check_free()
     read_manifest(destination.manifest_path)
     if args.tokenizer_train_docs and not args.train_tokenizer:
@@ -543,17 +655,26 @@ def tokenize(args: argparse.Namespace) -> None:
     if args.tokenizer:
         model = args.tokenizer.read_bytes()
     else:
-        print(f"training a tokenizer of {args.train_tokenizer:,} pieces on the training split", flush=True)
+        print(
+            f"training a tokenizer of {args.train_tokenizer:,} pieces on the training split",
+            flush=True,
+        )
         model = train_tokenizer(
-            itertools.islice(corpus.training_only(), args.tokenizer_train_docs), args.train_tokenizer
+            itertools.islice(corpus.training_only(), args.tokenizer_train_docs),
+            args.train_tokenizer,
         )
     vocab_size = load_tokenizer(model, str(args.tokenizer or tokenizer_name)).vocab_size()
     stats = write_dataset(destination, model, *corpus.val_then_train(), args.threads)
-    inputs = {"train": [str(path) for path in args.train], "val": [str(path) for path in args.val or []]}
+    inputs = {
+        "train": [str(path) for path in args.train],
+        "val": [str(path) for path in args.val or []],
+    }
     write_manifest(destination, stats, vocab_size, inputs)
     for split, part in stats.items():
         print(part.line(split))
-    print(f"wrote {destination.folder} and {destination.model_path} in {time.perf_counter() - started:.1f} seconds")
+    print(
+        f"wrote {destination.folder} and {destination.model_path} in {time.perf_counter() - started:.1f} seconds"
+    )
 
 
 def main(argv: list[str] | None = None) -> None:

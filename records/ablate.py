@@ -82,12 +82,19 @@ class Source:
         """Raises Refusal when there is no such script or it cannot be imported."""
         require(path.is_file(), f"{path}: no such script")
         beside = path.with_name("eval_sliding.py")
-        train, evaluation = path.read_bytes(), (beside if beside.is_file() else ROOT / "eval_sliding.py").read_bytes()
+        train, evaluation = (
+            path.read_bytes(),
+            (beside if beside.is_file() else ROOT / "eval_sliding.py").read_bytes(),
+        )
         try:
-            classes = [node.name for node in ast.parse(train).body if isinstance(node, ast.ClassDef)]
+            classes = [
+                node.name for node in ast.parse(train).body if isinstance(node, ast.ClassDef)
+            ]
             if "Hyperparameters" not in classes:  # nor is it known what an import would do
                 return cls(path, train, evaluation)
-            spec = importlib.util.spec_from_file_location(f"ablated_{hashlib.sha256(train).hexdigest()}", path)
+            spec = importlib.util.spec_from_file_location(
+                f"ablated_{hashlib.sha256(train).hexdigest()}", path
+            )
             module = importlib.util.module_from_spec(spec)
             sys.modules[spec.name] = module
             spec.loader.exec_module(module)
@@ -119,7 +126,9 @@ class Cell:
     def hyperparameters(self, **more: object):
         """The script's own, from the knobs and `more`. Raises Refusal."""
         try:
-            return self.source.module.Hyperparameters.from_env(self.knobs | {k: str(v) for k, v in more.items()})
+            return self.source.module.Hyperparameters.from_env(
+                self.knobs | {k: str(v) for k, v in more.items()}
+            )
         except Exception as error:  # the Refusal of another module is another class
             raise Refusal(f"{self.where}: cell {self.name}: {error}") from error
 
@@ -135,12 +144,18 @@ def read_lines(path: Path) -> tuple[dict[str, str], dict[str, tuple[str, dict[st
             raise Refusal(f"{where}: {error}") from error
         if not name:
             continue
-        require(re.fullmatch(r"[A-Za-z0-9_.+-]+", name), f"{where}: {name!r}: letters, digits and . _ + - name a cell")
+        require(
+            re.fullmatch(r"[A-Za-z0-9_.+-]+", name),
+            f"{where}: {name!r}: letters, digits and . _ + - name a cell",
+        )
         require(name not in rows, f"{where}: there is a cell {name} already")
         knobs = base if name == "base" else rows.setdefault(name, (where, {}))[1]
         for setting in settings:
             key, equals, value = setting.partition("=")
-            require(equals and re.fullmatch("[A-Z_][A-Z0-9_]*", key), f"{where}: {setting!r}: expected KEY=VALUE")
+            require(
+                equals and re.fullmatch("[A-Z_][A-Z0-9_]*", key),
+                f"{where}: {setting!r}: expected KEY=VALUE",
+            )
             require(key not in ("SEED", "RUN_ID"), f"{where}: {key} is not a cell's to set")
             require(key not in knobs, f"{where}: {key} is set twice")
             knobs[key] = value
@@ -157,16 +172,27 @@ def read_grid(path: Path, script: Path, solve: str) -> list[Cell]:
         knobs = base | own
         chosen = folder / knobs.pop("SCRIPT") if "SCRIPT" in knobs else script.absolute()
         width = knobs.pop("SOLVE", solve)
-        require(width in (*WIDTHS, "off"), f"{where}: SOLVE={width}: expected {', '.join(WIDTHS)} or off")
-        require(cells or own.get("SOLVE", "off") == "off", f"{where}: SOLVE in the control, which sets the bytes")
+        require(
+            width in (*WIDTHS, "off"),
+            f"{where}: SOLVE={width}: expected {', '.join(WIDTHS)} or off",
+        )
+        require(
+            cells or own.get("SOLVE", "off") == "off",
+            f"{where}: SOLVE in the control, which sets the bytes",
+        )
         source = sources[chosen] = sources.get(chosen) or Source.read(chosen)
         known = knobs.keys() | set(PATHS) if source.knobs is None else source.knobs
         unknown = sorted(knobs.keys() - known)
-        require(not unknown, f"{where}: cell {name}: {' '.join(unknown)}: not a knob of {chosen.name}")
+        require(
+            not unknown, f"{where}: cell {name}: {' '.join(unknown)}: not a knob of {chosen.name}"
+        )
         knobs = {key: value for key, value in caller.items() if key in known} | knobs
         knobs |= {key: os.path.abspath(folder / knobs[key]) for key in PATHS if knobs.get(key)}
         for key in (key for key in PATHS if source.knobs and key in known):
-            require(knobs.get(key), f"{where}: cell {name} has no {key}; set it in the grid or in the environment")
+            require(
+                knobs.get(key),
+                f"{where}: cell {name} has no {key}; set it in the grid or in the environment",
+            )
         cells.append(Cell(name, where, source, width if cells else "off", knobs))
         if source.module:
             cells[-1].hyperparameters()
@@ -182,7 +208,11 @@ def estimate(cell: Cell, **more: object) -> tuple[int, int]:
     model = module.GPT(hp)
     if hasattr(model, "expert_table") and model.expert_table.numel():
         table, generator = model.expert_table, torch.Generator().manual_seed(0)
-        if hp.routing in ("modulo", "learned", "soft"):  # a pattern, which takes no bytes to speak of
+        if hp.routing in (
+            "modulo",
+            "learned",
+            "soft",
+        ):  # a pattern, which takes no bytes to speak of
             table.copy_(torch.arange(table.shape[1])[:, None] % hp.num_experts)
         else:
             table.copy_(torch.randint(hp.num_experts, table.shape, generator=generator))
@@ -230,7 +260,9 @@ def settle(cells: list[Cell], out: Path) -> dict[str, dict]:
         if not cell.source.can_estimate:
             continue
         versions = [[part.knobs, part.source.hashes["script_sha256"]] for part in (cell, control)]
-        key = hashlib.sha256(json.dumps([cell.solve, *versions], sort_keys=True).encode()).hexdigest()
+        key = hashlib.sha256(
+            json.dumps([cell.solve, *versions], sort_keys=True).encode()
+        ).hexdigest()
         if cache.get(cell.name, {}).get("key") != key:
             if cell.solve == "off":
                 found = dict(zip(("bytes", "params"), estimate(cell), strict=True))
@@ -243,7 +275,10 @@ def settle(cells: list[Cell], out: Path) -> dict[str, dict]:
             goal = settled[control.name]["bytes"]
             nearest = f"the nearest {cell.solve}={found['width']} gives {found['bytes']:,} bytes"
             fits = abs(found["bytes"] - goal) <= TOLERANCE * goal
-            require(fits, f"{cell.where}: cell {cell.name}: {nearest}, the control {control.name} has {goal:,}")
+            require(
+                fits,
+                f"{cell.where}: cell {cell.name}: {nearest}, the control {control.name} has {goal:,}",
+            )
     return settled
 
 
@@ -266,7 +301,9 @@ def row_of(log: Path, score: str) -> dict[str, object]:
     for name in COLUMNS:
         good = type(row.get(name)) in (int, float) and math.isfinite(row[name])
         require(good, f"{log.name}: {name} is {row.get(name)}")
-    return {name: row[name] for name in COLUMNS} | {"tok_per_s": row["tokens"] / max(row["train_seconds"], 1e-9)}
+    return {name: row[name] for name in COLUMNS} | {
+        "tok_per_s": row["tokens"] / max(row["train_seconds"], 1e-9)
+    }
 
 
 def files_of(folder: Path, cell: Cell) -> dict[int, Path]:
@@ -278,9 +315,13 @@ def files_of(folder: Path, cell: Cell) -> dict[int, Path]:
 
 def closing_line(cell: Cell, seed: int, score: str) -> dict[str, object]:
     """What ends the log of a run: everything that decides its figures."""
-    return {"event": "ablation", "cell": cell.name, "seed": seed, "score": score, "knobs": cell.knobs} | (
-        cell.source.hashes
-    )
+    return {
+        "event": "ablation",
+        "cell": cell.name,
+        "seed": seed,
+        "score": score,
+        "knobs": cell.knobs,
+    } | (cell.source.hashes)
 
 
 def check_logs(out: Path, cells: list[Cell], score: str) -> None:
@@ -290,11 +331,24 @@ def check_logs(out: Path, cells: list[Cell], score: str) -> None:
             made, wanted = events_of(path).get("ablation"), closing_line(cell, seed, score)
             require(made, f"{path}: has no closing line of ablate.py")
             for key in sorted(made["knobs"].keys() | cell.knobs.keys()):
-                old, new = (f"{key}={d[key]}" if key in d else f"no {key}" for d in (made["knobs"], cell.knobs))
-                require(old == new, f"{path} was made with {old}, the grid says {new}: use another --out")
-            require(made["score"] == score, f"{path} was made with --score {made['score']}: use another --out")
-            script = f"{path} was made with another version of {cell.source.path} or its eval_sliding.py"
-            require(all(made.get(key) == wanted[key] for key in wanted), f"{script}: use another --out")
+                old, new = (
+                    f"{key}={d[key]}" if key in d else f"no {key}"
+                    for d in (made["knobs"], cell.knobs)
+                )
+                require(
+                    old == new,
+                    f"{path} was made with {old}, the grid says {new}: use another --out",
+                )
+            require(
+                made["score"] == score,
+                f"{path} was made with --score {made['score']}: use another --out",
+            )
+            script = (
+                f"{path} was made with another version of {cell.source.path} or its eval_sliding.py"
+            )
+            require(
+                all(made.get(key) == wanted[key] for key in wanted), f"{script}: use another --out"
+            )
 
 
 def leash(cores: set[int], parent: int, libc: ctypes.CDLL) -> None:
@@ -318,15 +372,24 @@ class Run:
         self.work.mkdir(parents=True)
         (self.work / "train_gpt.py").write_bytes(cell.source.train)
         (self.work / "eval_sliding.py").write_bytes(cell.source.evaluation)
-        self.stages = [["train_gpt.py"], ["eval_sliding.py", f"logs/{self.name}.ptz"]][: 2 if score == "sliding" else 1]
+        self.stages = [["train_gpt.py"], ["eval_sliding.py", f"logs/{self.name}.ptz"]][
+            : 2 if score == "sliding" else 1
+        ]
         self.start()
 
     def start(self) -> None:
         """Start the next stage, the leader of a process group."""
         env = {name: value for name, value in os.environ.items() if re.fullmatch(INHERITED, name)}
-        env |= {"OMP_NUM_THREADS": str(len(self.cores)), "SEED": str(self.seed), "RUN_ID": self.name} | self.cell.knobs
+        env |= {
+            "OMP_NUM_THREADS": str(len(self.cores)),
+            "SEED": str(self.seed),
+            "RUN_ID": self.name,
+        } | self.cell.knobs
         parent, libc = os.getpid(), ctypes.CDLL(None)
-        with open(self.work / "stdout.txt", "ab") as out, open(self.work / "stderr.txt", "ab") as err:
+        with (
+            open(self.work / "stdout.txt", "ab") as out,
+            open(self.work / "stderr.txt", "ab") as err,
+        ):
             self.process = subprocess.Popen(
                 [sys.executable, *self.stages.pop(0)], cwd=self.work, env=env, stdin=subprocess.DEVNULL, stdout=out,
                 stderr=err, start_new_session=True, preexec_fn=lambda: leash(self.cores, parent, libc)
@@ -345,11 +408,17 @@ class Run:
 
     def finish(self) -> str:
         """File the artifact, then the log; or what a failed run has printed. Returns the score or error in words."""
-        log, failed = self.work / "logs" / f"{self.name}.txt", self.out / "failed" / f"{self.name}.txt"
+        log, failed = (
+            self.work / "logs" / f"{self.name}.txt",
+            self.out / "failed" / f"{self.name}.txt",
+        )
         printed = [(self.work / f"{name}.txt").read_bytes() for name in ("stdout", "stderr")]
         try:
             errors = printed[1].decode(errors="replace").strip().splitlines()
-            require(self.process.returncode == 0, (errors or [f"exit status {self.process.returncode}"])[-1])
+            require(
+                self.process.returncode == 0,
+                (errors or [f"exit status {self.process.returncode}"])[-1],
+            )
             row, artifact = row_of(log, self.score), log.with_suffix(".ptz")
             require(artifact.is_file(), f"{artifact.name} is missing")
         except (Refusal, ValueError) as error:
@@ -358,8 +427,12 @@ class Run:
         else:
             (self.out / "artifacts").mkdir(exist_ok=True)
             os.replace(artifact, self.out / "artifacts" / artifact.name)
-            last = json.dumps(closing_line(self.cell, self.seed, self.score) | {"threads": len(self.cores)})
-            body = log.read_bytes().replace(self.cell.source.train, b"")  # which sources/ has once for all runs
+            last = json.dumps(
+                closing_line(self.cell, self.seed, self.score) | {"threads": len(self.cores)}
+            )
+            body = log.read_bytes().replace(
+                self.cell.source.train, b""
+            )  # which sources/ has once for all runs
             write_atomically(self.out / log.name, body + last.encode() + b"\n")
             failed.unlink(missing_ok=True)
             text = f"{row['val_bpb']:.4f}"
@@ -369,13 +442,17 @@ class Run:
 
 def shares(jobs: int) -> list[set[int]]:
     """Disjoint equal sets of the cores that this process may use. Raises Refusal when there are too few."""
-    cores = sorted(os.sched_getaffinity(0)) if sys.platform == "linux" else list(range(os.cpu_count()))
+    cores = (
+        sorted(os.sched_getaffinity(0)) if sys.platform == "linux" else list(range(os.cpu_count()))
+    )
     each = len(cores) // jobs
     require(each > 0, f"--jobs {jobs}: this process has {len(cores)} cores")
     return [set(cores[job * each : (job + 1) * each]) for job in range(jobs)]
 
 
-def run_all(out: Path, cells: list[Cell], todo: list[tuple[Cell, int]], total: int, args: argparse.Namespace) -> None:
+def run_all(
+    out: Path, cells: list[Cell], todo: list[tuple[Cell, int]], total: int, args: argparse.Namespace
+) -> None:
     """Run what is to do, --jobs at a time, and bring the table up to date after each."""
     free, running, started, remaining = shares(args.jobs), [], time.perf_counter(), list(todo)
     try:
@@ -390,7 +467,10 @@ def run_all(out: Path, cells: list[Cell], todo: list[tuple[Cell, int]], total: i
                 write_outputs(out, cells)
                 eta = (time.perf_counter() - started) / (len(todo) - left) * left
                 eta = f"{eta:.0f} s" if eta < 100 else f"{eta / 60:.0f} min"
-                print(f"{total - left}/{total} {run.cell.name} seed {run.seed}: {text}, ETA {eta}", flush=True)
+                print(
+                    f"{total - left}/{total} {run.cell.name} seed {run.seed}: {text}, ETA {eta}",
+                    flush=True,
+                )
     finally:
         for run in running:
             run.kill()
@@ -442,12 +522,20 @@ def compare(out: Path, cells: list[Cell]) -> list[Row]:
     """A row per cell from the logs in `out`."""
     rows = []
     for cell in cells:
-        runs = {seed: row_of(log, events_of(log)["ablation"]["score"]) for seed, log in files_of(out, cell).items()}
+        runs = {
+            seed: row_of(log, events_of(log)["ablation"]["score"])
+            for seed, log in files_of(out, cell).items()
+        }
         failed = len(files_of(out / "failed", cell).keys() - runs.keys())
-        row = Row(cell, runs, f"failed for {failed} of {failed + len(runs)} seeds" if failed else "")
+        row = Row(
+            cell, runs, f"failed for {failed} of {failed + len(runs)} seeds" if failed else ""
+        )
         control = rows[0] if rows else row
         if runs and control.runs and not row.note:
-            sizes = [statistics.mean(run["bytes_model"] for run in part.runs.values()) for part in (row, control)]
+            sizes = [
+                statistics.mean(run["bytes_model"] for run in part.runs.values())
+                for part in (row, control)
+            ]
             off = abs(sizes[0] / sizes[1] - 1)
             row = replace(row, note=f"bytes differ by {100 * off:.1f} %" if off > TOLERANCE else "")
         if rows and runs and control.runs and not row.note:
@@ -459,7 +547,9 @@ def compare(out: Path, cells: list[Cell]) -> list[Row]:
     spread, freedom = pooled_deviation([list(row.scores.values()) for row in rows])
     compared = [row.delta is not None and freedom > 0 for row in rows]
     return [
-        replace(row, half=half_width(spread, freedom, len(row.runs), len(rows[0].runs))) if known else row
+        replace(row, half=half_width(spread, freedom, len(row.runs), len(rows[0].runs)))
+        if known
+        else row
         for row, known in zip(rows, compared, strict=True)
     ]
 
@@ -470,7 +560,10 @@ def resolution(rows: list[Row]) -> str:
     spread, freedom = pooled_deviation([list(by_seed.values()) for by_seed in scores])
     if not freedom or not n:
         return "Resolution: unknown; it takes two seeds of a cell, and the control."
-    paired = [[y - scores[0][seed] for seed, y in by_seed.items() if seed in scores[0]] for by_seed in scores[1:]]
+    paired = [
+        [y - scores[0][seed] for seed, y in by_seed.items() if seed in scores[0]]
+        for by_seed in scores[1:]
+    ]
     text = f"Resolution: 95 % CI of +-{half_width(spread, freedom, n, n):.4f} bpb for a cell with the control's n = {n}"
     text += f"; standard deviation of seeds, pooled over cells: {spread:.4f} (freedom {freedom})"
     if pooled_deviation(paired)[1]:
@@ -494,9 +587,16 @@ def table(rows: list[Row]) -> str:
             cells[8] = f"{statistics.stdev(run['val_bpb'] for run in runs):.4f}"
         if row.delta is not None:
             cells[9] = f"{row.delta:+.4f}"
-            cells[10] = "-" if row.half is None else f"{row.delta - row.half:+.4f} to {row.delta + row.half:+.4f}"
+            cells[10] = (
+                "-"
+                if row.half is None
+                else f"{row.delta - row.half:+.4f} to {row.delta + row.half:+.4f}"
+            )
             cells[11] = "-" if row.p is None else "<0.0001" if row.p < 1e-4 else f"{row.p:.4f}"
-        cells[5], cells[9] = str(len(runs)), row.note or (cells[9] if row is not rows[0] else "control")
+        cells[5], cells[9] = (
+            str(len(runs)),
+            row.note or (cells[9] if row is not rows[0] else "control"),
+        )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", resolution(rows)]) + "\n"
 
@@ -504,7 +604,9 @@ def table(rows: list[Row]) -> str:
 def plot(rows: list[Row]) -> bytes:
     """A PNG of the differences to the control by cell: seeds, mean and CI."""
     others = rows[1:]
-    figure = needed("matplotlib.figure").Figure(figsize=(8, 1.5 + 0.4 * len(others)), dpi=120, layout="constrained")
+    figure = needed("matplotlib.figure").Figure(
+        figsize=(8, 1.5 + 0.4 * len(others)), dpi=120, layout="constrained"
+    )
     axes = figure.subplots()
     axes.axvline(0, color="0.4", linewidth=1)
     for y, row in enumerate(others):
@@ -515,7 +617,10 @@ def plot(rows: list[Row]) -> bytes:
             axes.errorbar(row.delta, y, xerr=row.half, fmt="D", color="C3", markersize=6, capsize=4)
     labels = [f"{row.cell.name}\n({row.note})" if row.note else row.cell.name for row in others]
     axes.set(yticks=range(len(others)), yticklabels=labels, ylim=(max(len(others), 1) - 0.5, -0.5))
-    axes.set(xlabel="bpb", title=f"val_bpb minus the mean of {rows[0].cell.name}: seeds, mean, 95 % CI; left is better")
+    axes.set(
+        xlabel="bpb",
+        title=f"val_bpb minus the mean of {rows[0].cell.name}: seeds, mean, 95 % CI; left is better",
+    )
     axes.grid(axis="x", alpha=0.3)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
@@ -541,18 +646,50 @@ def write_outputs(out: Path, cells: list[Cell]) -> bool:
 
 def parse_arguments() -> argparse.Namespace:
     """The command line. Raises Refusal; exits with 0 after --help."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.error = lambda message: require(False, f"{message} (more with --help)")
     parser.add_argument("grid", type=Path, metavar="GRID")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the study, made if missing")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder of the study, made if missing",
+    )
     parser.add_argument("--seeds", type=int, nargs="+", required=True, metavar="SEED")
-    parser.add_argument("--only", nargs="+", metavar="CELL", help="run these cells; the table has all of them")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time, on equal shares of the cores")
-    parser.add_argument("--solve", choices=(*WIDTHS, "off"), default="SHARED_DIM", help="knob that makes bytes equal")
-    parser.add_argument("--model-bytes", type=int, metavar="N", help="TARGET_BYTES = N + the bytes of the code, packed")
-    parser.add_argument("--score", choices=("sliding", "artifact"), default="sliding", help="val_bpb of the table")
-    parser.add_argument("--script", type=Path, default=ROOT / "train_gpt.py", metavar="FILE", help="train_gpt.py")
-    parser.add_argument("--dry-run", action="store_true", help="print cells, widths, bytes and runs to do")
+    parser.add_argument(
+        "--only", nargs="+", metavar="CELL", help="run these cells; the table has all of them"
+    )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="runs at a time, on equal shares of the cores",
+    )
+    parser.add_argument(
+        "--solve",
+        choices=(*WIDTHS, "off"),
+        default="SHARED_DIM",
+        help="knob that makes bytes equal",
+    )
+    parser.add_argument(
+        "--model-bytes",
+        type=int,
+        metavar="N",
+        help="TARGET_BYTES = N + the bytes of the code, packed",
+    )
+    parser.add_argument(
+        "--score", choices=("sliding", "artifact"), default="sliding", help="val_bpb of the table"
+    )
+    parser.add_argument(
+        "--script", type=Path, default=ROOT / "train_gpt.py", metavar="FILE", help="train_gpt.py"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print cells, widths, bytes and runs to do"
+    )
     args = parser.parse_args()
     require(args.jobs > 0 and min(args.seeds) >= 0, "--jobs and --seeds: expected positive numbers")
     return args
@@ -596,10 +733,17 @@ def final_knobs(cell: Cell, found: dict, args: argparse.Namespace) -> Cell:
 def warn_of_sharing(cells: list[Cell], jobs: int) -> None:
     capped = []
     for cell in cells if jobs > 1 else ():
-        default = vars(cell.hyperparameters()).get("max_wallclock_seconds", 0) if cell.source.module else 0
+        default = (
+            vars(cell.hyperparameters()).get("max_wallclock_seconds", 0)
+            if cell.source.module
+            else 0
+        )
         capped += [cell.name] if float(cell.knobs.get("MAX_WALLCLOCK_SECONDS", default)) else []
     if capped:
-        print(f"warning: {jobs} runs at a time share the machine whose seconds cap {' '.join(capped)}", file=sys.stderr)
+        print(
+            f"warning: {jobs} runs at a time share the machine whose seconds cap {' '.join(capped)}",
+            file=sys.stderr,
+        )
 
 
 def print_plan(cells: list[Cell], settled: dict[str, dict]) -> None:
@@ -626,17 +770,26 @@ def main() -> None:
         needed(module)
     out = args.out.absolute()
     with sole_runner(out):
-        settled = settle(cells, out) if args.dry_run or any(cell.solve != "off" for cell in cells) else {}
+        settled = (
+            settle(cells, out) if args.dry_run or any(cell.solve != "off" for cell in cells) else {}
+        )
         cells = [final_knobs(cell, settled.get(cell.name), args) for cell in cells]
         check_logs(out, cells, args.score)
-        asked = [(c, s) for s in dict.fromkeys(args.seeds) for c in cells if not args.only or c.name in args.only]
+        asked = [
+            (c, s)
+            for s in dict.fromkeys(args.seeds)
+            for c in cells
+            if not args.only or c.name in args.only
+        ]
         todo = [(cell, seed) for cell, seed in asked if seed not in files_of(out, cell)]
         if args.dry_run:
             print_plan(cells, settled)
             print(f"{len(todo)} of {len(asked)} runs to do")
             return
         for source in {cell.source.path: cell.source for cell in cells}.values():
-            write_atomically(out / "sources" / f"{source.hashes['script_sha256'][:12]}.py", source.train)
+            write_atomically(
+                out / "sources" / f"{source.hashes['script_sha256'][:12]}.py", source.train
+            )
         warn_of_sharing(cells, args.jobs)
         run_all(out, cells, todo, len(asked), args)
         comparable = write_outputs(out, cells)

@@ -34,20 +34,60 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from runlog import Run
 
 import train_gpt
-from train_gpt import GPT, Dist, Gradients, Hyperparameters, Refusal, require, role_of, run_entry_point
+from train_gpt import (
+    GPT,
+    Dist,
+    Gradients,
+    Hyperparameters,
+    Refusal,
+    require,
+    role_of,
+    run_entry_point,
+)
 
 PEAK_FLOPS = 989e12  # per second, dense bfloat16, H100 and H200 (SXM) by their data sheet
 NVLINK_BYTES = 450e9  # per second and direction, of both, by their data sheet
 RANKS = 8
 BLOCKS = 5  # of steps; the table has their median and extremes
-BACKWARD = "autograd::engine::evaluate_function: "  # what the profiler calls a node of the backward pass
+BACKWARD = (
+    "autograd::engine::evaluate_function: "  # what the profiler calls a node of the backward pass
+)
 NUM_EXPERTS, EXPERT_DIMS = (4, 2, 8, 16), (32, 64, 128, 256, 512, 1024)  # the record's E first
-UNTIL = {"attention": 0.15, "steps": 0.7, "parts": 0.8, "dispatch": 1.0}  # fraction of --seconds, by kind of cell
-PARTS = ("attention", "MLP", "routing", "mu", "head + loss", "loader", "gradients", "Muon", "AdamW", "EMA", "other")
+UNTIL = {
+    "attention": 0.15,
+    "steps": 0.7,
+    "parts": 0.8,
+    "dispatch": 1.0,
+}  # fraction of --seconds, by kind of cell
+PARTS = (
+    "attention",
+    "MLP",
+    "routing",
+    "mu",
+    "head + loss",
+    "loader",
+    "gradients",
+    "Muon",
+    "AdamW",
+    "EMA",
+    "other",
+)
 COMPILERS = {"inductor": "inductor", "eager": "Dynamo only", "none": "none"}
 SMALL = {  # the cpu profile of run_8xh100.sh, with recurrence; not compiled, which would take the whole minute
-    **{"DTYPE": "float32", "COMPILE": "0", "VOCAB_SIZE": "1024", "TRAIN_SEQ_LEN": "256", "TRAIN_BATCH_TOKENS": "2048"},
-    **{"NUM_LAYERS": "3", "MODEL_DIM": "128", "NUM_HEADS": "4", "NUM_KV_HEADS": "2", "SHARED_DIM": "256"},
+    **{
+        "DTYPE": "float32",
+        "COMPILE": "0",
+        "VOCAB_SIZE": "1024",
+        "TRAIN_SEQ_LEN": "256",
+        "TRAIN_BATCH_TOKENS": "2048",
+    },
+    **{
+        "NUM_LAYERS": "3",
+        "MODEL_DIM": "128",
+        "NUM_HEADS": "4",
+        "NUM_KV_HEADS": "2",
+        "SHARED_DIM": "256",
+    },
     **{"LOOP_START": "1", "LOOP_END": "1", "LOOP_PASSES": "2", "PARALLEL_START_LAYER": "3"},
 }
 
@@ -76,13 +116,21 @@ def communication(hp: Hyperparameters, step_seconds: float | None) -> list[dict]
     with torch.device("meta"):
         model = GPT(hp)
     flat = Gradients(model, Dist(0, RANKS, torch.device("meta"))).flat
-    updates = sum(p.nbytes for name, p in model.named_parameters() if role_of(name) in ("matrix", "expert"))
+    updates = sum(
+        p.nbytes for name, p in model.named_parameters() if role_of(name) in ("matrix", "expert")
+    )
     rows = []
-    for name, size in {"loss and gradients, one flat buffer": flat.nbytes, "Muon's updates": updates}.items():
+    for name, size in {
+        "loss and gradients, one flat buffer": flat.nbytes,
+        "Muon's updates": updates,
+    }.items():
         spent = 2 * (RANKS - 1) / RANKS * size / NVLINK_BYTES
         share = spent / step_seconds if step_seconds else None
         rows.append({"what": name, "bytes": size, "seconds": spent, "share_of_step": share})
-    return [*rows, {"what": "clock, by the host", "bytes": 8, "seconds": None, "share_of_step": None}]
+    return [
+        *rows,
+        {"what": "clock, by the host", "bytes": 8, "seconds": None, "share_of_step": None},
+    ]
 
 
 def crossovers(rows: list[dict]) -> dict[int, int | None]:
@@ -159,7 +207,9 @@ def time_blocks(work: Callable[[], object], dist: Dist, seconds: float) -> list[
 def text_like(hp: Hyperparameters, count: int) -> np.ndarray:
     """(count,) uint16 token ids by the law of Zipf and Mandelbrot: uniform ones would be kind to the embedding."""
     shares = 1 / (np.arange(hp.vocab_size) + 3.7)
-    return np.random.default_rng(0).choice(hp.vocab_size, count, p=shares / shares.sum()).astype("<u2")
+    return (
+        np.random.default_rng(0).choice(hp.vocab_size, count, p=shares / shares.sum()).astype("<u2")
+    )
 
 
 def write_tokens(folder: Path, hp: Hyperparameters) -> None:
@@ -187,12 +237,17 @@ class Trainer:
         self.model = model = model_for(hp, hp.attention, dist.device)
         model.init_weights()
         sample = self.loader.sample()
-        table = train_gpt.build_expert_table(hp, np.bincount(sample, minlength=hp.vocab_size), sample)
+        table = train_gpt.build_expert_table(
+            hp, np.bincount(sample, minlength=hp.vocab_size), sample
+        )
         model.expert_table.copy_(table)
         model.to(dist.device)
         self.hp, self.within = model.hp, lambda part: contextlib.nullcontext()
         self.forward = compiled(model, backend)
-        self.optimizers, self.gradients = train_gpt.build_optimizers(hp, model, dist), Gradients(model, dist)
+        self.optimizers, self.gradients = (
+            train_gpt.build_optimizers(hp, model, dist),
+            Gradients(model, dist),
+        )
         self.weights = [p.detach() for p in model.parameters()]
         self.average, self.accum = [p.clone() for p in self.weights], hp.grad_accum_steps(1)
 
@@ -202,7 +257,9 @@ class Trainer:
         with self.within("loader"):
             batches = [self.loader.next_batch() for _ in range(self.accum)]
         norm = self.hp.grad_clip_norm
-        loss = train_gpt.train_step(self.forward, self.optimizers, self.gradients, batches, norm, looped)
+        loss = train_gpt.train_step(
+            self.forward, self.optimizers, self.gradients, batches, norm, looped
+        )
         newest = train_gpt.average_weight(self.hp, 0.5, 1000)
         with self.within("EMA"):
             if newest:
@@ -255,14 +312,21 @@ def measure(trainer: Trainer, name: str, looped: bool, seconds: float) -> dict:
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
     rate, flops = hp.train_batch_tokens / statistics.median(times), flops_per_token(hp, looped)
     row = {"name": name, "looped": looped, "seconds": statistics.median(times), "fastest": times[0]}
-    row |= {"slowest": times[-1], "tokens_per_second": rate, "flops_per_token": flops, "flops": rate * flops}
+    row |= {
+        "slowest": times[-1],
+        "tokens_per_second": rate,
+        "flops_per_token": flops,
+        "flops": rate * flops,
+    }
     row |= {"mfu": rate * flops / PEAK_FLOPS if is_hopper(device) else None, "peak_bytes": peak}
     row |= {"backend": trainer.backend, "attention": hp.attention, "graphs": warm[0] - before[0]}
     return row | {"graph_breaks": after[1] - before[1], "recompiles": after[0] - warm[0]}
 
 
 def is_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and any(chip in torch.cuda.get_device_name(device) for chip in ("H100", "H200"))
+    return device.type == "cuda" and any(
+        chip in torch.cuda.get_device_name(device) for chip in ("H100", "H200")
+    )
 
 
 # ---- Parts of a step
@@ -307,14 +371,18 @@ def phases(trainer: Trainer, looped: bool) -> dict[str, float]:
     trainer.dist.synchronize()
     seconds = watch.seconds()
     total = seconds.pop("step")
-    return {"forward + backward": 1 - sum(seconds.values()) / total} | {n: s / total for n, s in seconds.items()}
+    return {"forward + backward": 1 - sum(seconds.values()) / total} | {
+        n: s / total for n, s in seconds.items()
+    }
 
 
 def parts_of(events: list, on_gpu: bool) -> dict[str, float]:
     """Share of each of PARTS in the time of a profile: kernels by the operator that launched them, or operators on a
     CPU. The innermost range around an operator counts; around one of the backward pass, that of its forward operator,
     which has the same sequence number and is the last to have it."""
-    on_host = sorted((e for e in events if e.device_type.name == "CPU"), key=lambda e: e.time_range.start)
+    on_host = sorted(
+        (e for e in events if e.device_type.name == "CPU"), key=lambda e: e.time_range.start
+    )
     forward_part: dict[int, str] = {}
 
     def part_of(event) -> str:
@@ -331,7 +399,9 @@ def parts_of(events: list, on_gpu: bool) -> dict[str, float]:
             forward_part[event.sequence_nr] = part_of(event)
     spent = dict.fromkeys(PARTS, 0.0)
     for event in on_host:
-        spent[part_of(event)] += event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        spent[part_of(event)] += (
+            event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        )
     total = sum(spent.values())
     require(total > 0, "the profiler has seen nothing")
     return {part: part_spent / total for part, part_spent in spent.items()}
@@ -358,17 +428,25 @@ def profile(trainer: Trainer, looped: bool) -> dict[str, float]:
 def variants(hp: Hyperparameters) -> dict[str, Hyperparameters]:
     """The environment's model by both ways of dispatch, and dense with the same parameters."""
     routed = replace(hp, routing="zipf") if hp.routing == "dense" else hp
-    kinds = {"masked": {"dispatch": "masked"}, "dense": {"routing": "dense"}, "grouped": {"dispatch": "grouped"}}
+    kinds = {
+        "masked": {"dispatch": "masked"},
+        "dense": {"routing": "dense"},
+        "grouped": {"dispatch": "grouped"},
+    }
     return {name: replace(routed, **changes) for name, changes in kinds.items()}
 
 
-def measure_variant(name: str, hp: Hyperparameters, dist: Dist, budget: Budget, seconds: float) -> tuple[list, dict]:
+def measure_variant(
+    name: str, hp: Hyperparameters, dist: Dist, budget: Budget, seconds: float
+) -> tuple[list, dict]:
     """Rows with recurrence off and on, and the phases of a step of the last; no phases of others than masked."""
     trainer = budget.run("steps", name, lambda: Trainer(hp, dist, backend_of(hp, dist.device)))
     rows, shares = [], None
     for looped in (False, True)[hp.loop_passes == 1 :] if trainer else ():
         title = f"{name}, recurrence {'on' if looped and hp.loop_passes > 1 else 'off'}"
-        rows.append(budget.run("steps", title, lambda t=title, on=looped: measure(trainer, t, on, seconds)))
+        rows.append(
+            budget.run("steps", title, lambda t=title, on=looped: measure(trainer, t, on, seconds))
+        )
     if name == "masked" and any(rows):
         shares = budget.run("parts", "phases", lambda: phases(trainer, looped))
     return [row for row in rows if row], shares or {}
@@ -380,11 +458,20 @@ def measure_attention(hp: Hyperparameters, dist: Dist, kernel: str, seconds: flo
     model = model_for(replace(hp, num_layers=1, loop_passes=1), kernel, dist.device)
     heads = (hp.num_heads, hp.num_kv_heads, hp.num_kv_heads)
     shapes = [(B, hp.train_seq_len, count, hp.head_dim) for count in heads]
-    q_k_v = [torch.randn(s, device=dist.device, dtype=model.dtype, requires_grad=True) for s in shapes]
-    attend, gradient = model.blocks[0].attn.attend, torch.randn(shapes[0], device=dist.device, dtype=model.dtype)
+    q_k_v = [
+        torch.randn(s, device=dist.device, dtype=model.dtype, requires_grad=True) for s in shapes
+    ]
+    attend, gradient = (
+        model.blocks[0].attn.attend,
+        torch.randn(shapes[0], device=dist.device, dtype=model.dtype),
+    )
     times = time_blocks(lambda: torch.autograd.grad(attend(*q_k_v), q_k_v, gradient), dist, seconds)
     flops = 6 * hp.train_seq_len * hp.model_dim * B * hp.train_seq_len
-    return {"kernel": kernel, "seconds": statistics.median(times), "flops": flops / statistics.median(times)}
+    return {
+        "kernel": kernel,
+        "seconds": statistics.median(times),
+        "flops": flops / statistics.median(times),
+    }
 
 
 class Layer(nn.Module):
@@ -406,12 +493,16 @@ def measure_layer(hp: Hyperparameters, dist: Dist, seconds: float) -> float:
         nn.init.normal_(p, std=0.02)
     B = max(1, min(hp.micro_batch_tokens, hp.train_batch_tokens) // hp.train_seq_len)
     tokens = text_like(hp, B * hp.train_seq_len)
-    table = train_gpt.build_expert_table(layer.model.hp, np.bincount(tokens, minlength=hp.vocab_size), tokens)
+    table = train_gpt.build_expert_table(
+        layer.model.hp, np.bincount(tokens, minlength=hp.vocab_size), tokens
+    )
     layer.model.expert_table.copy_(table)
     layer.to(dist.device)
     ids = torch.from_numpy(tokens.astype(np.int64)).view(B, -1).to(dist.device)
     shape = (*ids.shape, hp.model_dim)
-    x, gradient = (torch.randn(shape, device=dist.device, dtype=layer.model.dtype) for _ in range(2))
+    x, gradient = (
+        torch.randn(shape, device=dist.device, dtype=layer.model.dtype) for _ in range(2)
+    )
     inputs = [x.requires_grad_(), *layer.model.blocks[0].mlp.parameters()]
     forward = compiled(layer, "inductor" if train_gpt.can_compile(hp, dist.device) else "none")
 
@@ -422,10 +513,20 @@ def measure_layer(hp: Hyperparameters, dist: Dist, seconds: float) -> float:
     return statistics.median(time_blocks(work, dist, seconds))
 
 
-def compare_dispatch(hp: Hyperparameters, dist: Dist, experts: int, width: int, seconds: float) -> dict:
+def compare_dispatch(
+    hp: Hyperparameters, dist: Dist, experts: int, width: int, seconds: float
+) -> dict:
     """Seconds of both ways, and the ratio that their operations predict: masked computes all experts, grouped K."""
-    hp = replace(hp, num_experts=experts, expert_dim=width, routing="zipf" if hp.routing == "dense" else hp.routing)
-    ways = {way: measure_layer(replace(hp, dispatch=way), dist, seconds) for way in ("masked", "grouped")}
+    hp = replace(
+        hp,
+        num_experts=experts,
+        expert_dim=width,
+        routing="zipf" if hp.routing == "dense" else hp.routing,
+    )
+    ways = {
+        way: measure_layer(replace(hp, dispatch=way), dist, seconds)
+        for way in ("masked", "grouped")
+    }
     predicted = (hp.shared_dim + experts * width) / (hp.shared_dim + hp.top_k * width)
     return {"num_experts": experts, "expert_dim": width, **ways, "predicted": predicted}
 
@@ -454,7 +555,12 @@ def steps_table(rows: list[dict]) -> str:
         spread = f"{1000 * row['fastest']:.2f} to {1000 * row['slowest']:.2f}"
         over = row["seconds"] / dense[row["looped"]] - 1 if row["looped"] in dense else None
         mebibytes = row["peak_bytes"] / 2**20 if row["peak_bytes"] else None
-        rates = [f"{row['tokens_per_second']:,.0f}", f"{1000 * row['seconds']:.2f}", spread, show(over, "+.1%")]
+        rates = [
+            f"{row['tokens_per_second']:,.0f}",
+            f"{1000 * row['seconds']:.2f}",
+            spread,
+            show(over, "+.1%"),
+        ]
         rates += [f"{row['flops'] / 1e12:.3f}", show(row["mfu"], ".1%"), show(mebibytes, ",.0f")]
         counts = [str(row[count]) for count in ("graphs", "graph_breaks", "recompiles")]
         lines.append([row["name"], *rates, COMPILERS[row["backend"]], *counts])
@@ -467,7 +573,10 @@ def shares_table(title: str, shares: dict[str, float]) -> str:
 
 
 def attention_table(rows: list[dict]) -> str:
-    lines = [[row["kernel"], f"{1000 * row['seconds']:.3f}", f"{row['flops'] / 1e12:.3f}"] for row in rows]
+    lines = [
+        [row["kernel"], f"{1000 * row['seconds']:.3f}", f"{row['flops'] / 1e12:.3f}"]
+        for row in rows
+    ]
     return markdown("Attention of one layer, forward + backward", "kernel|ms|TFLOP/s", lines)
 
 
@@ -482,7 +591,9 @@ def dispatch_table(rows: list[dict]) -> str:
     text = markdown("Routing and MLP of one layer, forward + backward", columns, lines)
     if not rows:
         return text
-    found = (f"E={e}: {'nowhere' if dim is None else f'>= {dim}'}" for e, dim in crossovers(rows).items())
+    found = (
+        f"E={e}: {'nowhere' if dim is None else f'>= {dim}'}" for e, dim in crossovers(rows).items()
+    )
     return f"{text}\n\nEXPERT_DIM from which grouped is faster: {', '.join(found)}"
 
 
@@ -501,7 +612,9 @@ def mfu_at_end(run: Run) -> float | None:
     if len(run.train) < 2 or not any(chip in run.hardware for chip in ("H100", "H200")):
         return None
     booleans = {"True": "1", "False": "0"}
-    hp = Hyperparameters.from_env({name.upper(): booleans.get(text, text) for name, text in run.knobs.items()})
+    hp = Hyperparameters.from_env(
+        {name.upper(): booleans.get(text, text) for name, text in run.knobs.items()}
+    )
     looped = hp.loop_is_on(0.0) or any(event.name == "recurrence on" for event in run.events)
     before, last = run.train[-2:]
     rate = (last.step - before.step) * hp.train_batch_tokens / (last.seconds - before.seconds)
@@ -517,9 +630,15 @@ def table_of_logs(paths: list[Path]) -> str:
         require(complete, f"{run.path}: no train_summary: not a finished training of ours")
         rate = train["tokens"] / train["train_seconds"]
         scores = [train["val_bpb_float"], train["val_bpb"], scored["val_bpb"] if scored else None]
-        shown = [show(mfu_at_end(run), ".1%"), *(show(score, ".4f") for score in scores), f"{train['bytes_total']:,}"]
+        shown = [
+            show(mfu_at_end(run), ".1%"),
+            *(show(score, ".4f") for score in scores),
+            f"{train['bytes_total']:,}",
+        ]
         lines.append([train["run_id"], f"{train['steps']:,}", f"{rate:,.0f}", *shown])
-    return markdown("Finished trainings", "run|steps|tok/s|MFU at the end|float|int6|sliding|bytes", lines)
+    return markdown(
+        "Finished trainings", "run|steps|tok/s|MFU at the end|float|int6|sliding|bytes", lines
+    )
 
 
 def figure_of(result: dict):
@@ -529,17 +648,30 @@ def figure_of(result: dict):
     figure = Figure(figsize=(12, 8), layout="constrained")
     (rates, parts), (kernels, dispatch) = figure.subplots(2, 2)
     figure.suptitle(f"records/bench.py on {result['device']}, torch {result['torch']}")
-    rates.barh([row["name"] for row in result["steps"]], [row["tokens_per_second"] for row in result["steps"]])
+    rates.barh(
+        [row["name"] for row in result["steps"]],
+        [row["tokens_per_second"] for row in result["steps"]],
+    )
     rates.set_xlabel("tokens per second")
     parts.barh(list(result["parts"]), [100 * share for share in result["parts"].values()])
     parts.set_xlabel("% of a step that is not compiled")
-    kernels.barh([row["kernel"] for row in result["attention"]], [1000 * row["seconds"] for row in result["attention"]])
+    kernels.barh(
+        [row["kernel"] for row in result["attention"]],
+        [1000 * row["seconds"] for row in result["attention"]],
+    )
     kernels.set_xlabel("ms of one layer's attention")
     for experts in sorted({row["num_experts"] for row in result["dispatch"]}):
-        rows = sorted((r for r in result["dispatch"] if r["num_experts"] == experts), key=lambda r: r["expert_dim"])
+        rows = sorted(
+            (r for r in result["dispatch"] if r["num_experts"] == experts),
+            key=lambda r: r["expert_dim"],
+        )
         widths, label = [row["expert_dim"] for row in rows], f"E = {experts}"
-        (line,) = dispatch.plot(widths, [r["masked"] / r["grouped"] for r in rows], marker="o", label=label)
-        dispatch.plot(widths, [row["predicted"] for row in rows], linestyle=":", color=line.get_color())
+        (line,) = dispatch.plot(
+            widths, [r["masked"] / r["grouped"] for r in rows], marker="o", label=label
+        )
+        dispatch.plot(
+            widths, [row["predicted"] for row in rows], linestyle=":", color=line.get_color()
+        )
     dispatch.axhline(1, color="black", linewidth=1)
     dispatch.set_xlabel("EXPERT_DIM (dotted: predicted by FLOPs)")
     dispatch.set_ylabel("time of masked / grouped")
@@ -558,12 +690,24 @@ def bench(hp: Hyperparameters, dist: Dist, seconds: float) -> dict:
     """Measure, and print each table once it is known. Returns everything, as JSON takes it."""
     budget, block = Budget(seconds), seconds / 400
     on_gpu = dist.device.type == "cuda"
-    device = torch.cuda.get_device_name(dist.device) if on_gpu else f"a CPU, {torch.get_num_threads()} threads"
-    result = {"device": device, "torch": torch.__version__, "knobs": asdict(replace(hp, data_path=""))}
+    device = (
+        torch.cuda.get_device_name(dist.device)
+        if on_gpu
+        else f"a CPU, {torch.get_num_threads()} threads"
+    )
+    result = {
+        "device": device,
+        "torch": torch.__version__,
+        "knobs": asdict(replace(hp, data_path="")),
+    }
     result |= {"left_out": budget.left_out, "attention": []}
-    print(f"{device}, torch {torch.__version__}, {hp.train_batch_tokens:,} tokens a step, {seconds:.0f} s in all")
+    print(
+        f"{device}, torch {torch.__version__}, {hp.train_batch_tokens:,} tokens a step, {seconds:.0f} s in all"
+    )
     for kernel in train_gpt.CHOICES["attention"].split()[1:]:
-        row = budget.run("attention", kernel, lambda k=kernel: measure_attention(hp, dist, k, block))
+        row = budget.run(
+            "attention", kernel, lambda k=kernel: measure_attention(hp, dist, k, block)
+        )
         result["attention"] += [row] if row else []
     print(attention_table(result["attention"]), flush=True)
     result |= {"steps": [], "phases": {}}
@@ -572,16 +716,31 @@ def bench(hp: Hyperparameters, dist: Dist, seconds: float) -> dict:
         result["steps"] += rows
         result["phases"] = result["phases"] or shares
     print(steps_table(result["steps"]), flush=True)
-    print(shares_table("Phases of a masked step as in the table above, by the device's clock", result["phases"]))
+    print(
+        shares_table(
+            "Phases of a masked step as in the table above, by the device's clock", result["phases"]
+        )
+    )
     # Without the compiler more is kept for the backward pass, so a GPU gets it in four passes.
-    parts_hp = replace(hp, compile=False, micro_batch_tokens=max(1, hp.micro_batch_tokens // (4 if on_gpu else 1)))
-    result["parts"] = budget.run("parts", "parts", lambda: profile(Trainer(parts_hp, dist, "none"), True)) or {}
-    print(shares_table("Parts of a step that is not compiled, by torch.profiler", result["parts"]), flush=True)
+    parts_hp = replace(
+        hp, compile=False, micro_batch_tokens=max(1, hp.micro_batch_tokens // (4 if on_gpu else 1))
+    )
+    result["parts"] = (
+        budget.run("parts", "parts", lambda: profile(Trainer(parts_hp, dist, "none"), True)) or {}
+    )
+    print(
+        shares_table("Parts of a step that is not compiled, by torch.profiler", result["parts"]),
+        flush=True,
+    )
     result["dispatch"] = []
     for experts in NUM_EXPERTS:
         for width in (width for width in EXPERT_DIMS if width <= 2 * hp.model_dim):
             name = f"dispatch E={experts} EXPERT_DIM={width}"
-            row = budget.run("dispatch", name, lambda e=experts, w=width: compare_dispatch(hp, dist, e, w, block / 4))
+            row = budget.run(
+                "dispatch",
+                name,
+                lambda e=experts, w=width: compare_dispatch(hp, dist, e, w, block / 4),
+            )
             result["dispatch"] += [row] if row else []
     print(dispatch_table(result["dispatch"]), flush=True)
     masked = [row["seconds"] for row in result["steps"] if row["name"].startswith("masked")]
@@ -592,7 +751,9 @@ def bench(hp: Hyperparameters, dist: Dist, seconds: float) -> dict:
 
 def save(result: dict, name: Path) -> None:
     """NAME.json and, where matplotlib is installed, NAME.png, each complete or not at all. Raises Refusal."""
-    train_gpt.write_atomically(name.with_name(f"{name.name}.json"), json.dumps(result, indent=1).encode())
+    train_gpt.write_atomically(
+        name.with_name(f"{name.name}.json"), json.dumps(result, indent=1).encode()
+    )
     try:
         figure = figure_of(result)
     except ImportError:
@@ -606,12 +767,20 @@ def save(result: dict, name: Path) -> None:
 def parse_arguments() -> argparse.Namespace:
     """Raises Refusal; exits with 0 after --help."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.error = lambda message: require(False, f"{message} (more with --help)")
     parser.add_argument("--seconds", type=float, help="default: 420 on a GPU, 60 without")
     parser.add_argument("--out", type=Path, metavar="NAME", help="write NAME.json and NAME.png")
-    parser.add_argument("--table", nargs="+", type=Path, metavar="LOG", help="of finished trainings; measures nothing")
+    parser.add_argument(
+        "--table",
+        nargs="+",
+        type=Path,
+        metavar="LOG",
+        help="of finished trainings; measures nothing",
+    )
     args = parser.parse_args()
     in_range = args.seconds is None or 0 < args.seconds < math.inf
     require(in_range, f"--seconds {args.seconds}: expected a positive number")
@@ -633,7 +802,10 @@ def main() -> int:
     if args.table:
         print(table_of_logs(args.table))
         return 0
-    require(os.environ.get("WORLD_SIZE", "1") == "1", "one process only: what ranks exchange is counted on paper")
+    require(
+        os.environ.get("WORLD_SIZE", "1") == "1",
+        "one process only: what ranks exchange is counted on paper",
+    )
     hp = knobs_from(dict(os.environ))
     dist = Dist.from_torchrun(hp.device)
     torch.set_float32_matmul_precision("high")
@@ -646,7 +818,9 @@ def main() -> int:
     failed = breaks + again > 0 or not traced
     verdict = "FAIL" if failed else "pass"
     print(f"\nleft out: {'; '.join(result['left_out']) or 'nothing'}")
-    print(f"{len(traced)} steps traced, graph breaks {breaks}, graphs compiled after the warm-up {again}: {verdict}")
+    print(
+        f"{len(traced)} steps traced, graph breaks {breaks}, graphs compiled after the warm-up {again}: {verdict}"
+    )
     if args.out:
         save(result, args.out)
     return int(failed)

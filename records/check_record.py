@@ -44,15 +44,45 @@ from train_gpt import BOS_ID, MAX_SUBMISSION_BYTES, Refusal, require, run_entry_
 NUMERIC = (int, float)
 SCORE_DIGITS = 4  # after the point: with fewer, a score is taken to end in zeros
 REQUIRED = {"author": str, "github_id": str, "name": str, "blurb": str, "date": str}
-REQUIRED |= {"val_bpb": NUMERIC, "val_loss": NUMERIC, "bytes_total": int}  # what accepted records have
-OPTIONAL = {"bytes_code": int, "bytes_model": int, "val_bpb_std": NUMERIC, "val_loss_std": NUMERIC, "track": str}
-OPTIONAL |= {"seeds": (list, dict), "seed_results": dict, "hardware": str, "step_stop": int, "compliance": dict}
-OPTIONAL |= {"pre_quant_val_bpb": NUMERIC, "pre_quant_val_loss": NUMERIC, "wallclock_seconds": NUMERIC}
-ABSENT = ("flash_attn", "flash_attn_interface", "zstandard", "brotli", "huggingface_hub", "matplotlib", "scipy")
+REQUIRED |= {
+    "val_bpb": NUMERIC,
+    "val_loss": NUMERIC,
+    "bytes_total": int,
+}  # what accepted records have
+OPTIONAL = {
+    "bytes_code": int,
+    "bytes_model": int,
+    "val_bpb_std": NUMERIC,
+    "val_loss_std": NUMERIC,
+    "track": str,
+}
+OPTIONAL |= {
+    "seeds": (list, dict),
+    "seed_results": dict,
+    "hardware": str,
+    "step_stop": int,
+    "compliance": dict,
+}
+OPTIONAL |= {
+    "pre_quant_val_bpb": NUMERIC,
+    "pre_quant_val_loss": NUMERIC,
+    "wallclock_seconds": NUMERIC,
+}
+ABSENT = (
+    "flash_attn",
+    "flash_attn_interface",
+    "zstandard",
+    "brotli",
+    "huggingface_hub",
+    "matplotlib",
+    "scipy",
+)
 SMOKE = {"ITERATIONS": "10", "TRAIN_BATCH_TOKENS": "4096", "TRAIN_SEQ_LEN": "256"}
 SMOKE_SECONDS = 1800
 NEEDS_GPU = "CUDA is required|not compiled with CUDA|[Nn]o NVIDIA driver|No CUDA GPUs|CUDA (is )?not available"
-LEAKY_SHARDS = 1499  # of a CaseOps preparation that put validation documents into training (upstream PR #2127)
+LEAKY_SHARDS = (
+    1499  # of a CaseOps preparation that put validation documents into training (upstream PR #2127)
+)
 IMPORT = f"""
 import json, pathlib, sys
 class Absent:
@@ -105,10 +135,19 @@ class Folder:
                 runs[run.text] = run  # once, where train.log repeats the log of a seed
         runs = sorted(runs.values(), key=lambda run: run.path)
         runs = [run for run in runs if run.dialect != "unknown" or run.score]
-        scripts = [path / "train_gpt.py"] if (path / "train_gpt.py").exists() else sorted(path.glob("train*.py"))
+        scripts = (
+            [path / "train_gpt.py"]
+            if (path / "train_gpt.py").exists()
+            else sorted(path.glob("train*.py"))
+        )
         readme = path / "README.md"
-        anything = runs or unreadable or scripts or readme.exists() or (path / "submission.json").exists()
-        require(anything, f"{path}: neither a log, a script, a README.md nor a submission.json: no records folder")
+        anything = (
+            runs or unreadable or scripts or readme.exists() or (path / "submission.json").exists()
+        )
+        require(
+            anything,
+            f"{path}: neither a log, a script, a README.md nor a submission.json: no records folder",
+        )
         try:
             submission = json.loads((path / "submission.json").read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
@@ -121,7 +160,11 @@ class Folder:
     def is_record(self) -> bool:
         """Whether the folder competes, for which the limits of time and the statistics hold."""
         place = self.path.resolve().parent.name
-        track = place.removeprefix("track_") if place.startswith("track_") else self.submission.get("track")
+        track = (
+            place.removeprefix("track_")
+            if place.startswith("track_")
+            else self.submission.get("track")
+        )
         return track == TRACKS[0]
 
     @property
@@ -156,11 +199,18 @@ def seed_of(run: Run) -> int | None:
 
 
 def check_files(folder: Folder) -> Iterator[Finding]:
-    expected = {"README.md": folder.readme, "submission.json": (folder.path / "submission.json").exists()}
+    expected = {
+        "README.md": folder.readme,
+        "submission.json": (folder.path / "submission.json").exists(),
+    }
     missing = [name for name, there in expected.items() if not there]
     missing += [] if folder.script else ["train_gpt.py"]
     missing += [] if folder.runs else ["a log (train_seed<SEED>.log)"]
-    foreign = [path.name for path in sorted(folder.path.rglob("*")) if path.suffix in (".ptz", ".pt", ".bin", ".npy")]
+    foreign = [
+        path.name
+        for path in sorted(folder.path.rglob("*"))
+        if path.suffix in (".ptz", ".pt", ".bin", ".npy")
+    ]
     faults = [f"missing: {', '.join(missing)}"] if missing else []
     faults += [f"models and data do not belong here: {', '.join(foreign)}"] if foreign else []
     faults += folder.unreadable
@@ -181,7 +231,9 @@ def type_faults(submission: dict) -> Iterator[str]:
             continue
         elif not isinstance(value, kind) or isinstance(value, bool):
             yield f"{key} is {json.dumps(value)[:30]}"
-        elif isinstance(value, NUMERIC) and not (is_number(value) and (value > 0 or key.endswith("_std"))):
+        elif isinstance(value, NUMERIC) and not (
+            is_number(value) and (value > 0 or key.endswith("_std"))
+        ):
             yield f"{key} is {str(value)[:30]}"
         elif value == "":
             yield f"{key} is empty"
@@ -197,7 +249,11 @@ def check_submission(folder: Folder) -> Iterator[Finding]:
         return
     faults, place = list(type_faults(folder.submission)), folder.path.resolve().parent.name
     track = str(folder.submission.get("track", "")).replace("-", "_")
-    if place.startswith("track_") and track and not track.startswith(place.removeprefix("track_")[:5]):
+    if (
+        place.startswith("track_")
+        and track
+        and not track.startswith(place.removeprefix("track_")[:5])
+    ):
         faults.append(f"track is {track}, the folder lies in {place}")
     text = "; ".join(faults) or f"{len(folder.submission)} keys of the right types"
     yield Finding("submission.json", text, not faults)
@@ -214,15 +270,21 @@ def check_seeds(folder: Folder) -> Iterator[Finding]:
     faults += [f"several logs of seed {', '.join(map(str, repeated))}"] if repeated else []
     for key in ("seeds", "seed_results"):
         stated = folder.submission.get(key)
-        if isinstance(stated, (list, dict)) and {str(seed) for seed in stated} != {str(seed) for seed in seeds}:
+        if isinstance(stated, (list, dict)) and {str(seed) for seed in stated} != {
+            str(seed) for seed in seeds
+        }:
             found = ", ".join(map(str, stated)), ", ".join(map(str, seeds))
             faults.append(f"submission.json has {key} {found[0]}, the logs {found[1]}")
     for run in folder.scored:
         named = re.search(r"seed_?(\d+)", run.path.stem)
         if named and run.seed is not None and int(named[1]) != run.seed:
             faults.append(f"{run.path.name} is the log of seed {run.seed}")
-    text = f"{len(seeds)}: {', '.join(map(str, seeds))}" + ("" if len(seeds) >= 3 else "; a record needs three")
-    yield Finding("seeds", "; ".join(faults) or text, not faults and (len(seeds) >= 3 or not folder.is_record))
+    text = f"{len(seeds)}: {', '.join(map(str, seeds))}" + (
+        "" if len(seeds) >= 3 else "; a record needs three"
+    )
+    yield Finding(
+        "seeds", "; ".join(faults) or text, not faults and (len(seeds) >= 3 or not folder.is_record)
+    )
 
 
 def check_scores(folder: Folder) -> Iterator[Finding]:
@@ -230,7 +292,10 @@ def check_scores(folder: Folder) -> Iterator[Finding]:
     runs, stated, faults = folder.scored, folder.submission, []
     if not runs:
         return
-    means = {"val_bpb": [run.score.bpb for run in runs], "val_loss": [run.score.loss for run in runs]}
+    means = {
+        "val_bpb": [run.score.bpb for run in runs],
+        "val_loss": [run.score.loss for run in runs],
+    }
     for key, values in means.items():
         spread = statistics.stdev(values) if len(values) > 1 else None
         for name, value in ((key, statistics.fmean(values)), (f"{key}_std", spread)):
@@ -242,26 +307,47 @@ def check_scores(folder: Folder) -> Iterator[Finding]:
                 faults += [] if population else [f"{name} is {found}, the logs give {value:.8f}"]
     for name, allowed in summaries(runs).items():
         found, numbers = stated.get(name), [value for value in allowed if is_number(value)]
-        wrong = found not in allowed if isinstance(found, str) else is_number(found) and not agrees(found, numbers)
+        wrong = (
+            found not in allowed
+            if isinstance(found, str)
+            else is_number(found) and not agrees(found, numbers)
+        )
         faults += [f"{name} is {found}, the logs give {allowed[0]}"] if allowed and wrong else []
     results = stated.get("seed_results")
     for run in runs if isinstance(results, dict) else ():
-        own, facts = results.get(str(seed_of(run)), {}), {"val_bpb": [run.score.bpb], "val_loss": [run.score.loss]}
+        own, facts = (
+            results.get(str(seed_of(run)), {}),
+            {"val_bpb": [run.score.bpb], "val_loss": [run.score.loss]},
+        )
         facts |= {"artifact_bytes": [run.bytes_model, run.bytes_total], "steps": [run.steps]}
-        facts |= {"train_time_s": [run.train_seconds], "eval_time_s": [run.eval_seconds, run.score.seconds]}
+        facts |= {
+            "train_time_s": [run.train_seconds],
+            "eval_time_s": [run.eval_seconds, run.score.seconds],
+        }
         for key, values in facts.items():
             if isinstance(own, dict) and is_number(own.get(key)) and not agrees(own[key], values):
                 faults.append(f"seed {seed_of(run)} {key} is {own[key]}, its log has {values[0]}")
     mean = statistics.fmean(means["val_bpb"])
-    yield Finding("scores", "; ".join(faults) or f"val_bpb {mean:.5f}, every seed as in its log", not faults)
+    yield Finding(
+        "scores", "; ".join(faults) or f"val_bpb {mean:.5f}, every seed as in its log", not faults
+    )
 
 
 def summaries(runs: list[Run]) -> dict[str, list]:
     """What else a submission.json may say of all runs: mean, extremes, or any of them; empty where no log has it."""
     before = [run.final("float") for run in runs if run.final("float")]
-    columns = {"pre_quant_val_bpb": [row.bpb for row in before], "pre_quant_val_loss": [row.loss for row in before]}
-    columns |= {"step_stop": [run.steps for run in runs], "wallclock_seconds": [run.train_seconds for run in runs]}
-    columns |= {"eval_time_seconds": [run.eval_seconds for run in runs], "bytes_model": [r.bytes_model for r in runs]}
+    columns = {
+        "pre_quant_val_bpb": [row.bpb for row in before],
+        "pre_quant_val_loss": [row.loss for row in before],
+    }
+    columns |= {
+        "step_stop": [run.steps for run in runs],
+        "wallclock_seconds": [run.train_seconds for run in runs],
+    }
+    columns |= {
+        "eval_time_seconds": [run.eval_seconds for run in runs],
+        "bytes_model": [r.bytes_model for r in runs],
+    }
     found = {}
     for name, values in columns.items():
         known = [value for value in values if value is not None]
@@ -275,9 +361,15 @@ def summaries(runs: list[Run]) -> dict[str, list]:
 
 def figures_of(run: Run) -> dict[str, float]:
     """What a README may say of a run, by a name that is the same for all of its seeds."""
-    figures = {f"{row.label} {what}": value for row in run.finals for what, value in row._asdict().items()}
-    figures |= {f"last {what}": value for row in run.val[-1:] for what, value in row._asdict().items()}
-    figures |= {f"score {what}": value for what, value in run.score._asdict().items()} if run.score else {}
+    figures = {
+        f"{row.label} {what}": value for row in run.finals for what, value in row._asdict().items()
+    }
+    figures |= {
+        f"last {what}": value for row in run.val[-1:] for what, value in row._asdict().items()
+    }
+    figures |= (
+        {f"score {what}": value for what, value in run.score._asdict().items()} if run.score else {}
+    )
     names = "bytes_code bytes_model bytes_total steps train_seconds eval_seconds params"
     figures |= {name: getattr(run, name) for name in names.split(" ")}
     averages = re.findall(r"step_avg:([\d.]+)ms", run.text)
@@ -291,7 +383,10 @@ def rows_of_figures(text: str, seeds: set[str]) -> list[tuple[str, list[str]]]:
     """Of the first table in Markdown with a row for one of the seeds: the first cell of every row, and the figures in
     its other cells, those with four decimals or five digits, which are scores or bytes."""
     for table in re.findall(r"(?:^\|.*\n?)+", text, re.M):
-        rows = [[cell.strip(" *`") for cell in line.strip().strip("|").split("|")] for line in table.splitlines()]
+        rows = [
+            [cell.strip(" *`") for cell in line.strip().strip("|").split("|")]
+            for line in table.splitlines()
+        ]
         if seeds & {row[0] for row in rows}:
             plain = [[re.match(r"\d[\d,]*(?:\.\d+)?", cell) for cell in row] for row in rows]
             figures = [[match[0].replace(",", "") for match in row[1:] if match] for row in plain]
@@ -315,15 +410,30 @@ def check_readme(folder: Folder) -> Iterator[Finding]:
         if first in figures or mean:
             checked += len(stated)
             wrong = [x for x in stated if not agrees(x, means if mean else allowed[first])]
-            faults += [f"{first if mean else f'seed {first}'}: {x} is not what the logs give" for x in wrong]
+            faults += [
+                f"{first if mean else f'seed {first}'}: {x} is not what the logs give"
+                for x in wrong
+            ]
     scores = [statistics.fmean(run.score.bpb for run in folder.scored)] if folder.scored else []
     bold = re.findall(rf"\*\*val_bpb:? *[:=]? *{NUMBER}", folder.readme)
-    faults += [f"**val_bpb: {stated}** is not the mean of the logs" for stated in bold if not agrees(stated, scores)]
-    spread = [statistics.stdev(run.score.bpb for run in folder.scored)] if len(folder.scored) > 1 else []
+    faults += [
+        f"**val_bpb: {stated}** is not the mean of the logs"
+        for stated in bold
+        if not agrees(stated, scores)
+    ]
+    spread = (
+        [statistics.stdev(run.score.bpb for run in folder.scored)] if len(folder.scored) > 1 else []
+    )
     stds = re.findall(r"^\*\*val_bpb: \S+\*\* \(\d+-seed mean, std ([\d.]+)\)", folder.readme, re.M)
-    faults += [f"std {stated} is not that of the logs" for stated in stds if not agrees(stated, spread)]
+    faults += [
+        f"std {stated} is not that of the logs" for stated in stds if not agrees(stated, spread)
+    ]
     faults += [] if checked or not folder.scored else ["no table with a row of figures per seed"]
-    yield Finding("README", "; ".join(faults) or f"{checked + len(bold)} figures, each as in the logs", not faults)
+    yield Finding(
+        "README",
+        "; ".join(faults) or f"{checked + len(bold)} figures, each as in the logs",
+        not faults,
+    )
 
 
 # ---- Limits
@@ -340,9 +450,15 @@ def check_bytes(folder: Folder) -> Iterator[Finding]:
         elif code is not None and model is not None and code + model != total:
             faults.append(f"{run.path.name}: {code:,} + {model:,} is not {total:,}")
         elif code is not None and size is not None and code != size:
-            counted = f"{run.path.name} counts {code:,} bytes of code, {folder.script.name} has {size:,}"
+            counted = (
+                f"{run.path.name} counts {code:,} bytes of code, {folder.script.name} has {size:,}"
+            )
             faults.append(counted + (", packed it may have fewer" if code < size else ""))
-        faults += [f"{run.path.name}: {total:,} bytes, over the cap"] if (total or 0) >= MAX_SUBMISSION_BYTES else []
+        faults += (
+            [f"{run.path.name}: {total:,} bytes, over the cap"]
+            if (total or 0) >= MAX_SUBMISSION_BYTES
+            else []
+        )
     stated = folder.submission.get("bytes_total")
     if totals and isinstance(stated, int) and stated != max(totals):
         faults.append(f"bytes_total is {stated:,}, the largest in the logs {max(totals):,}")
@@ -350,15 +466,26 @@ def check_bytes(folder: Folder) -> Iterator[Finding]:
     if isinstance(coded, int) and size is not None and coded != size:
         faults.append(f"bytes_code is {coded:,}, {folder.script.name} has {size:,}")
     room = MAX_SUBMISSION_BYTES - max(totals, default=0)
-    yield Finding("bytes", "; ".join(faults) or f"{max(totals, default=0):,}, {room:,} below the cap", not faults)
+    yield Finding(
+        "bytes",
+        "; ".join(faults) or f"{max(totals, default=0):,}, {room:,} below the cap",
+        not faults,
+    )
 
 
 def check_time(folder: Folder) -> Iterator[Finding]:
     slowest = {}
     for what in ("train", "eval"):
-        seconds = [s for run in folder.runs if (s := run.train_seconds if what == "train" else run.eval_seconds)]
+        seconds = [
+            s
+            for run in folder.runs
+            if (s := run.train_seconds if what == "train" else run.eval_seconds)
+        ]
         slowest[what] = max(seconds, default=None)
-    text = ", ".join(f"{what} {s:.3f} s" if s else f"{what} not stated" for what, s in slowest.items()) + " at most"
+    text = (
+        ", ".join(f"{what} {s:.3f} s" if s else f"{what} not stated" for what, s in slowest.items())
+        + " at most"
+    )
     resumed = [run.path.name for run in folder.runs if run.resumed]
     text += f"; interrupted and resumed: {', '.join(resumed)}" if resumed else ""
     in_time = not resumed and all(s is not None and s < MAX_SECONDS for s in slowest.values())
@@ -391,10 +518,16 @@ def check_statistics(folder: Folder, against: list[str]) -> Iterator[Finding]:
         return
     baseline = find_baseline(names)
     if not baseline.same_text(runs[0]):
-        said = "validated on another text" if runs[0].targets else "which text the logs were validated on is unknown"
+        said = (
+            "validated on another text"
+            if runs[0].targets
+            else "which text the logs were validated on is unknown"
+        )
         yield Finding("statistics", f"{baseline.name}: {said}", False if runs[0].targets else None)
         return
-    result = baseline.compare([r.score.bpb for r in runs], statistics.fmean(r.nats_per_bpb for r in runs))
+    result = baseline.compare(
+        [r.score.bpb for r in runs], statistics.fmean(r.nats_per_bpb for r in runs)
+    )
     holds = result.reached if folder.is_record else None
     yield Finding("statistics", f"against {baseline.name}: {result.verdict}", holds)
 
@@ -402,16 +535,24 @@ def check_statistics(folder: Folder, against: list[str]) -> Iterator[Finding]:
 # ---- Script
 
 
-def run_script(arguments: list[str], cwd: Path, env: dict[str, str], seconds: int) -> tuple[int, str, str]:
+def run_script(
+    arguments: list[str], cwd: Path, env: dict[str, str], seconds: int
+) -> tuple[int, str, str]:
     """Python on `arguments` without a GPU and without this repository on its path. Exit status, stdout, stderr."""
     kept = ("PATH", "HOME", "LANG", "TMPDIR", "VIRTUAL_ENV", "OMP_NUM_THREADS", "CC", "CXX")
-    base = {name: os.environ[name] for name in kept if name in os.environ} | {"CUDA_VISIBLE_DEVICES": ""}
+    base = {name: os.environ[name] for name in kept if name in os.environ} | {
+        "CUDA_VISIBLE_DEVICES": ""
+    }
     try:
         command = [sys.executable, *arguments]
-        done = subprocess.run(command, cwd=cwd, env=base | env, capture_output=True, timeout=seconds)
+        done = subprocess.run(
+            command, cwd=cwd, env=base | env, capture_output=True, timeout=seconds
+        )
     except subprocess.TimeoutExpired:
         return 124, "", f"not done after {seconds} s"
-    return done.returncode, *(output.decode(errors="replace") for output in (done.stdout, done.stderr))
+    return done.returncode, *(
+        output.decode(errors="replace") for output in (done.stdout, done.stderr)
+    )
 
 
 def last_line(text: str) -> str:
@@ -427,7 +568,13 @@ def syntax_fault(path: Path) -> str | None:
         return f"{path.name}: {error}"
     # From 3.12 on, ast accepts f-strings that 3.10 does not; ruff knows them.
     if sys.version_info >= (3, 12) and importlib.util.find_spec("ruff"):
-        flags = ["--isolated", "--no-cache", "--target-version=py310", "--select=E999", "--output-format=concise"]
+        flags = [
+            "--isolated",
+            "--no-cache",
+            "--target-version=py310",
+            "--select=E999",
+            "--output-format=concise",
+        ]
         code, out, _ = run_script(["-m", "ruff", "check", *flags, str(path)], path.parent, {}, 60)
         if code and "syntax" in out:
             return out.splitlines()[0]
@@ -444,7 +591,9 @@ def check_script(folder: Folder) -> Iterator[Finding]:
     if stated and not packed:
         own = folder.script.read_text(encoding="utf-8", errors="replace")
         same = all(source.strip() == own.strip() for source in stated)
-        yield Finding("source", "the logs print the script" if same else "the logs print another script", same)
+        yield Finding(
+            "source", "the logs print the script" if same else "the logs print another script", same
+        )
 
 
 def check_import(folder: Folder) -> Iterator[Finding]:
@@ -463,13 +612,24 @@ def check_import(folder: Folder) -> Iterator[Finding]:
             yield Finding("import", last_line(err), False)
             return
         said = f", but prints {last_line(out)!r}" if out.strip() else ""
-        shape = ", ".join(f"{key} {found[key]}" for key in ("model_dim", "num_layers", "vocab_size"))
-        yield Finding("import", f"without CUDA and {', '.join(ABSENT[2:4])}: {shape}{said}", not said)
+        shape = ", ".join(
+            f"{key} {found[key]}" for key in ("model_dim", "num_layers", "vocab_size")
+        )
+        yield Finding(
+            "import", f"without CUDA and {', '.join(ABSENT[2:4])}: {shape}{said}", not said
+        )
         hashes = set().union(*(run.code_hashes for run in folder.runs))
         if hashes:
             digest = hashlib.sha256("\0".join(found["sources"]).encode()).hexdigest()
-            same, unpacked = hashes == {digest}, [Path(place, f"unpacked_{i}.py") for i in range(len(found["sources"]))]
-            yield Finding("source", f"{digest[:12]}, as the logs say" if same else "not what the logs ran", same)
+            same, unpacked = (
+                hashes == {digest},
+                [Path(place, f"unpacked_{i}.py") for i in range(len(found["sources"]))],
+            )
+            yield Finding(
+                "source",
+                f"{digest[:12]}, as the logs say" if same else "not what the logs ran",
+                same,
+            )
             for path, source in zip(unpacked, found["sources"], strict=True):
                 path.write_text(source, encoding="utf-8")
             faults = [fault for fault in map(syntax_fault, unpacked) if fault]
@@ -484,7 +644,10 @@ def smoke_tokenizer(vocab_size: int) -> bytes:
 def smoke_text(seed: int, documents: int) -> list[str]:
     """Documents of made-up words, of which there are enough for any vocabulary."""
     rng, letters = random.Random(seed), "abcdefghijklmnopqrstuvwxyz"
-    return [" ".join("".join(rng.choices(letters, k=rng.randint(2, 9))) for _ in range(200)) for _ in range(documents)]
+    return [
+        " ".join("".join(rng.choices(letters, k=rng.randint(2, 9))) for _ in range(200))
+        for _ in range(documents)
+    ]
 
 
 def smoke_data(folder: Path, vocab_size: int) -> dict[str, str]:
@@ -498,18 +661,28 @@ def smoke_data(folder: Path, vocab_size: int) -> dict[str, str]:
         for text in smoke_text(seed, documents):
             writer.add(np.array([BOS_ID, *processor.encode(text)], dtype=np.uint16))
         writer.flush()
-    return {"DATA_PATH": str(folder), "TOKENIZER_PATH": str(folder / "smoke.model"), "VOCAB_SIZE": str(vocab_size)}
+    return {
+        "DATA_PATH": str(folder),
+        "TOKENIZER_PATH": str(folder / "smoke.model"),
+        "VOCAB_SIZE": str(vocab_size),
+    }
 
 
 def check_smoke(folder: Folder) -> Iterator[Finding]:
     """Ten steps of the script in a copy of the folder alone and, of our own, the evaluation of what they made."""
     ours = next((run for run in folder.runs if run.dialect == "ours"), None)
-    stated = [run.knobs["vocab_size"] for run in folder.runs if run.knobs.get("vocab_size", "").isdigit()]
+    stated = [
+        run.knobs["vocab_size"] for run in folder.runs if run.knobs.get("vocab_size", "").isdigit()
+    ]
     vocab = stated[0] if stated else "1024"
     with tempfile.TemporaryDirectory() as place:
         copy = Path(place, "record")
         shutil.copytree(folder.path, copy)
-        env = (environment(ours) if ours else {}) | smoke_data(Path(place, "data"), int(vocab)) | SMOKE
+        env = (
+            (environment(ours) if ours else {})
+            | smoke_data(Path(place, "data"), int(vocab))
+            | SMOKE
+        )
         env |= {"RUN_ID": "smoke"} | ({"DEVICE": "cpu", "DTYPE": "float32"} if ours else {})
         code, out, err = run_script([folder.script.name], copy, env, SMOKE_SECONDS)
         said = " ".join(f"{name}={value}" for name, value in SMOKE.items())
@@ -517,12 +690,20 @@ def check_smoke(folder: Folder) -> Iterator[Finding]:
             yield Finding("smoke", f"needs a GPU: {last_line(err)}", None)
             return
         steps = re.findall(r"^(?:step:)?10/10\b", out, re.M)
-        yield Finding("smoke", said if code == 0 and steps else last_line(err), code == 0 and bool(steps))
+        yield Finding(
+            "smoke", said if code == 0 and steps else last_line(err), code == 0 and bool(steps)
+        )
         if ours and code == 0:
             packed = [] if (copy / "eval_sliding.py").exists() else [folder.script.name]
-            code, out, err = run_script([*packed, "eval_sliding.py", "logs/smoke.ptz"], copy, env, SMOKE_SECONDS)
+            code, out, err = run_script(
+                [*packed, "eval_sliding.py", "logs/smoke.ptz"], copy, env, SMOKE_SECONDS
+            )
             score = re.findall(r"^final_\S+ val_loss:.*", out, re.M)
-            yield Finding("evaluation", f"eval_sliding.py: {score[0]}" if score else last_line(err), bool(score))
+            yield Finding(
+                "evaluation",
+                f"eval_sliding.py: {score[0]}" if score else last_line(err),
+                bool(score),
+            )
 
 
 # ---- Command line
@@ -530,7 +711,12 @@ def check_smoke(folder: Folder) -> Iterator[Finding]:
 
 def check(folder: Folder, against: list[str], run: bool) -> list[Finding]:
     """All findings in the order of the table. Raises Refusal for a row that does not exist."""
-    checks: list[Callable[[Folder], Iterator[Finding]]] = [check_files, check_submission, check_seeds, check_scores]
+    checks: list[Callable[[Folder], Iterator[Finding]]] = [
+        check_files,
+        check_submission,
+        check_seeds,
+        check_scores,
+    ]
     checks += [check_readme, check_bytes, check_time, check_configuration]
     checks += [functools.partial(check_statistics, against=against), check_script]
     findings = [finding for each in checks for finding in guarded(each, folder)]
@@ -546,22 +732,46 @@ def guarded(each: Callable[[Folder], Iterator[Finding]], folder: Folder) -> list
     name = each.func.__name__ if isinstance(each, functools.partial) else each.__name__
     try:
         return list(each(folder))
-    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
-        return [Finding(name.removeprefix("check_"), f"cannot be read: {type(error).__name__}: {error}", False)]
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as error:
+        return [
+            Finding(
+                name.removeprefix("check_"),
+                f"cannot be read: {type(error).__name__}: {error}",
+                False,
+            )
+        ]
 
 
 def main() -> None:
     """Print the table of the folder on the command line. Exits with 1 if a check fails; raises Refusal."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.error = lambda message: require(False, f"{message} (--help shows examples)")
     parser.add_argument("folder", type=Path, metavar="FOLDER")
-    parser.add_argument("--against", nargs="+", default=[], metavar="ROW", help="a PR, best, logs or a records folder")
+    parser.add_argument(
+        "--against",
+        nargs="+",
+        default=[],
+        metavar="ROW",
+        help="a PR, best, logs or a records folder",
+    )
     parser.add_argument("--no-run", action="store_true", help="neither import nor run the script")
     args = parser.parse_args()
     findings = check(Folder.read(args.folder), args.against, not args.no_run)
     print("| check | finding | |\n|---|---|---|")
     for finding in findings:
-        result, text = {True: "pass", False: "FAIL", None: "-"}[finding.holds], " ".join(finding.text.split())
+        result, text = (
+            {True: "pass", False: "FAIL", None: "-"}[finding.holds],
+            " ".join(finding.text.split()),
+        )
         print(f"| {finding.check} | {text.replace('|', '/')} | {result} |")
     if any(finding.holds is False for finding in findings):
         sys.exit(1)

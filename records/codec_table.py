@@ -49,7 +49,9 @@ def averaged_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
         _, (_, _, averaged) = json.loads(str(file["meta"]))
         tensors = {name: torch.from_numpy(file[name]) for name in file.files if name != "meta"}
     parts = ("model/", "average/") if averaged else ("model/",)
-    return {n.removeprefix(part): t for part in parts for n, t in tensors.items() if n.startswith(part)}
+    return {
+        n.removeprefix(part): t for part in parts for n, t in tensors.items() if n.startswith(part)
+    }
 
 
 def main() -> None:
@@ -61,7 +63,9 @@ def main() -> None:
     path = Path(sys.argv[1])
     checkpoints = sorted(path.parent.glob(f"{path.stem}.step*.npz"))
     _, hp, _ = load_artifact(path, Hyperparameters.from_env(dict(os.environ)), torch.device("cpu"))
-    require(len(checkpoints) > 0, f"{path.with_suffix('')}.step*.npz: no checkpoint (CHECKPOINT_EVERY)")
+    require(
+        len(checkpoints) > 0, f"{path.with_suffix('')}.step*.npz: no checkpoint (CHECKPOINT_EVERY)"
+    )
     parts, _ = quantize(hp, averaged_weights(checkpoints[-1]))
     sizes, weights, entropy = defaultdict(int), defaultdict(int), defaultdict(float)
     for name, part in parts.items():
@@ -71,13 +75,23 @@ def main() -> None:
                 entropy[role] += entropy_bytes(part[0])
                 for order, (symbols, extra) in orders(part[0].flatten(0, -2).numpy()).items():
                     for codec, setting in CODECS.items():
-                        sizes[role, codec, order] += len(compress(symbols.tobytes(), setting)[1]) + extra
+                        sizes[role, codec, order] += (
+                            len(compress(symbols.tobytes(), setting)[1]) + extra
+                        )
     columns = [(codec, order) for codec in CODECS for order in ("row", "column", "sorted")]
-    print("| tensors | weights | entropy | " + " | ".join(f"{codec} {order}" for codec, order in columns) + " |")
+    print(
+        "| tensors | weights | entropy | "
+        + " | ".join(f"{codec} {order}" for codec, order in columns)
+        + " |"
+    )
     print("|" + "---|" * (3 + len(columns)))
     for role, count in weights.items():
         cells = [entropy[role], *(sizes[role, codec, order] for codec, order in columns)]
-        print(f"| {role} | {count:,} | " + " | ".join(f"{8 * cell / count:.3f}" for cell in cells) + " |")
+        print(
+            f"| {role} | {count:,} | "
+            + " | ".join(f"{8 * cell / count:.3f}" for cell in cells)
+            + " |"
+        )
 
 
 if __name__ == "__main__":

@@ -49,7 +49,9 @@ class FullHead(GPT):
 
     def forward(self, input_ids, target_ids=None, reduction="mean", looped=True, scored=None):
         losses = torch.nn.functional.cross_entropy(
-            pick(super().forward(input_ids), scored).flatten(0, 1), target_ids.flatten(), reduction="none"
+            pick(super().forward(input_ids), scored).flatten(0, 1),
+            target_ids.flatten(),
+            reduction="none",
         )
         return losses.view_as(target_ids)
 
@@ -59,10 +61,14 @@ def random_split(hp: Hyperparameters, targets: int, device: torch.device) -> Val
     return ValData(tokens, torch.ones(targets, dtype=torch.int32, device=device), "", False)
 
 
-def rate_of(model: GPT, hp: Hyperparameters, dist: Dist, compiles: bool, seconds: float) -> tuple[float, int]:
+def rate_of(
+    model: GPT, hp: Hyperparameters, dist: Dist, compiles: bool, seconds: float
+) -> tuple[float, int]:
     """Targets per second over at least `seconds` of scoring after a warm-up, and windows per forward pass."""
     forward = torch.compile(model, fullgraph=True, dynamic=False) if compiles else model
-    scorer = Scorer(forward, random_split(hp, 1 << 20, dist.device), hp, dist, hp.eval_stride, "speed")
+    scorer = Scorer(
+        forward, random_split(hp, 1 << 20, dist.device), hp, dist, hp.eval_stride, "speed"
+    )
     windows = scorer.windows[len(scorer.windows) // 2 :]
     eval_sliding.score_within_memory(scorer, windows[: scorer.batch_size])
     done, started = 0, dist.synchronize()
@@ -76,9 +82,15 @@ def rate_of(model: GPT, hp: Hyperparameters, dist: Dist, compiles: bool, seconds
 def chunk_seconds(model: GPT, hp: Hyperparameters, dist: Dist, compiles: bool) -> float:
     """Seconds to score a chunk and train on it, after a warm-up."""
     forward = torch.compile(model, fullgraph=True, dynamic=False) if compiles else model
-    val, hp = random_split(hp, hp.ttt_chunk_tokens + hp.eval_stride, dist.device), replace(hp, ttt_segments=1)
+    val, hp = (
+        random_split(hp, hp.ttt_chunk_tokens + hp.eval_stride, dist.device),
+        replace(hp, ttt_segments=1),
+    )
     for _ in range(2):
-        scorer, started = Scorer(forward, val, hp, dist, hp.eval_stride, "speed"), dist.synchronize()
+        scorer, started = (
+            Scorer(forward, val, hp, dist, hp.eval_stride, "speed"),
+            dist.synchronize(),
+        )
         eval_sliding.score_split(scorer, model, hp, print, started)
         seconds = dist.synchronize() - started
     return seconds
@@ -89,7 +101,10 @@ def main() -> None:
     if sys.argv[1:] in (["-h"], ["--help"]):
         print(__doc__)
         return
-    require(len(sys.argv) == 1, f"{sys.argv[0]} takes knobs from the environment, no arguments (more with --help)")
+    require(
+        len(sys.argv) == 1,
+        f"{sys.argv[0]} takes knobs from the environment, no arguments (more with --help)",
+    )
     seconds = float(os.environ.get("SECONDS_EACH", "10"))
     hp = Hyperparameters.from_env(dict(os.environ))
     hp, dist = replace(hp, eval_max_seconds=0.0), Dist.from_torchrun(hp.device)
@@ -106,8 +121,12 @@ def main() -> None:
         "none of them": (FullHead, single, False),
     }
     window = hp.eval_seq_len or hp.train_seq_len
-    print(f"{sum(p.numel() for p in base.parameters()):,} parameters, window {window}, stride {hp.eval_stride}")
-    print("| scoring | windows per pass | targets/s | ratio | s for the challenge on 8 |\n|---|---|---|---|---|")
+    print(
+        f"{sum(p.numel() for p in base.parameters()):,} parameters, window {window}, stride {hp.eval_stride}"
+    )
+    print(
+        "| scoring | windows per pass | targets/s | ratio | s for the challenge on 8 |\n|---|---|---|---|---|"
+    )
     slowest = None
     for name, (kind, knobs, wanted) in reversed(variants.items()):
         model = kind(knobs)
@@ -117,12 +136,20 @@ def main() -> None:
         rate, batch_size = rate_of(model, knobs, dist, wanted, seconds)
         slowest = slowest or rate
         needed = CHALLENGE_TARGETS / RECORD_DEVICES / rate
-        print(f"| {name} | {batch_size} | {rate:,.0f} | {rate / slowest:.2f} | {needed:,.0f} |", flush=True)
+        print(
+            f"| {name} | {batch_size} | {rate:,.0f} | {rate / slowest:.2f} | {needed:,.0f} |",
+            flush=True,
+        )
     if hp.ttt != "off":
         torch.compiler.reset()
-        spent, chunks = chunk_seconds(model, hp, dist, compiles), CHALLENGE_TARGETS / hp.ttt_chunk_tokens
-        print(f"TTT: {spent:.2f} s a chunk of {hp.ttt_chunk_tokens} targets, {hp.ttt_epochs} epochs: "
-              f"{spent * chunks / RECORD_DEVICES:,.0f} s for the challenge on 8")
+        spent, chunks = (
+            chunk_seconds(model, hp, dist, compiles),
+            CHALLENGE_TARGETS / hp.ttt_chunk_tokens,
+        )
+        print(
+            f"TTT: {spent:.2f} s a chunk of {hp.ttt_chunk_tokens} targets, {hp.ttt_epochs} epochs: "
+            f"{spent * chunks / RECORD_DEVICES:,.0f} s for the challenge on 8"
+        )
 
 
 if __name__ == "__main__":

@@ -14,7 +14,9 @@ from runlog import Run
 from train_gpt import Refusal, require
 
 CSV = Path(__file__).with_name("leaderboard.csv")
-CHALLENGE_TARGETS = 40_000_000  # and more, with every tokenizer in use, has the challenge's validation split
+CHALLENGE_TARGETS = (
+    40_000_000  # and more, with every tokenizer in use, has the challenge's validation split
+)
 RECORD_NATS = 0.005  # per token, by which a record has to beat the one before
 
 
@@ -54,7 +56,10 @@ def find_row(name: str) -> Row:
     if name == "best":
         return min(rows.values(), key=lambda row: row.val_bpb)
     key = name.removeprefix("#")
-    require(key in rows, f"{name}: no such row of the leaderboard, choose best or one of {' '.join(rows)}")
+    require(
+        key in rows,
+        f"{name}: no such row of the leaderboard, choose best or one of {' '.join(rows)}",
+    )
     return rows[key]
 
 
@@ -74,7 +79,9 @@ class Baseline(NamedTuple):
     val_bpb: float
     val_loss: float | None
     seeds: list[float]
-    scored: tuple[int | None, int | None]  # validation targets and bytes of its runs; (None, None) for a row
+    scored: tuple[
+        int | None, int | None
+    ]  # validation targets and bytes of its runs; (None, None) for a row
 
     def same_text(self, run: Run) -> bool | None:
         """Whether `run` was validated on the same text, for a row that of the challenge; None if unknown."""
@@ -90,8 +97,12 @@ class Baseline(NamedTuple):
         better = f"It is {'better' if bpb < 0 else 'worse'} by {abs(bpb):.5f} bits per byte, "
         better += f"{abs(nats):.5f} nats per token"
         bars = f"The bar of a record is {RECORD_NATS} nats per token, here {bar:.5f} bits per byte, at p < 0.01"
-        if min(len(scores), len(self.seeds)) < 2 or not any(map(statistics.stdev, (scores, self.seeds))):
-            return Comparison(bpb, nats, f"{bars}. No test: it takes two seeds of each. {better}.", None)
+        if min(len(scores), len(self.seeds)) < 2 or not any(
+            map(statistics.stdev, (scores, self.seeds))
+        ):
+            return Comparison(
+                bpb, nats, f"{bars}. No test: it takes two seeds of each. {better}.", None
+            )
         try:
             from scipy.stats import ttest_ind
         except ImportError:
@@ -100,7 +111,9 @@ class Baseline(NamedTuple):
         p, p_bar = (ttest_ind(*both, equal_var=False, alternative="less").pvalue for both in tests)
         reached = bool(bpb <= -bar and p_bar < 0.01)
         welch = f"Welch, one-sided: p = {p:.2g} that it is no better, p = {p_bar:.2g} that it is not better by the bar"
-        return Comparison(bpb, nats, f"{bars}: {'' if reached else 'not '}reached. {better}; {welch}.", reached)
+        return Comparison(
+            bpb, nats, f"{bars}: {'' if reached else 'not '}reached. {better}; {welch}.", reached
+        )
 
 
 def find_baseline(names: list[str]) -> Baseline:
@@ -108,7 +121,9 @@ def find_baseline(names: list[str]) -> Baseline:
     paths = [Path(name) for name in names]
     if len(names) == 1 and not paths[0].exists():
         row = find_row(names[0])
-        title = f"{row.name}, PR #{row.pr}" if row.pr.isdigit() and row.pr not in row.name else row.name
+        title = (
+            f"{row.name}, PR #{row.pr}" if row.pr.isdigit() and row.pr not in row.name else row.name
+        )
         return Baseline(title, row.val_bpb, row.val_loss, row.seeds, (None, None))
     logs = [log for path in paths for log in (logs_in(path) if path.is_dir() else [path])]
     runs = [run for run in map(Run.read, logs) if run.score and not run.score.partial]
@@ -122,5 +137,10 @@ def find_baseline(names: list[str]) -> Baseline:
 
 def logs_in(folder: Path) -> list[Path]:
     """The logs of a records folder, by the names that accepted records give them."""
-    candidates = [*folder.glob("*.log"), *folder.glob("*.txt"), *folder.glob("logs/*.txt"), *folder.glob("logs/*.log")]
+    candidates = [
+        *folder.glob("*.log"),
+        *folder.glob("*.txt"),
+        *folder.glob("logs/*.txt"),
+        *folder.glob("logs/*.log"),
+    ]
     return sorted(path for path in candidates if not path.name.startswith("requirements"))

@@ -71,7 +71,7 @@ import sys
 import tempfile
 
 sources = lzma.decompress(base64.b85decode("''',
-    b'''")).split(b"\\0")
+    b"""")).split(b"\\0")
 folder = tempfile.mkdtemp(prefix="train_gpt_")
 atexit.register(shutil.rmtree, folder, ignore_errors=True)
 sys.path.insert(0, folder)
@@ -84,7 +84,7 @@ if scores:
     del sys.argv[0]
 __file__ = paths[scores]
 exec(compile(sources[scores], __file__, "exec"))
-''',
+""",
 )
 EXCEPTIONS = {
     "mixed": "seeds of different configurations",
@@ -94,7 +94,11 @@ EXCEPTIONS = {
     "partial": "a PARTIAL score",
     "commit": "a commit that is dirty or unknown, or several",
 }
-SCORES = {"sliding": "Sliding", "ttt": "Post-TTT", "roundtrip": "Post-quant"}  # by kind of the final score
+SCORES = {
+    "sliding": "Sliding",
+    "ttt": "Post-TTT",
+    "roundtrip": "Post-quant",
+}  # by kind of the final score
 
 
 @dataclass(frozen=True)
@@ -124,7 +128,9 @@ class Record:
 def pack_script(source: bytes) -> bytes:
     """The script that a record ships, for the source of train_gpt.py, a NUL, and that of eval_sliding.py."""
     script = pack_source(source).join(LOADER)
-    assert len(script) == LOADER_BYTES + len(pack_source(source)), "LOADER_BYTES is not the length of LOADER"
+    assert len(script) == LOADER_BYTES + len(pack_source(source)), (
+        "LOADER_BYTES is not the length of LOADER"
+    )
     return script
 
 
@@ -147,13 +153,19 @@ def differences(runs: list[Run]) -> list[str]:
         run.configuration
         | {f"evaluation {name}": value for name, value in run.evaluation.items()}
         | {"validation targets": str(run.targets), "validation bytes": str(run.scored_bytes)}
-        | {"code": " ".join(sorted(run.code_hashes)), "dataset": dataset_of(run), "hardware": run.hardware}
+        | {
+            "code": " ".join(sorted(run.code_hashes)),
+            "dataset": dataset_of(run),
+            "hardware": run.hardware,
+        }
         for run in runs
     ]
     for name in sorted(set().union(*facts)):
         values = [fact.get(name, "not stated") for fact in facts]
         if len(set(values)) > 1:
-            stated = (f"{value[:40]} ({run.path.name})" for value, run in zip(values, runs, strict=True))
+            stated = (
+                f"{value[:40]} ({run.path.name})" for value, run in zip(values, runs, strict=True)
+            )
             found.append(f"{name}: {', '.join(stated)}")
     return found
 
@@ -171,15 +183,32 @@ def objections(runs: list[Run], track: str) -> list[tuple[str, str]]:
         if "eval_summary" not in run.json_events:
             found.append(("unscored", f"{run.path}: no line of eval_sliding.py"))
         if run.score.partial or run.json_events["train_summary"]["partial"]:
-            found.append(("partial", f"{run.path}: a PARTIAL score, of a part of the validation split"))
+            found.append(
+                ("partial", f"{run.path}: a PARTIAL score, of a part of the validation split")
+            )
         if run.bytes_total >= MAX_SUBMISSION_BYTES:
-            found.append(("cap", f"{run.path}: {run.bytes_total:,} bytes, the cap is {MAX_SUBMISSION_BYTES:,}"))
+            found.append(
+                (
+                    "cap",
+                    f"{run.path}: {run.bytes_total:,} bytes, the cap is {MAX_SUBMISSION_BYTES:,}",
+                )
+            )
         for what, spent in seconds.items() if track == "10min_16mb" else ():
             if spent is None or spent >= MAX_SECONDS:
                 took = "an unstated time" if spent is None else f"{spent:.3f} s"
-                found.append(("time", f"{run.path}: {what} took {took}, less than {MAX_SECONDS:.0f} s are allowed"))
+                found.append(
+                    (
+                        "time",
+                        f"{run.path}: {what} took {took}, less than {MAX_SECONDS:.0f} s are allowed",
+                    )
+                )
         if run.resumed and track == "10min_16mb":
-            found.append(("time", f"{run.path}: the training was interrupted and resumed; a timed run is one run"))
+            found.append(
+                (
+                    "time",
+                    f"{run.path}: the training was interrupted and resumed; a timed run is one run",
+                )
+            )
         commit = run.versions.get("commit", "unknown")
         if commit == "unknown" or commit.endswith("-dirty"):
             found.append(("commit", f"{run.path}: made at commit {commit}"))
@@ -191,16 +220,34 @@ def objections(runs: list[Run], track: str) -> list[tuple[str, str]]:
 
 def read_runs(paths: list[Path], source: bytes) -> list[Run]:
     """The logs as runs of this trainer by seed, all made by `source`. Raises Refusal."""
-    runs, digest, script = [Run.read(path) for path in paths], hashlib.sha256(source).hexdigest(), pack_script(source)
+    runs, digest, script = (
+        [Run.read(path) for path in paths],
+        hashlib.sha256(source).hexdigest(),
+        pack_script(source),
+    )
     for run in runs:
-        finished = {"steps", "train_seconds", "partial"} <= run.json_events.get("train_summary", {}).keys()
+        finished = {"steps", "train_seconds", "partial"} <= run.json_events.get(
+            "train_summary", {}
+        ).keys()
         require(finished, f"{run.path}: no finished run of this trainer (train_summary)")
-        stated = {"seed": run.seed, "score": run.score, "bytes": run.bytes_total, "code": run.bytes_code}
-        stated |= {"parameters": run.params, "float": run.final("float"), "artifact": run.final("roundtrip")}
+        stated = {
+            "seed": run.seed,
+            "score": run.score,
+            "bytes": run.bytes_total,
+            "code": run.bytes_code,
+        }
+        stated |= {
+            "parameters": run.params,
+            "float": run.final("float"),
+            "artifact": run.final("roundtrip"),
+        }
         stated |= {"steps": run.steps, "model": run.bytes_model, "torch": run.versions.get("torch")}
         stated |= {"knobs": run.knobs.get("num_layers")}
         missing = [name for name, value in stated.items() if value is None]
-        require(not missing and run.steps > 0, f"{run.path}: the log states no {', '.join(missing) or 'steps'}")
+        require(
+            not missing and run.steps > 0,
+            f"{run.path}: the log states no {', '.join(missing) or 'steps'}",
+        )
         same = f"{run.path}: made by other code than that of {ROOT}; check out commit {run.versions.get('commit')}"
         require(run.code_hashes == {digest} and run.source.encode() == source.split(b"\0")[0], same)
         counted = f"{run.path} counts {run.bytes_code:,} bytes of code, but packed it has {len(script):,} here"
@@ -222,7 +269,11 @@ def table(header: str, rows: list[list[str]]) -> str:
 def spread(values: list[float], digits: int) -> str:
     """Mean and standard deviation, or that there is only one."""
     std = deviation(values)
-    return f"{mean(values):.{digits}f} (n=1)" if std is None else f"{mean(values):.{digits}f} +- {std:.{digits}f}"
+    return (
+        f"{mean(values):.{digits}f} (n=1)"
+        if std is None
+        else f"{mean(values):.{digits}f} +- {std:.{digits}f}"
+    )
 
 
 def figures(run: Run) -> list[float]:
@@ -233,16 +284,30 @@ def figures(run: Run) -> list[float]:
 
 def seed_table(record: Record) -> str:
     runs, kind = record.runs, SCORES[record.runs[0].score.kind]
-    header = f"Seed | Steps | ms/step | Pre-quant | Post-quant | {kind} {record.metric} | nats/token | "
+    header = (
+        f"Seed | Steps | ms/step | Pre-quant | Post-quant | {kind} {record.metric} | nats/token | "
+    )
     rows = []
     for run in runs:
         before, after, score, loss, model = figures(run)
-        times = [f"{seconds:.1f}" if seconds is not None else "-" for seconds in (run.train_seconds, run.eval_seconds)]
+        times = [
+            f"{seconds:.1f}" if seconds is not None else "-"
+            for seconds in (run.train_seconds, run.eval_seconds)
+        ]
         cells = [str(run.seed), f"{run.steps:,}", f"{1000 * run.train_seconds / run.steps:.1f}"]
-        cells += [f"{before:.5f}", f"{after:.5f}", f"{score:.5f}", f"{loss:.5f}", f"{model:,}", f"{run.bytes_total:,}"]
+        cells += [
+            f"{before:.5f}",
+            f"{after:.5f}",
+            f"{score:.5f}",
+            f"{loss:.5f}",
+            f"{model:,}",
+            f"{run.bytes_total:,}",
+        ]
         rows.append([*cells, *times])
     means = [spread(list(values), 5) for values in list(zip(*map(figures, runs), strict=True))[:4]]
-    rows.append(["**Mean**", "", "", *means, "", f"{max(run.bytes_total for run in runs):,} (max)", "", ""])
+    rows.append(
+        ["**Mean**", "", "", *means, "", f"{max(run.bytes_total for run in runs):,} (max)", "", ""]
+    )
     return table(header + "Artifact bytes | Total bytes | Train s | Eval s", rows)
 
 
@@ -252,7 +317,13 @@ def comparison(record: Record) -> str:
         return "There is no previous row of this text, tokenizer and budget to compare with."
     other, runs = record.baseline, record.runs
     result = other.compare(record.scores, mean([run.nats_per_bpb for run in runs]))
-    rows = [[f"this record (n={len(runs)})", f"{mean(record.scores):.5f}", f"{mean([r.score.loss for r in runs]):.5f}"]]
+    rows = [
+        [
+            f"this record (n={len(runs)})",
+            f"{mean(record.scores):.5f}",
+            f"{mean([r.score.loss for r in runs]):.5f}",
+        ]
+    ]
     loss = f"{other.val_loss:.5f}" if other.val_loss is not None else "-"
     rows += [[f"{other.name} (n={len(other.seeds) or '?'})", f"{other.val_bpb:.5f}", loss]]
     rows += [["difference", f"{result.bpb:+.5f}", f"{result.nats:+.5f}"]]
@@ -266,7 +337,9 @@ def architecture(run: Run) -> str:
     def on(name: str) -> bool:
         return knobs[name] == "True"
 
-    shape = f"{knobs['num_layers']} layers x {knobs['model_dim']}, {knobs['num_heads']} heads of which "
+    shape = (
+        f"{knobs['num_layers']} layers x {knobs['model_dim']}, {knobs['num_heads']} heads of which "
+    )
     shape += f"{knobs['num_kv_heads']} for keys and values, tied embedding of {knobs['vocab_size']} pieces, "
     shape += f"sequences of {knobs['train_seq_len']}, {run.params:,} parameters"
     routed = f"shared expert of {knobs['shared_dim']} units and {knobs['num_experts']} x {knobs['expert_dim']} routed, "
@@ -275,22 +348,46 @@ def architecture(run: Run) -> str:
         routed = f"dense, {int(knobs['shared_dim']) + int(knobs['num_experts']) * int(knobs['expert_dim'])} units"
     loop = f"layers {knobs['loop_start']}-{knobs['loop_end']} run {knobs['loop_passes']} times, "
     loop += f"from {knobs['loop_from']} of the budget"
-    quantized = f"int{knobs['matrix_bits']} matrices, int{knobs['embed_bits']} embedding, one step per row"
+    quantized = (
+        f"int{knobs['matrix_bits']} matrices, int{knobs['embed_bits']} embedding, one step per row"
+    )
     rows = [
         ("Transformer", shape, "naive baseline"),
         ("MLP", routed, "Complexity-ML (PR #224), here with exact dispatch"),
-        ("Mu-guidance", f"`MU={knobs['mu']}`: each layer biases q, k and v of the next", "Complexity-ML"),
-        ("Activation", knobs["activation"], "PR #493, slope PR #1948" if "leaky" in knobs["activation"] else "-"),
+        (
+            "Mu-guidance",
+            f"`MU={knobs['mu']}`: each layer biases q, k and v of the next",
+            "Complexity-ML",
+        ),
+        (
+            "Activation",
+            knobs["activation"],
+            "PR #493, slope PR #1948" if "leaky" in knobs["activation"] else "-",
+        ),
         ("Exclusive self attention", "all layers", "PR #478") if on("xsa") else None,
         ("Attention gate", "per head, 12 channels", "PR #1787") if on("attn_gate") else None,
-        ("SmearGate", "stops at a document's first token", "PR #1667, #1851") if on("smear_gate") else None,
+        ("SmearGate", "stops at a document's first token", "PR #1667, #1851")
+        if on("smear_gate")
+        else None,
         ("Layer scale", "1 / sqrt(l + 1)", "PR #287") if on("ln_scale") else None,
         ("Skip gates", "U-Net skips by sigmoid", "PR #1089") if on("skip_gates") else None,
         ("Depth recurrence", loop, "PR #1204, #1394") if int(knobs["loop_passes"]) > 1 else None,
-        ("Optimizer", f"Muon {knobs['matrix_lr']}, AdamW; row-normalised, Polar Express", "PR #1217, #1787"),
-        ("Schedule", f"`SCHEDULE={knobs['schedule']}`, floor {knobs['min_lr']}, {knobs['average']}", "PR #287, #1787"),
+        (
+            "Optimizer",
+            f"Muon {knobs['matrix_lr']}, AdamW; row-normalised, Polar Express",
+            "PR #1217, #1787",
+        ),
+        (
+            "Schedule",
+            f"`SCHEDULE={knobs['schedule']}`, floor {knobs['min_lr']}, {knobs['average']}",
+            "PR #287, #1787",
+        ),
         ("Quantization", quantized, "GPTQ PR #1019, SDClip PR #1394"),
-        ("Evaluation", f"window {run.evaluation.get('window')}, stride {run.evaluation.get('stride')}", "PR #50"),
+        (
+            "Evaluation",
+            f"window {run.evaluation.get('window')}, stride {run.evaluation.get('stride')}",
+            "PR #50",
+        ),
     ]
     if run.score.kind == "ttt":
         rows.append(("Test-time training", "score first, SGD after", "PR #1413"))
@@ -310,7 +407,10 @@ def compliance(record: Record) -> str:
     text = table("condition | how", [[name, how] for name, how in COMPLIANCE.items()])
     audited = [run for run in record.runs if run.audit]
     if not audited:
-        return text + "\n\nNot audited: `python train_gpt.py eval_sliding.py --audit ARTIFACT` does it."
+        return (
+            text
+            + "\n\nNot audited: `python train_gpt.py eval_sliding.py --audit ARTIFACT` does it."
+        )
     rows = [[cell.strip() for cell in row.strip("| ").split(" | ")] for row in audited[0].audit]
     lead = f"`--audit` of the artifact of seed {audited[0].seed}:"
     return f"{text}\n\n{lead}\n\n" + table("condition | test | finding | result", rows)
@@ -320,7 +420,11 @@ def environment(run: Run) -> dict[str, str]:
     """The variables that repeat a run: knobs that are not the default, and those of its evaluation."""
     defaults = {field.name: str(field.default) for field in dataclasses.fields(Hyperparameters)}
     own = {name: value for name, value in run.knobs.items() if value != defaults.get(name)}
-    own |= {name: value for name, value in run.evaluation.items() if name.startswith("ttt") and value != defaults[name]}
+    own |= {
+        name: value
+        for name, value in run.evaluation.items()
+        if name.startswith("ttt") and value != defaults[name]
+    }
     window, stride = run.evaluation.get("window"), run.evaluation.get("stride")
     own |= {"eval_stride": stride} if stride not in (None, defaults["eval_stride"]) else {}
     own |= {"eval_seq_len": window} if window not in (None, run.knobs["train_seq_len"]) else {}
@@ -334,9 +438,13 @@ def run_command(record: Record) -> str:
     world, seeds = first.world_size or 1, " ".join(str(run.seed) for run in record.runs)
     launch = "python" if world == 1 else f"torchrun --standalone --nproc_per_node={world}"
     name, vocab = dataset_of(first), first.knobs["vocab_size"]
-    threads = re.fullmatch(r"CPU, \d+ process\w* of (\d+) threads?", first.hardware)  # decide the rounding of sums
+    threads = re.fullmatch(
+        r"CPU, \d+ process\w* of (\d+) threads?", first.hardware
+    )  # decide the rounding of sums
     export = f"export OMP_NUM_THREADS={threads[1]} " if threads else "export "
-    settings = textwrap.wrap(" ".join(f"{key}={value}" for key, value in environment(first).items()), 110)
+    settings = textwrap.wrap(
+        " ".join(f"{key}={value}" for key, value in environment(first).items()), 110
+    )
     lines = [
         "pip install -r requirements.txt",
         f"export DATA_PATH=data/datasets/{name} TOKENIZER_PATH=data/tokenizers/fineweb_{vocab}_bpe.model",
@@ -360,16 +468,27 @@ def headline(record: Record) -> str:
 def readme(record: Record, files: list[str]) -> str:
     """The whole README.md; every figure comes from the logs."""
     first = record.runs[0]
-    versions = ", ".join(f"{name} {value}" for name, value in first.versions.items() if name != "commit")
+    versions = ", ".join(
+        f"{name} {value}" for name, value in first.versions.items() if name != "commit"
+    )
     targets = f"{first.targets:,} targets"
     targets += f", {first.scored_bytes:,} bytes of text" if first.scored_bytes else ""
-    what = {"train_gpt.py": "train_gpt.py and eval_sliding.py, packed; what the logs ran, byte for byte"}
-    what |= {"submission.json": "the same figures for tools", "requirements.txt": "versions of the run"}
+    what = {
+        "train_gpt.py": "train_gpt.py and eval_sliding.py, packed; what the logs ran, byte for byte"
+    }
+    what |= {
+        "submission.json": "the same figures for tools",
+        "requirements.txt": "versions of the run",
+    }
     what |= {"training.png": "curves and byte budget"}
     listed = "\n".join(f"- `{name}`{': ' + what[name] if name in what else ''}" for name in files)
     picture = "\n![training curves](training.png)\n" if "training.png" in files else ""
     exceptions = "\n".join(f"- {text}" for text in record.exceptions)
-    exceptions = f"\n## Exceptions\n\nThis record was made in spite of:\n\n{exceptions}\n" if exceptions else ""
+    exceptions = (
+        f"\n## Exceptions\n\nThis record was made in spite of:\n\n{exceptions}\n"
+        if exceptions
+        else ""
+    )
     return f"""# {record.name}
 
 {headline(record)}
@@ -472,15 +591,27 @@ def submission(record: Record) -> dict:
             "no_etlb": True,
             "no_ngram_cache": True,
         },
-        "attribution": {"token_routing": "Complexity-ML", "baseline": "openai/parameter-golf", "muon": "Keller Jordan"},
+        "attribution": {
+            "token_routing": "Complexity-ML",
+            "baseline": "openai/parameter-golf",
+            "muon": "Keller Jordan",
+        },
     }
 
 
 def requirements(run: Run) -> str:
     """The packages that the script imports, in the versions of the run as far as its log states them."""
-    stated = {name: version.split("+")[0] for name, version in run.versions.items() if name in ("torch", "numpy")}
-    pinned = re.findall(r"^(sentencepiece|zstandard|brotli)(==\S+)$", (ROOT / "requirements.txt").read_text(), re.M)
-    return "".join(f"{name}=={version}\n" for name, version in stated.items()) + "".join(f"{n}{v}\n" for n, v in pinned)
+    stated = {
+        name: version.split("+")[0]
+        for name, version in run.versions.items()
+        if name in ("torch", "numpy")
+    }
+    pinned = re.findall(
+        r"^(sentencepiece|zstandard|brotli)(==\S+)$", (ROOT / "requirements.txt").read_text(), re.M
+    )
+    return "".join(f"{name}=={version}\n" for name, version in stated.items()) + "".join(
+        f"{n}{v}\n" for n, v in pinned
+    )
 
 
 def write_folder(record: Record, script: bytes, folder: Path) -> None:
@@ -516,28 +647,52 @@ def make(record: Record, script: bytes, final: Path) -> None:
 
 def git_config(key: str) -> str:
     try:
-        return subprocess.run(["git", "config", key], capture_output=True, text=True, cwd=ROOT).stdout.strip()
+        return subprocess.run(
+            ["git", "config", key], capture_output=True, text=True, cwd=ROOT
+        ).stdout.strip()
     except OSError:
         return ""
 
 
-def parse_arguments(describe: Callable[..., argparse.ArgumentParser] = argparse.ArgumentParser) -> argparse.Namespace:
+def parse_arguments(
+    describe: Callable[..., argparse.ArgumentParser] = argparse.ArgumentParser,
+) -> argparse.Namespace:
     """The command line. Raises Refusal; exits with 0 after --help."""
     parser = describe(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: require(False, f"{message} (--help shows examples)")
-    parser.add_argument("--name", required=True, help="of the folder, after the date: letters, digits and . _ + -")
-    parser.add_argument("--logs", nargs="*", default=[], type=Path, metavar="LOG", help="one finished log per seed")
-    parser.add_argument("--dry-run", action="store_true", help="check everything but the logs, and make nothing")
+    parser.add_argument(
+        "--name", required=True, help="of the folder, after the date: letters, digits and . _ + -"
+    )
+    parser.add_argument(
+        "--logs", nargs="*", default=[], type=Path, metavar="LOG", help="one finished log per seed"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything but the logs, and make nothing"
+    )
     parser.add_argument("--track", choices=TRACKS, default="non_record_16mb")
-    parser.add_argument("--previous", nargs="+", metavar="ROW", help="a PR, best, logs or a records folder")
+    parser.add_argument(
+        "--previous", nargs="+", metavar="ROW", help="a PR, best, logs or a records folder"
+    )
     author = git_config("user.name") or getpass.getuser()
     parser.add_argument("--author", default=author, help="default: git's user.name")
-    parser.add_argument("--github-id", default=git_config("github.user"), help="default: github.user, or the author")
-    parser.add_argument("--blurb", default="Token-routed MoE with exact dispatch and mu-guidance.", help="one sentence")
-    parser.add_argument("--date", default=datetime.date.today().isoformat(), help="YYYY-MM-DD; default: today")
-    parser.add_argument("--output", type=Path, default=ROOT / "records", metavar="DIR", help="default: records/")
+    parser.add_argument(
+        "--github-id", default=git_config("github.user"), help="default: github.user, or the author"
+    )
+    parser.add_argument(
+        "--blurb",
+        default="Token-routed MoE with exact dispatch and mu-guidance.",
+        help="one sentence",
+    )
+    parser.add_argument(
+        "--date", default=datetime.date.today().isoformat(), help="YYYY-MM-DD; default: today"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "records", metavar="DIR", help="default: records/"
+    )
     for name, what in EXCEPTIONS.items():
-        parser.add_argument(f"--allow-{name}", action="append_const", const=name, dest="allowed", help=what)
+        parser.add_argument(
+            f"--allow-{name}", action="append_const", const=name, dest="allowed", help=what
+        )
     args = parser.parse_args()
     plain = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]*", args.name)
     require(plain, f"--name {args.name!r}: letters, digits, . _ + - only, and no . at the start")
@@ -558,22 +713,35 @@ def parse_arguments(describe: Callable[..., argparse.ArgumentParser] = argparse.
 def main() -> None:
     """Make the folder and print its name. Raises Refusal."""
     args = parse_arguments()
-    source, final = submission_source(), args.output / f"track_{args.track}" / f"{args.date}_{args.name}"
-    require(not final.exists(), f"{final} exists already; take another --name or --date, or remove it")
+    source, final = (
+        submission_source(),
+        args.output / f"track_{args.track}" / f"{args.date}_{args.name}",
+    )
+    require(
+        not final.exists(), f"{final} exists already; take another --name or --date, or remove it"
+    )
     previous = args.previous or (["best"] if args.track == "10min_16mb" else [])
     baseline, exceptions = find_baseline(previous) if previous else None, []
     if args.dry_run:
         return
     runs = read_runs(args.logs, source)
     for name, text in objections(runs, args.track):
-        require(name in (args.allowed or []), f"{text} (--allow-{name} makes it an exception that the README states)")
+        require(
+            name in (args.allowed or []),
+            f"{text} (--allow-{name} makes it an exception that the README states)",
+        )
         exceptions.append(text)
-    require(baseline is None or baseline.same_text(runs[0]), f"{' '.join(previous)}: validated on another text")
+    require(
+        baseline is None or baseline.same_text(runs[0]),
+        f"{' '.join(previous)}: validated on another text",
+    )
     about = args.author, args.github_id, args.blurb
     record = Record(args.name, args.track, args.date, *about, runs, baseline, exceptions)
     make(record, pack_script(source), final)
     print(headline(record))
-    print(f"author {args.author}, github_id {args.github_id}; records/check_record.py reads it as a reviewer does")
+    print(
+        f"author {args.author}, github_id {args.github_id}; records/check_record.py reads it as a reviewer does"
+    )
     print(final)
 
 

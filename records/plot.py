@@ -27,14 +27,39 @@ from runlog import Final, Run
 
 from train_gpt import MAX_SUBMISSION_BYTES, Refusal, require, run_entry_point, write_atomically
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe-Ito without its yellow
+COLOURS = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#000000",
+)  # Okabe-Ito without its yellow
 STYLES = ("-", "--")  # of the first seven runs, and of the next
 PANELS = {"steps": "steps", "seconds": "seconds of training", "tokens": "million training tokens"}
-KINDS = {"float": ("float", "D"), "roundtrip": ("quantized", "s"), "sliding": ("sliding", "v"), "ttt": ("TTT", "*")}
+KINDS = {
+    "float": ("float", "D"),
+    "roundtrip": ("quantized", "s"),
+    "sliding": ("sliding", "v"),
+    "ttt": ("TTT", "*"),
+}
 EVENTS = {"recurrence on": "--", "LR restart": ":", "clock stop": "-."}
-MEDIAN_POINTS, MEDIAN_FROM = 15, 60  # window of the running median, and how many points it takes to draw one
-TRAINING = ("training, every point", f"training, median of {MEDIAN_POINTS}")  # where there are as many
-ORDER = ["training", *TRAINING, "validation", *(label for label, _ in KINDS.values()), *EVENTS]  # of the legend
+MEDIAN_POINTS, MEDIAN_FROM = (
+    15,
+    60,
+)  # window of the running median, and how many points it takes to draw one
+TRAINING = (
+    "training, every point",
+    f"training, median of {MEDIAN_POINTS}",
+)  # where there are as many
+ORDER = [
+    "training",
+    *TRAINING,
+    "validation",
+    *(label for label, _ in KINDS.values()),
+    *EVENTS,
+]  # of the legend
 SETTLED = 0.1  # fraction of the steps after which the loss has to be in the picture
 HEADROOM = 1.6  # of the worst final loss: what is higher is cut off
 DPI, FONT, LINE = 150, 9, 0.17  # points; height of a line of a legend in inches
@@ -52,7 +77,11 @@ class Curve:
 
     def seconds_at(self, step: int) -> float:
         """By the clock of the log, linear between its lines; NaN for a log without a clock."""
-        timed = sorted((row.step, row.seconds) for row in self.run.train + self.run.val if row.seconds is not None)
+        timed = sorted(
+            (row.step, row.seconds)
+            for row in self.run.train + self.run.val
+            if row.seconds is not None
+        )
         return float(np.interp(step, *zip(*timed, strict=True))) if timed else math.nan
 
     def x(self, panel: str, step: int, seconds: float | None) -> float:
@@ -66,7 +95,9 @@ class Curve:
 
     def line(self, panel: str, rows: list) -> tuple[list[float], list[float]]:
         """x and y of rows of Run.train or Run.val."""
-        return [self.x(panel, row.step, row.seconds) for row in rows], [row.loss / self.nats for row in rows]
+        return [self.x(panel, row.step, row.seconds) for row in rows], [
+            row.loss / self.nats for row in rows
+        ]
 
     def finals(self) -> list[Final]:
         """The last score of each kind."""
@@ -116,7 +147,9 @@ def curves_of(runs: list[Run]) -> list[Curve]:
     looks = [(colour, style) for style in STYLES for colour in COLOURS]
     require(0 < len(runs) <= len(looks), f"{len(runs)} logs: expected 1 to {len(looks)}")
     for run in runs:
-        require(bool(run.train or run.val), f"{run.path}: no training or validation curve in this log")
+        require(
+            bool(run.train or run.val), f"{run.path}: no training or validation curve in this log"
+        )
     ratios = [nats_per_bpb(run) for run in runs]
     ratios = ratios if all(ratios) else [1.0] * len(runs)
     named = zip(runs, names_of(runs), looks, ratios, strict=False)
@@ -153,34 +186,62 @@ def matplotlib(module: str):
 
 def draw_curve(axes, panel: str, curve: Curve) -> None:
     """Training, light with a running median where there are many points; validation, final scores, events."""
-    (xs, ys), look = curve.line(panel, curve.run.train), {"color": curve.colour, "linestyle": curve.style}
+    (xs, ys), look = (
+        curve.line(panel, curve.run.train),
+        {"color": curve.colour, "linestyle": curve.style},
+    )
     if len(xs) > MEDIAN_FROM:
         axes.plot(xs, ys, ".", color=curve.colour, markersize=3, alpha=0.25, label=TRAINING[0])
         middle, windows = MEDIAN_POINTS // 2, range(len(ys) - MEDIAN_POINTS + 1)
         medians = [statistics.median(ys[i : i + MEDIAN_POINTS]) for i in windows]
-        axes.plot(xs[middle : middle + len(medians)], medians, **look, linewidth=1.2, label=TRAINING[1])
+        axes.plot(
+            xs[middle : middle + len(medians)], medians, **look, linewidth=1.2, label=TRAINING[1]
+        )
     elif xs:
-        axes.plot(xs, ys, **look, marker=".", markersize=4, linewidth=1, alpha=0.7, label="training")
-    trained = [row for row in curve.run.val if row.step > 0]  # a line from the untrained model would dive through all
+        axes.plot(
+            xs, ys, **look, marker=".", markersize=4, linewidth=1, alpha=0.7, label="training"
+        )
+    trained = [
+        row for row in curve.run.val if row.step > 0
+    ]  # a line from the untrained model would dive through all
     if trained:
-        axes.plot(*curve.line(panel, trained), **look, marker="o", markersize=4, linewidth=1.8, label="validation")
+        axes.plot(
+            *curve.line(panel, trained),
+            **look,
+            marker="o",
+            markersize=4,
+            linewidth=1.8,
+            label="validation",
+        )
     offset, root = matplotlib("transforms").offset_copy, axes.get_figure(root=True)
     for row in curve.finals():
         label, marker = KINDS[row.kind]
         # Scores of one step stand side by side, not on each other.
         aside = offset(axes.transData, root, x=8 * list(KINDS).index(row.kind), units="points")
-        plain = {"linestyle": "", "color": curve.colour, "mfc": "none", "mew": 1.1, "transform": aside, "zorder": 4}
+        plain = {
+            "linestyle": "",
+            "color": curve.colour,
+            "mfc": "none",
+            "mew": 1.1,
+            "transform": aside,
+            "zorder": 4,
+        }
         axes.plot(curve.end(panel), curve.score_on_y(row), marker=marker, label=label, **plain)
     for event in curve.run.events:
         name = "clock stop" if event.name == "clock" else event.name
         place = curve.x(panel, event.step, curve.seconds_at(event.step))
-        axes.axvline(place, color=curve.colour, linestyle=EVENTS[name], linewidth=0.9, alpha=0.6, label=name)
+        axes.axvline(
+            place, color=curve.colour, linestyle=EVENTS[name], linewidth=0.9, alpha=0.6, label=name
+        )
 
 
 def draw_rows(axes_list: list, rows: list[Row], foreign: bool) -> None:
     """Dashed lines through all panels; the labels stand right of the last, pushed apart where the lines are close."""
     low, high = axes_list[-1].get_ylim()
-    place, leader = -1.0, {"arrowstyle": "-", "color": "0.35", "linewidth": 0.6, "relpos": (0, 0.5), "shrinkA": 1}
+    place, leader = (
+        -1.0,
+        {"arrowstyle": "-", "color": "0.35", "linewidth": 0.6, "relpos": (0, 0.5), "shrinkA": 1},
+    )
     for row in sorted(rows, key=lambda row: row.val_bpb):
         for axes in axes_list:
             axes.axhline(row.val_bpb, color="0.35", linestyle=(0, (5, 3)), linewidth=1)
@@ -188,8 +249,15 @@ def draw_rows(axes_list: list, rows: list[Row], foreign: bool) -> None:
         text += "\nanother validation text" if foreign else ""
         place = max((row.val_bpb - low) / (high - low), place + (0.1 if foreign else 0.055))
         axes_list[-1].annotate(
-            text, (1, row.val_bpb), (1.03, place), xycoords=("axes fraction", "data"), textcoords="axes fraction",
-            va="center", fontsize=FONT, color="0.25", arrowprops=leader,
+            text,
+            (1, row.val_bpb),
+            (1.03, place),
+            xycoords=("axes fraction", "data"),
+            textcoords="axes fraction",
+            va="center",
+            fontsize=FONT,
+            color="0.25",
+            arrowprops=leader,
         )
 
 
@@ -197,7 +265,9 @@ def draw_panels(part, curves: list[Curve], rows: list[Row], panels: list[str]):
     """A column per x axis, with one y axis, and the learning rate below if a log has it. Returns the first axes."""
     rates = [[row for row in curve.run.train if row.lr_scale is not None] for curve in curves]
     heights = [5, 1] if any(rates) else [5]
-    grid = part.subplots(len(heights), len(panels), sharex="col", sharey="row", squeeze=False, height_ratios=heights)
+    grid = part.subplots(
+        len(heights), len(panels), sharex="col", sharey="row", squeeze=False, height_ratios=heights
+    )
     for panel, column in zip(panels, grid.T, strict=True):
         for curve, rate in zip(curves, rates, strict=True):
             draw_curve(column[0], panel, curve)
@@ -205,7 +275,11 @@ def draw_panels(part, curves: list[Curve], rows: list[Row], panels: list[str]):
                 places, scales = curve.line(panel, rate)[0], [row.lr_scale for row in rate]
                 column[1].plot(places, scales, color=curve.colour, linestyle=curve.style)
         unknown = sum(math.isnan(curve.end(panel)) for curve in curves)
-        text = f"{PANELS[panel]} (not stated by {unknown} of {len(curves)} logs)" if unknown else PANELS[panel]
+        text = (
+            f"{PANELS[panel]} (not stated by {unknown} of {len(curves)} logs)"
+            if unknown
+            else PANELS[panel]
+        )
         column[-1].set_xlabel(text)
         ends = [curve.end(panel) for curve in curves if not math.isnan(curve.end(panel))]
         column[0].set_xlim(0, 1.15 * max(ends) or 1)  # with room for the scores
@@ -236,19 +310,34 @@ def draw_sizes(part, curves: list[Curve], width: float) -> None:
     longest = max(sum(parts.values()) for parts in sizes)
     capped = longest > MAX_SUBMISSION_BYTES / 2
     right = 1.01 * max(longest, MAX_SUBMISSION_BYTES * capped)
-    inches = width - 2.6 - 0.075 * max(len(curve.name) for curve in curves)  # of the bars, beside totals and names
+    inches = (
+        width - 2.6 - 0.075 * max(len(curve.name) for curve in curves)
+    )  # of the bars, beside totals and names
     for y, (curve, parts) in enumerate(zip(curves, sizes, strict=True)):
         left = 0
         for shade, (role, size) in enumerate(parts.items()):
-            axes.barh(y, size, left=left, color=curve.colour, alpha=(0.45, 0.25)[shade % 2], edgecolor="white")
+            axes.barh(
+                y,
+                size,
+                left=left,
+                color=curve.colour,
+                alpha=(0.45, 0.25)[shade % 2],
+                edgecolor="white",
+            )
             text = f"{role} {size:,}"
             if size / right * inches > 0.072 * len(text):
                 axes.text(left + size / 2, y, text, ha="center", va="center", fontsize=FONT - 1)
             else:
                 narrow.add(role)
             left += size
-        total = f"{left:,} ({left / MAX_SUBMISSION_BYTES:.1%} of the cap)" if parts else "not in the log"
-        axes.annotate(total, (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=FONT)
+        total = (
+            f"{left:,} ({left / MAX_SUBMISSION_BYTES:.1%} of the cap)"
+            if parts
+            else "not in the log"
+        )
+        axes.annotate(
+            total, (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=FONT
+        )
     if capped:
         axes.axvline(MAX_SUBMISSION_BYTES, color="black", linewidth=1)
     axes.set(ylim=(len(curves) - 0.5, -0.5), xlim=(0, right))
@@ -262,13 +351,24 @@ def draw_sizes(part, curves: list[Curve], width: float) -> None:
 
 def draw_head(part, curves: list[Curve], axes, columns: int) -> None:
     """Two legends: the runs with their scores, and what the marks on `axes` mean, without a run's colour."""
-    line, plain = matplotlib("lines").Line2D, {"frameon": False, "fontsize": FONT, "labelspacing": 0.3}
-    runs = [line([], [], color=curve.colour, linestyle=curve.style, linewidth=2) for curve in curves]
-    part.legend(runs, [curve.label() for curve in curves], loc="upper left", borderaxespad=0, **plain)
+    line, plain = (
+        matplotlib("lines").Line2D,
+        {"frameon": False, "fontsize": FONT, "labelspacing": 0.3},
+    )
+    runs = [
+        line([], [], color=curve.colour, linestyle=curve.style, linewidth=2) for curve in curves
+    ]
+    part.legend(
+        runs, [curve.label() for curve in curves], loc="upper left", borderaxespad=0, **plain
+    )
     pairs = list(zip(*axes.get_legend_handles_labels(), strict=True))
-    marks = {label: handle for handle, label in reversed(pairs)}  # of each the first, in the solid style
+    marks = {
+        label: handle for handle, label in reversed(pairs)
+    }  # of each the first, in the solid style
     labels = sorted(dict.fromkeys(label for _, label in pairs), key=ORDER.index)
-    legend = part.legend([marks[label] for label in labels], labels, loc="lower left", ncols=columns, **plain)
+    legend = part.legend(
+        [marks[label] for label in labels], labels, loc="lower left", ncols=columns, **plain
+    )
     for handle in legend.legend_handles:
         handle.set(color="0.3", alpha=1)
 
@@ -279,24 +379,41 @@ def heading(curves: list[Curve], title: str, width: int) -> str:
     hardware = " and ".join(dict.fromkeys(run.hardware for run in runs))
     name = literal(title) or (curves[0].name if len(curves) == 1 else "Training curves")
     text = f"{name}: {len(runs)} run{'s' * (len(runs) > 1)} on {hardware}"
-    text += "; not all on the same validation text" if len({on_challenge(run) for run in runs}) > 1 else ""
+    text += (
+        "; not all on the same validation text"
+        if len({on_challenge(run) for run in runs}) > 1
+        else ""
+    )
     return textwrap.fill(text, width)
 
 
-def figure_of(runs: list[Run], rows: list[Row] | None = None, x: str | None = None, title: str = ""):
+def figure_of(
+    runs: list[Run], rows: list[Row] | None = None, x: str | None = None, title: str = ""
+):
     """The matplotlib Figure: one panel for x, or one for each that some log allows. Arguments are those of `draw`."""
     curves = curves_of(runs)
     bits = curves[0].nats != 1
-    require(bits or not rows, "rows of the leaderboard are in bits per byte, and not every log says what one is")
+    require(
+        bits or not rows,
+        "rows of the leaderboard are in bits per byte, and not every log says what one is",
+    )
     if rows is None:
-        rows = [find_row(name) for name in ("baseline", "best")] if bits and all(map(on_challenge, runs)) else []
-    panels = [panel for panel in PANELS if not all(math.isnan(curve.end(panel)) for curve in curves)]
+        rows = (
+            [find_row(name) for name in ("baseline", "best")]
+            if bits and all(map(on_challenge, runs))
+            else []
+        )
+    panels = [
+        panel for panel in PANELS if not all(math.isnan(curve.end(panel)) for curve in curves)
+    ]
     require(x is None or x in panels, f"--x {x}: no log states it")
     panels = [x] if x else panels
     width, columns = (9, 5) if len(panels) == 1 else (14, 8)
     bars = any(sizes_of(run) for run in runs)
     text = heading(curves, title, 8 * width)
-    heights = [LINE * (len(curves) + math.ceil(len(ORDER) / columns) + 1), 5.2] + [0.7 + 0.35 * len(curves)] * bars
+    heights = [LINE * (len(curves) + math.ceil(len(ORDER) / columns) + 1), 5.2] + [
+        0.7 + 0.35 * len(curves)
+    ] * bars
     size = width, sum(heights) + 0.3 * text.count("\n") + 0.4
     figure = matplotlib("figure").Figure(figsize=size, layout="constrained")
     figure.suptitle(text, fontsize=FONT + 3, fontweight="bold")
@@ -308,7 +425,13 @@ def figure_of(runs: list[Run], rows: list[Row] | None = None, x: str | None = No
     return figure
 
 
-def draw(runs: list[Run], path: Path, rows: list[Row] | None = None, x: str | None = None, title: str = "") -> None:
+def draw(
+    runs: list[Run],
+    path: Path,
+    rows: list[Row] | None = None,
+    x: str | None = None,
+    title: str = "",
+) -> None:
     """Write the picture of the runs to `path`, a PNG. `rows` None: baseline and best, where the runs were validated on
     the challenge's split; `x`: steps, seconds or tokens, None for all. Raises Refusal."""
     png = io.BytesIO()
@@ -322,19 +445,34 @@ def draw(runs: list[Run], path: Path, rows: list[Row] | None = None, x: str | No
 def main() -> None:
     """Draw the logs of the command line. Raises Refusal; exits with 0 after --help."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.error = lambda message: require(False, f"{message} (more with --help)")
     parser.add_argument("logs", nargs="+", type=Path, metavar="LOG")
-    parser.add_argument("--out", type=Path, metavar="PNG", help="default for one log: its name with suffix .png")
-    parser.add_argument("--rows", nargs="*", metavar="PR", help="of the leaderboard: PR numbers, baseline, best")
+    parser.add_argument(
+        "--out", type=Path, metavar="PNG", help="default for one log: its name with suffix .png"
+    )
+    parser.add_argument(
+        "--rows", nargs="*", metavar="PR", help="of the leaderboard: PR numbers, baseline, best"
+    )
     parser.add_argument("--x", choices=list(PANELS), help="one panel instead of three")
     parser.add_argument("--title", default="", metavar="T")
     args = parser.parse_args()
-    require(args.out is not None or len(args.logs) == 1, f"{len(args.logs)} logs: --out PNG is required")
+    require(
+        args.out is not None or len(args.logs) == 1, f"{len(args.logs)} logs: --out PNG is required"
+    )
     out = args.out or args.logs[0].with_suffix(".png")
-    require(out.suffix == ".png" and out not in args.logs, f"--out {out}: expected a .png that is none of the logs")
-    rows = None if args.rows is None else list({row.pr: row for row in map(find_row, args.rows)}.values())
+    require(
+        out.suffix == ".png" and out not in args.logs,
+        f"--out {out}: expected a .png that is none of the logs",
+    )
+    rows = (
+        None
+        if args.rows is None
+        else list({row.pr: row for row in map(find_row, args.rows)}.values())
+    )
     draw([Run.read(path) for path in args.logs], out, rows, args.x, args.title)
     print(out)
 

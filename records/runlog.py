@@ -22,17 +22,31 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from train_gpt import MAX_SUBMISSION_BYTES, require, run_entry_point
 
-Train = namedtuple("Train", "step seconds loss lr_scale")  # nats per token; fraction of the peak LR, or None
+Train = namedtuple(
+    "Train", "step seconds loss lr_scale"
+)  # nats per token; fraction of the peak LR, or None
 Val = namedtuple("Val", "step seconds loss bpb")
-Event = namedtuple("Event", "step name")  # the depth recurrence switched on, an SGDR restart, an early stop
-Final = namedtuple("Final", "label kind loss bpb seconds partial")  # kind: float, roundtrip, sliding or ttt
+Event = namedtuple(
+    "Event", "step name"
+)  # the depth recurrence switched on, an SGDR restart, an early stop
+Final = namedtuple(
+    "Final", "label kind loss bpb seconds partial"
+)  # kind: float, roundtrip, sliding or ttt
 RULE = "=" * 100  # ends the source at the head of a log
 NUMBER = r"(-?\d+(?:\.\d+)?(?:e[+-]?\d+)?|nan|inf)"
 STAMP = r"^(?:\d+\.\d+ )?"  # some runs print the Unix time before every line
 STEP = re.compile(STAMP + r"(?:step:)?(\d+)/(\d+) (.*)$", re.M)
-LABEL, SCORES = r"([A-Za-z][\w +/-]*?):?(?: stride:\d+)?", rf"(val|PARTIAL)_loss:\s*{NUMBER} +\w+_bpb:\s*{NUMBER}"
+LABEL, SCORES = (
+    r"([A-Za-z][\w +/-]*?):?(?: stride:\d+)?",
+    rf"(val|PARTIAL)_loss:\s*{NUMBER} +\w+_bpb:\s*{NUMBER}",
+)
 FINAL = re.compile(rf"{STAMP}{LABEL} {SCORES}(.*)$", re.M)
-KINDS = {"float": r"pre-quantization|post_ema", "ttt": "ttt", "sliding": "sliding", "roundtrip": "roundtrip|quantized"}
+KINDS = {
+    "float": r"pre-quantization|post_ema",
+    "ttt": "ttt",
+    "sliding": "sliding",
+    "roundtrip": "roundtrip|quantized",
+}
 # Where a run happened to lie, which process it was, what its files are called and when it saved: no configuration.
 NOT_CONFIGURATION = re.compile(
     r"seed|run_id|.*(path|paths|file|files|dir)|rank|local_rank|is_main_process|checkpoint_every|resume"
@@ -100,19 +114,29 @@ class Run:
     @property
     def configuration(self) -> dict[str, str]:
         """The knobs that have to be equal in all seeds of a record."""
-        return {name: value for name, value in self.knobs.items() if not NOT_CONFIGURATION.fullmatch(name)}
+        return {
+            name: value
+            for name, value in self.knobs.items()
+            if not NOT_CONFIGURATION.fullmatch(name)
+        }
 
     @property
     def seed(self) -> int | None:
         stated = number_in(r"^(?:.* )?seed:(\d+)", self.text, int)
-        return stated if stated is not None else number_in(r"^(\d+)$", self.knobs.get("seed", ""), int)
+        return (
+            stated if stated is not None else number_in(r"^(\d+)$", self.knobs.get("seed", ""), int)
+        )
 
     @property
     def versions(self) -> dict[str, str]:
         """python, torch, numpy and commit, as far as they are stated."""
         upstream = re.findall(r"^Running (Python|PyTorch) (\S+)", self.text, re.M)
-        found = {{"Python": "python", "PyTorch": "torch"}[name]: version for name, version in upstream}
-        return found | dict(re.findall(r"(?:^| )(python|torch|numpy|commit):(\S+)", self.text, re.M))
+        found = {
+            {"Python": "python", "PyTorch": "torch"}[name]: version for name, version in upstream
+        }
+        return found | dict(
+            re.findall(r"(?:^| )(python|torch|numpy|commit):(\S+)", self.text, re.M)
+        )
 
     @property
     def code_hashes(self) -> set[str]:
@@ -146,7 +170,10 @@ class Run:
         """The training curve, in order of the log."""
         rows = []
         for step, _, rest in self._steps:
-            loss, scale = number_in(rf"train_loss:\s*{NUMBER}", rest), number_in(r"lr_scale:(\S+)", rest)
+            loss, scale = (
+                number_in(rf"train_loss:\s*{NUMBER}", rest),
+                number_in(r"lr_scale:(\S+)", rest),
+            )
             if loss is not None:
                 rows.append(Train(step, self._seconds(rest), loss, scale))
         return rows
@@ -159,7 +186,10 @@ class Run:
         for step, _, rest in self._steps:
             seconds = self._seconds(rest)
             clock = clock if seconds is None else seconds
-            loss, bpb = number_in(rf"val_loss:\s*{NUMBER}", rest), number_in(rf"val_bpb:\s*{NUMBER}", rest)
+            loss, bpb = (
+                number_in(rf"val_loss:\s*{NUMBER}", rest),
+                number_in(rf"val_bpb:\s*{NUMBER}", rest),
+            )
             if loss is not None and bpb is not None:
                 rows.append(Val(step, clock, loss, bpb))
         if rows and rows[-1].step == self.steps and self.train_seconds is not None:
@@ -170,15 +200,28 @@ class Run:
     def _seconds(rest: str) -> float | None:
         milliseconds = number_in(rf"train_time:\s*{NUMBER}ms", rest)
         minutes = number_in(rf"train_time:\s*{NUMBER}m\b", rest)
-        return milliseconds / 1000 if milliseconds is not None else minutes * 60 if minutes is not None else None
+        return (
+            milliseconds / 1000
+            if milliseconds is not None
+            else minutes * 60
+            if minutes is not None
+            else None
+        )
 
     @property
     def events(self) -> list[Event]:
         """What happened at a step: recurrence, restarts of the learning rate, the stop by the clock."""
-        found = [Event(int(step), "recurrence on") for step in re.findall(r"layer_loop:enabled step:(\d+)", self.text)]
+        found = [
+            Event(int(step), "recurrence on")
+            for step in re.findall(r"layer_loop:enabled step:(\d+)", self.text)
+        ]
         scales = [(row.step, row.lr_scale) for row in self.train if row.lr_scale is not None]
         pairs = itertools.pairwise(scales)
-        found += [Event(step, "LR restart") for (_, before), (step, after) in pairs if after > 1.2 * before]
+        found += [
+            Event(step, "LR restart")
+            for (_, before), (step, after) in pairs
+            if after > 1.2 * before
+        ]
         stops = re.findall(r"stopping_early: \w+ train_time:\s*\d+ms step:\s*(\d+)", self.text)
         return sorted(found + [Event(int(step), "clock") for step in stops])
 
@@ -190,7 +233,11 @@ class Run:
     @property
     def steps(self) -> int | None:
         own = self.json_events.get("train_summary")
-        return own["steps"] if own else max((step for step, _, rest in self._steps if "_loss" in rest), default=None)
+        return (
+            own["steps"]
+            if own
+            else max((step for step, _, rest in self._steps if "_loss" in rest), default=None)
+        )
 
     @property
     def train_seconds(self) -> float | None:
@@ -199,7 +246,9 @@ class Run:
         if own:
             return own["train_seconds"]
         stopped = number_in(r"stopping_early:.* train_time:\s*(\d+)ms", self.text)
-        timed = [seconds for _, _, rest in self._steps if (seconds := self._seconds(rest)) is not None]
+        timed = [
+            seconds for _, _, rest in self._steps if (seconds := self._seconds(rest)) is not None
+        ]
         return stopped / 1000 if stopped is not None else max(timed, default=None)
 
     @cached_property
@@ -207,11 +256,15 @@ class Run:
         """Scores of the finished model in order, those with most digits where a line is repeated as `_exact`."""
         found = []
         for label, mode, loss, bpb, rest in FINAL.findall(self.text):
-            kind = next((kind for kind, pattern in KINDS.items() if re.search(pattern, label)), None)
+            kind = next(
+                (kind for kind, pattern in KINDS.items() if re.search(pattern, label)), None
+            )
             milliseconds = number_in(r"(?:eval_)?time:(\d+)ms", rest)
             seconds = milliseconds / 1000 if milliseconds is not None else None
             if kind:
-                found.append(Final(label, kind, float(loss), float(bpb), seconds, mode == "PARTIAL"))
+                found.append(
+                    Final(label, kind, float(loss), float(bpb), seconds, mode == "PARTIAL")
+                )
         return found
 
     def final(self, *kinds: str) -> Final | None:
@@ -230,7 +283,9 @@ class Run:
         if own is None:
             return self.final("ttt", "sliding", "roundtrip")
         row = self.final("sliding" if own.get("ttt", "off") == "off" else "ttt")
-        return row and row._replace(loss=own["val_loss"], bpb=row.bpb if own["partial"] else own["val_bpb"])
+        return row and row._replace(
+            loss=own["val_loss"], bpb=row.bpb if own["partial"] else own["val_bpb"]
+        )
 
     @property
     def eval_seconds(self) -> float | None:
@@ -241,8 +296,12 @@ class Run:
     @property
     def evaluation(self) -> dict[str, str]:
         """How the last evaluation of our own was done: window, stride, world_size, ttt and its settings; else empty."""
-        scored = self.text[: max(self.text.rfind('{"event": "eval_summary"'), 0)]  # an audit may follow
-        lines = re.findall(r"^(?:sliding evaluation of \S+|trained_window:\S+) (.*)$", scored, re.M)[-2:]
+        scored = self.text[
+            : max(self.text.rfind('{"event": "eval_summary"'), 0)
+        ]  # an audit may follow
+        lines = re.findall(
+            r"^(?:sliding evaluation of \S+|trained_window:\S+) (.*)$", scored, re.M
+        )[-2:]
         return dict(re.findall(r"(\w+):(\S+)", " ".join(lines)))
 
     @property
@@ -265,7 +324,9 @@ class Run:
     def targets(self) -> int | None:
         """Validation targets: scored, or in the split."""
         own = self.json_events.get("eval_summary")
-        stated = number_in(STAMP + r"(?:val_loader:.* tokens|val_tokens|target_tokens):\s*(\d+)", self.text, int)
+        stated = number_in(
+            STAMP + r"(?:val_loader:.* tokens|val_tokens|target_tokens):\s*(\d+)", self.text, int
+        )
         return own["target_tokens"] if own else stated
 
     @property
@@ -283,7 +344,10 @@ class Run:
         """Bytes of the artifact by role, from the last of our own tables."""
         tables = re.findall(r"^role +weights .*\n((?:.*\n)*?)total .*", self.text, re.M)
         lines = tables[-1].splitlines() if tables else []
-        rows = (re.fullmatch(r"(\w+) +(?:[\d,]+ +)??([\d,]+)(?: +[\d.]+ +[\d,]+)?", line) for line in lines)
+        rows = (
+            re.fullmatch(r"(\w+) +(?:[\d,]+ +)??([\d,]+)(?: +[\d.]+ +[\d,]+)?", line)
+            for line in lines
+        )
         return {row[1]: int(row[2].replace(",", "")) for row in rows if row}
 
     @property
@@ -322,16 +386,22 @@ log, artifact                 {run.path}, {train["artifact_path"]}"""
 def one_line(run: Run) -> str:
     """What was understood of a log."""
     score = "no score" if run.score is None else f"{run.score.label} {run.score.bpb:.8f}"
-    seconds = [f"{s:.0f} s" if s is not None else "? s" for s in (run.train_seconds, run.eval_seconds)]
+    seconds = [
+        f"{s:.0f} s" if s is not None else "? s" for s in (run.train_seconds, run.eval_seconds)
+    ]
     points = f"{len(run.train)} + {len(run.val)} points, {run.steps} steps in {seconds[0]}"
     return f"{run.path}: {run.dialect}, seed {run.seed}, {points}, {score} in {seconds[1]}, {run.bytes_total} bytes"
 
 
 def main() -> None:
     """Print what the logs on the command line say. Raises Refusal."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("logs", nargs="+", type=Path, metavar="LOG")
-    parser.add_argument("--summary", action="store_true", help="the closing table of run_8xh100.sh, of our own logs")
+    parser.add_argument(
+        "--summary", action="store_true", help="the closing table of run_8xh100.sh, of our own logs"
+    )
     args = parser.parse_args()
     for path in args.logs:
         run = Run.read(path)

@@ -8,7 +8,9 @@ import torch
 
 from train_gpt import GPT, Dist, Hyperparameters, build_expert_table, role_of
 
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))  # more threads only slow models this small down
+torch.set_num_threads(
+    int(os.environ.get("OMP_NUM_THREADS", "1"))
+)  # more threads only slow models this small down
 
 ALONE = Dist(0, 1, torch.device("cpu"))
 TINY = {
@@ -61,7 +63,9 @@ def markov_text(vocab_size: int, classes: int = 8, total: int = 20_000) -> np.nd
     """(total,) uint16 tokens: classes, each of ids with one remainder, mostly follow each other in turn, and in a class
     ids are as frequent as in `zipf_counts`."""
     rng, counts = np.random.default_rng(1), zipf_counts(vocab_size)
-    class_of = np.cumsum(np.where(rng.random(total) < 0.8, 1, rng.integers(classes, size=total))) % classes
+    class_of = (
+        np.cumsum(np.where(rng.random(total) < 0.8, 1, rng.integers(classes, size=total))) % classes
+    )
     tokens = np.zeros(total, np.uint16)
     for each in range(classes):
         members, where = np.arange(each, vocab_size, classes), class_of == each
@@ -95,4 +99,6 @@ def make_model(hp: Hyperparameters, noise: float = 0.1) -> GPT:
 
 def make_ids(hp: Hyperparameters, rows: int, length: int, seed: int = 0) -> torch.Tensor:
     """(rows, length) random token ids."""
-    return torch.randint(hp.vocab_size, (rows, length), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        hp.vocab_size, (rows, length), generator=torch.Generator().manual_seed(seed)
+    )

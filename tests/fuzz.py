@@ -22,9 +22,13 @@ SEEDS = 100
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("target", choices=["artifact", "shard", "manifest"])
-    parser.add_argument("--seconds", type=int, default=240, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--seconds", type=int, default=240, metavar="N", help="default: %(default)s"
+    )
     parser.add_argument("--case", type=Path, metavar="FILE", help="run one saved case")
     parser.add_argument("--worker", type=Path, metavar="CORPUS", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -38,9 +42,20 @@ def work(args: argparse.Namespace) -> None:
         import helpers_hostile
     run_case, folder = helpers_hostile.TARGETS[args.target], args.worker.with_name("files")
     folder.mkdir(exist_ok=True)
-    run_case(folder, b"")  # the first model imports half of torch, which may take longer than a case may
-    what = [str(args.case)] if args.case else [f"-max_total_time={args.seconds}", *LIMITS, str(args.worker)]
-    command = [sys.argv[0], *what, f"-artifact_prefix={args.worker.parent}/", "-print_final_stats=1"]
+    run_case(
+        folder, b""
+    )  # the first model imports half of torch, which may take longer than a case may
+    what = (
+        [str(args.case)]
+        if args.case
+        else [f"-max_total_time={args.seconds}", *LIMITS, str(args.worker)]
+    )
+    command = [
+        sys.argv[0],
+        *what,
+        f"-artifact_prefix={args.worker.parent}/",
+        "-print_final_stats=1",
+    ]
     atheris.Setup(command, functools.partial(run_case, folder))
     atheris.Fuzz()
 
@@ -63,13 +78,21 @@ def main() -> None:
     for number in range(SEEDS):
         (corpus / f"seed{number}").write_bytes(rng.randbytes(rng.randint(8, 100)))
     before, log = failures(corpus.parent), corpus.with_name("log.txt")
-    command, env = [sys.executable, __file__, *sys.argv[1:], "--worker", str(corpus)], {"OMP_NUM_THREADS": "1"}
+    command, env = (
+        [sys.executable, __file__, *sys.argv[1:], "--worker", str(corpus)],
+        {"OMP_NUM_THREADS": "1"},
+    )
     with open(log, "w") as out:
-        code = subprocess.run(command, env=os.environ | env, stdout=out, stderr=out, check=False).returncode
+        code = subprocess.run(
+            command, env=os.environ | env, stdout=out, stderr=out, check=False
+        ).returncode
     text, crashes = log.read_text(errors="replace"), sorted(failures(corpus.parent) - before)
     if code or crashes:
         print(text[-6000:], *(f"crash: {path}" for path in crashes), sep="\n")
-    count, seconds = (int(n) for n in re.search(r"Done (\d+) runs in (\d+) s", text + "Done 0 runs in 0 s").groups())
+    count, seconds = (
+        int(n)
+        for n in re.search(r"Done (\d+) runs in (\d+) s", text + "Done 0 runs in 0 s").groups()
+    )
     count = max([count, *map(int, re.findall(r"number_of_executed_units: (\d+)", text))])
     print(f"{args.target}: {count} cases, {max(len(crashes), code != 0)} crashes, {seconds} s")
     sys.exit(1 if code or crashes else 0)

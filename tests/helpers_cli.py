@@ -59,7 +59,10 @@ TINY_RUN = {
 def make_sentences(seed: int, count: int) -> list[str]:
     """Documents of 20 to 60 words from one vocabulary of 200, the same for every seed."""
     words_rng, rng = random.Random(0), random.Random(seed)
-    words = ["".join(words_rng.choices("abcdefghijklmnopqrstuvwxyz", k=words_rng.randint(2, 8))) for _ in range(200)]
+    words = [
+        "".join(words_rng.choices("abcdefghijklmnopqrstuvwxyz", k=words_rng.randint(2, 8)))
+        for _ in range(200)
+    ]
     return [" ".join(rng.choices(words, k=rng.randint(20, 60))) + " 12" for _ in range(count)]
 
 
@@ -69,7 +72,9 @@ def tiny_tokenizer() -> bytes:
     return tokenize_docs.train_tokenizer(make_sentences(0, 200), VOCAB_SIZE)
 
 
-def write_shard(path: Path, tokens: Iterable[int], magic=20240520, version=1, count=None, tail=b"") -> Path:
+def write_shard(
+    path: Path, tokens: Iterable[int], magic=20240520, version=1, count=None, tail=b""
+) -> Path:
     """A shard as the challenge defines it, or a broken one: 256 little-endian int32, then uint16 tokens."""
     tokens = np.asarray(tokens, dtype="<u2")
     header = np.zeros(256, "<i4")
@@ -87,13 +92,19 @@ class Dataset:
     tokenizer: Path
 
 
-def write_dataset(folder: Path, train_seed: int = 1, val_seed: int = 2, val_docs: int = 8) -> Dataset:
+def write_dataset(
+    folder: Path, train_seed: int = 1, val_seed: int = 2, val_docs: int = 8
+) -> Dataset:
     """Two training shards and one validation shard of generated sentences in `folder`, and their tokenizer."""
     folder.mkdir(parents=True)
     tokenizer = folder / "tiny.model"
     tokenizer.write_bytes(tiny_tokenizer())
     sp = train_gpt.spm.SentencePieceProcessor(model_proto=tiny_tokenizer())
-    contents = {"train_0": (train_seed, 40), "train_1": (train_seed + 100, 20), "val_0": (val_seed, val_docs)}
+    contents = {
+        "train_0": (train_seed, 40),
+        "train_1": (train_seed + 100, 20),
+        "val_0": (val_seed, val_docs),
+    }
     for name, (seed, docs) in contents.items():
         tokens = [token for text in make_sentences(seed, docs) for token in [BOS, *sp.encode(text)]]
         write_shard(folder / f"fineweb_{name}.bin", tokens)
@@ -115,7 +126,11 @@ def eval_env(dataset: Dataset, **knobs: object) -> dict[str, str]:
 def full_environment(env: dict[str, str]) -> dict[str, str]:
     """This process's environment with exactly the knobs of `env`, and without torchrun's variables."""
     foreign = {name.upper() for name in train_gpt.ALL_KNOBS} | {"RANK", "LOCAL_RANK", "WORLD_SIZE"}
-    return {name: value for name, value in os.environ.items() if name not in foreign} | {"OMP_NUM_THREADS": "1"} | env
+    return (
+        {name: value for name, value in os.environ.items() if name not in foreign}
+        | {"OMP_NUM_THREADS": "1"}
+        | env
+    )
 
 
 @dataclass(frozen=True)
@@ -138,7 +153,9 @@ def allow_every_attention_kernel() -> None:
         vars(torch.backends.cuda)[f"enable_{name}_sdp"](True)
 
 
-def run_in_process(entry: Callable[[], None], env: dict[str, str], cwd: Path, *argv: object) -> Result:
+def run_in_process(
+    entry: Callable[[], None], env: dict[str, str], cwd: Path, *argv: object
+) -> Result:
     """What `python SCRIPT argv` does for the script whose main is `entry`, without another import of torch."""
     out, err, code, old_cwd = io.StringIO(), io.StringIO(), 0, Path.cwd()
     with contextlib.ExitStack() as stack:
@@ -156,11 +173,19 @@ def run_in_process(entry: Callable[[], None], env: dict[str, str], cwd: Path, *a
     return Result(code, out.getvalue(), err.getvalue())
 
 
-def run_command(script: str, env: dict[str, str], cwd: Path, *argv: object, nproc: int = 1) -> Result:
+def run_command(
+    script: str, env: dict[str, str], cwd: Path, *argv: object, nproc: int = 1
+) -> Result:
     """A script of the repository in its own process, under torchrun when there is more than one."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"] if nproc > 1 else []
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
+        if nproc > 1
+        else []
+    )
     command = [sys.executable, *launcher, str(ROOT / script), *map(str, argv)]
-    done = subprocess.run(command, env=full_environment(env), cwd=cwd, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        command, env=full_environment(env), cwd=cwd, capture_output=True, text=True, timeout=120
+    )
     return Result(done.returncode, done.stdout, done.stderr)
 
 
@@ -175,4 +200,7 @@ def assert_refused(result: Result, *fragments: str) -> None:
 
 def train_losses(log_text: str) -> list[float]:
     """The logged training losses in order."""
-    return [float(loss) for loss in re.findall(r"^step:\d+/\d+ train_loss:(\S+)", log_text, re.MULTILINE)]
+    return [
+        float(loss)
+        for loss in re.findall(r"^step:\d+/\d+ train_loss:(\S+)", log_text, re.MULTILINE)
+    ]

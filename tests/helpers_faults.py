@@ -120,13 +120,20 @@ class Outcome:
         return [line for line in self.err[rank].splitlines() if line.startswith("error: ")]
 
 
-def be_rank(script: str, argv: tuple[str, ...], env: dict[str, str], folder: Path, fault: str) -> None:
+def be_rank(
+    script: str, argv: tuple[str, ...], env: dict[str, str], folder: Path, fault: str
+) -> None:
     """Run a script of the repository as the command line does, in this process, which ends with it."""
     os.environ.clear()
     os.environ.update(env)
     os.chdir(folder)
     for stream, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(folder / f"rank{env.get('RANK', 0)}.{name}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), stream)
+        os.dup2(
+            os.open(
+                folder / f"rank{env.get('RANK', 0)}.{name}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC
+            ),
+            stream,
+        )
     sys.stdout, sys.stderr = (open(stream, "w", buffering=1) for stream in (1, 2))  # noqa: SIM115
     sys.argv = [f"{script}.py", *argv]
     torch.set_num_threads(1)
@@ -135,30 +142,54 @@ def be_rank(script: str, argv: tuple[str, ...], env: dict[str, str], folder: Pat
 
 
 def run_ranks(
-    script: str, env: dict[str, str], folder: Path, fault: str, *argv: str, world_size: int = 2, limit: float = 60
+    script: str,
+    env: dict[str, str],
+    folder: Path,
+    fault: str,
+    *argv: str,
+    world_size: int = 2,
+    limit: float = 60,
 ) -> Outcome:
     """Run a script on so many ranks without a launcher, so that they have to notice a fault themselves."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch._dynamo", "pytest", "sentencepiece"])
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        place = {"WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": listener.getsockname()[1]}
-    envs = [full_environment(env) | {k: str(v) for k, v in place.items()} for _ in range(world_size)]
+        place = {
+            "WORLD_SIZE": world_size,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": listener.getsockname()[1],
+        }
+    envs = [
+        full_environment(env) | {k: str(v) for k, v in place.items()} for _ in range(world_size)
+    ]
     for rank, each in enumerate(envs):
-        each |= {"RANK": str(rank), "LOCAL_RANK": str(rank)} if world_size > 1 else {"WORLD_SIZE": "1"}
-    ranks = [context.Process(target=be_rank, args=(script, argv, each, folder, fault)) for each in envs]
+        each |= (
+            {"RANK": str(rank), "LOCAL_RANK": str(rank)} if world_size > 1 else {"WORLD_SIZE": "1"}
+        )
+    ranks = [
+        context.Process(target=be_rank, args=(script, argv, each, folder, fault)) for each in envs
+    ]
     started = time.perf_counter()
     for process in ranks:
         process.start()
     for process in ranks:
         process.join(max(0.0, started + limit - time.perf_counter()))
-    seconds, hung = time.perf_counter() - started, [rank for rank, process in enumerate(ranks) if process.is_alive()]
+    seconds, hung = (
+        time.perf_counter() - started,
+        [rank for rank, process in enumerate(ranks) if process.is_alive()],
+    )
     for process in ranks:
         process.kill()
         process.join()
-    printed = [[(folder / f"rank{rank}.{name}").read_text() for rank in range(world_size)] for name in ("out", "err")]
+    printed = [
+        [(folder / f"rank{rank}.{name}").read_text() for rank in range(world_size)]
+        for name in ("out", "err")
+    ]
     assert not hung, (hung, printed)
-    return Outcome([process.exitcode for process in ranks], *printed, seconds, files_in(folder / "logs"))
+    return Outcome(
+        [process.exitcode for process in ranks], *printed, seconds, files_in(folder / "logs")
+    )
 
 
 def files_in(folder: Path) -> list[str]:
@@ -182,7 +213,13 @@ def note(fault: str, where: str, outcome: Outcome) -> None:
     """A row for the file that FAULT_TABLE names: the fault, and what became of the run."""
     if "FAULT_TABLE" in os.environ:
         lines = [(outcome.errors(rank) or [""])[-1] for rank in range(len(outcome.codes))]
-        row = (fault, where, " / ".join(dict.fromkeys(filter(None, lines))), outcome.codes, ", ".join(outcome.files))
+        row = (
+            fault,
+            where,
+            " / ".join(dict.fromkeys(filter(None, lines))),
+            outcome.codes,
+            ", ".join(outcome.files),
+        )
         with open(os.environ["FAULT_TABLE"], "a", encoding="utf-8") as file:
             file.write(json.dumps([*map(str, row), f"{outcome.seconds:.1f} s"]) + "\n")
 

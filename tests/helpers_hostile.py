@@ -41,9 +41,42 @@ SMALL = 20_000  # weights of a model that a case may build and run
 PACKERS = {1: zstandard.compress, 2: functools.partial(brotli.compress, quality=1)}
 STORED_AS = {"vector": "q", "router": "h", "table": "t"}  # and all others q
 WORDS = sorted({word for knob in MODEL_KNOBS for word in CHOICES.get(knob, "").split()})
-NUMBERS = [0, 1, -1, 2, 12, 255, 256, 1024, 65_535, 65_536, 65_537, 2**31, 2**32 - 1, 2**62, 2**63, 2**70, 10**4000]
+NUMBERS = [
+    0,
+    1,
+    -1,
+    2,
+    12,
+    255,
+    256,
+    1024,
+    65_535,
+    65_536,
+    65_537,
+    2**31,
+    2**32 - 1,
+    2**62,
+    2**63,
+    2**70,
+    10**4000,
+]
 NUMBERS += [0.0, 0.5, -1.0, 1e308, 5e-324, math.nan, math.inf, -math.inf]
-VALUES = [*NUMBERS, True, False, None, "", "7", "line\nbreak", "\ud800", "\x1b[2J", [], {}, [[]], {"a": {}}, [1, 2, 3]]
+VALUES = [
+    *NUMBERS,
+    True,
+    False,
+    None,
+    "",
+    "7",
+    "line\nbreak",
+    "\ud800",
+    "\x1b[2J",
+    [],
+    {},
+    [[]],
+    {"a": {}},
+    [1, 2, 3],
+]
 VALUES += [functools.reduce(lambda inner, _: [inner], range(300), [])]
 
 
@@ -70,7 +103,9 @@ class Choices:
 def any_value(choices: Choices) -> object:
     """A JSON value that a file might have in the place of another."""
     kind = choices.below(4)
-    return [choices.pick(VALUES), choices.pick(WORDS), choices.below(70), choices.below(2**20)][kind]
+    return [choices.pick(VALUES), choices.pick(WORDS), choices.below(70), choices.below(2**20)][
+        kind
+    ]
 
 
 def edit_bytes(data: bytes, choices: Choices) -> bytes:
@@ -104,19 +139,41 @@ def refusal_of(action: Callable, source: str | Path) -> tuple[object, str]:
 @functools.cache
 def good_artifact() -> tuple[Hyperparameters, bytes]:
     """Knobs and content of an artifact with streams of every kind, from a model of 2,000 weights."""
-    sizes = {"model_dim": 12, "num_heads": 2, "num_kv_heads": 1, "rope_dims": 2, "vocab_size": 8, "expert_dim": 2}
-    hp = tiny_hp(**sizes, shared_dim=4, num_layers=2, routing="learned", top_k=2, mu="lowrank", mu_rank=12)
+    sizes = {
+        "model_dim": 12,
+        "num_heads": 2,
+        "num_kv_heads": 1,
+        "rope_dims": 2,
+        "vocab_size": 8,
+        "expert_dim": 2,
+    }
+    hp = tiny_hp(
+        **sizes, shared_dim=4, num_layers=2, routing="learned", top_k=2, mu="lowrank", mu_rank=12
+    )
     state = make_model(hp).state_dict()
     state["mu_init"][:] = torch.cat([torch.full((1,), 10.0), torch.full((hp.mu_rank - 1,), 0.034)])
     data, written = pack(hp, quantize(hp, state)[0], SHA, "zstd")
-    assert {"vector", "steps", "table", "float16", "embedding", "matrix", "expert", "mu_matrix"} <= set(written)
+    assert {
+        "vector",
+        "steps",
+        "table",
+        "float16",
+        "embedding",
+        "matrix",
+        "expert",
+        "mu_matrix",
+    } <= set(written)
     return hp, data
 
 
 def split_artifact(data: bytes) -> tuple[dict, list[bytes]]:
     """The header of an artifact and its streams, still compressed."""
     length = PREFIX.unpack_from(data)[2]
-    header, streams, offset = json.loads(data[PREFIX.size : PREFIX.size + length]), [], PREFIX.size + length
+    header, streams, offset = (
+        json.loads(data[PREFIX.size : PREFIX.size + length]),
+        [],
+        PREFIX.size + length,
+    )
     for _, size in header["streams"]:
         streams.append(data[offset : offset + size])
         offset += size
@@ -124,7 +181,13 @@ def split_artifact(data: bytes) -> tuple[dict, list[bytes]]:
     return header, streams
 
 
-def seal(text: bytes, body: bytes, version=ARTIFACT_VERSION, magic=ARTIFACT_MAGIC, length: int | None = None) -> bytes:
+def seal(
+    text: bytes,
+    body: bytes,
+    version=ARTIFACT_VERSION,
+    magic=ARTIFACT_MAGIC,
+    length: int | None = None,
+) -> bytes:
     """An artifact with a valid checksum around any header and streams."""
     prefix = PREFIX.pack(magic, version, len(text) if length is None else length, bytes(32))
     return prefix[:-32] + hashlib.sha256(prefix + text + body).digest() + text + body
@@ -136,14 +199,24 @@ def shapes_of(hp: Hyperparameters) -> dict[str, tuple[int, ...]]:
         return {name: tuple(tensor.shape) for name, tensor in GPT(hp).state_dict().items()}
 
 
-def consistent(hp: Hyperparameters, fill: Callable[[int], bytes], number: int = 1) -> tuple[dict, list[bytes]]:
+def consistent(
+    hp: Hyperparameters, fill: Callable[[int], bytes], number: int = 1
+) -> tuple[dict, list[bytes]]:
     """Header and streams that fit the model of `hp`; `fill` gives the payload of a stream of some bytes."""
     shapes = shapes_of(hp)
     storage = "".join(STORED_AS.get(role_of(name), "q") for name in shapes)
     streams = []
     for entries in layout(shapes, storage).values():
-        streams.append(PACKERS[number](fill(sum(math.prod(shape) * dtype.itemsize for *_, dtype, shape in entries))))
-    header = {"model": {name: getattr(hp, name) for name in MODEL_KNOBS}, "tokenizer_sha256": SHA, "storage": storage}
+        streams.append(
+            PACKERS[number](
+                fill(sum(math.prod(shape) * dtype.itemsize for *_, dtype, shape in entries))
+            )
+        )
+    header = {
+        "model": {name: getattr(hp, name) for name in MODEL_KNOBS},
+        "tokenizer_sha256": SHA,
+        "storage": storage,
+    }
     return header | {"streams": [[number, len(stream)] for stream in streams]}, streams
 
 
@@ -157,12 +230,16 @@ def drop_key(header: dict, streams: list[bytes], choices: Choices) -> None:
 
 
 def edit_key(header: dict, streams: list[bytes], choices: Choices) -> None:
-    header[choices.pick(["model", "tokenizer_sha256", "storage", "streams", "other"])] = any_value(choices)
+    header[choices.pick(["model", "tokenizer_sha256", "storage", "streams", "other"])] = any_value(
+        choices
+    )
 
 
 def edit_entry(header: dict, streams: list[bytes], choices: Choices) -> None:
     at, value = choices.below(len(streams)), any_value(choices)
-    header["streams"][at] = [value, [value, header["streams"][at][1]], [1, value], [value] * 2][choices.below(4)]
+    header["streams"][at] = [value, [value, header["streams"][at][1]], [1, value], [value] * 2][
+        choices.below(4)
+    ]
 
 
 def edit_storage(header: dict, streams: list[bytes], choices: Choices) -> None:
@@ -191,7 +268,11 @@ def edit_payload(header: dict, streams: list[bytes], choices: Choices) -> None:
 
 def replace_stream(header: dict, streams: list[bytes], choices: Choices) -> None:
     """Bytes of the case itself, for either codec's reader; the magic number of zstd comes for free."""
-    at, number, blob = choices.below(len(streams)), choices.pick([1, 2]), choices.take(choices.below(64))
+    at, number, blob = (
+        choices.below(len(streams)),
+        choices.pick([1, 2]),
+        choices.take(choices.below(64)),
+    )
     streams[at] = b"\x28\xb5\x2f\xfd" * (number == 1) + blob
     header["streams"][at] = [number, len(streams[at])]
 
@@ -201,12 +282,18 @@ def rebuild(header: dict, streams: list[bytes], choices: Choices) -> None:
     hp, _ = good_artifact()
     try:
         hp = train_gpt.replace(hp, **header["model"])
-        hp = train_gpt.replace(hp, **{choices.pick(MODEL_KNOBS): any_value(choices) for _ in range(choices.below(4))})
+        hp = train_gpt.replace(
+            hp, **{choices.pick(MODEL_KNOBS): any_value(choices) for _ in range(choices.below(4))}
+        )
         hp = train_gpt.replace(hp, train_batch_tokens=hp.train_seq_len)
         hp.validate()
     except (Refusal, TypeError, RecursionError):
         return
-    if hp.num_layers > 8 or hp.loop_passes > 4 or sum(map(math.prod, shapes_of(hp).values())) > SMALL:
+    if (
+        hp.num_layers > 8
+        or hp.loop_passes > 4
+        or sum(map(math.prod, shapes_of(hp).values())) > SMALL
+    ):
         return
     pattern = choices.blob() or b"\0\1"
     new_header, streams[:] = consistent(
@@ -215,7 +302,16 @@ def rebuild(header: dict, streams: list[bytes], choices: Choices) -> None:
     header.update(new_header)
 
 
-EDITS = [edit_knob, edit_knob, drop_key, edit_key, edit_entry, edit_storage, edit_stream, edit_payload]
+EDITS = [
+    edit_knob,
+    edit_knob,
+    drop_key,
+    edit_key,
+    edit_entry,
+    edit_storage,
+    edit_stream,
+    edit_payload,
+]
 EDITS += [replace_stream, rebuild, rebuild]
 
 
@@ -232,9 +328,15 @@ def hostile_artifact(data: bytes) -> bytes:
     if last == 1:
         text = edit_bytes(text, choices)
     elif last == 2:
-        length = choices.pick([0, len(text) - 1, len(text) + 1, 2**31, 2**32 - 1, choices.below(2**32)])
+        length = choices.pick(
+            [0, len(text) - 1, len(text) + 1, 2**31, 2**32 - 1, choices.below(2**32)]
+        )
     elif last == 3:  # the last of two equal keys counts
-        text = text[:-1] + b"," + json.dumps({choices.pick([*MODEL_KNOBS, *header, "streams"]): "x"}).encode()[1:]
+        text = (
+            text[:-1]
+            + b","
+            + json.dumps({choices.pick([*MODEL_KNOBS, *header, "streams"]): "x"}).encode()[1:]
+        )
     content = seal(text, b"".join(streams), length=length)
     return edit_bytes(content, choices) if last == 4 else content
 
@@ -244,11 +346,16 @@ def check_model(model: GPT, hp: Hyperparameters) -> None:
     hp.validate()
     state = model.state_dict()
     assert {name: tuple(tensor.shape) for name, tensor in state.items()} == shapes_of(hp)
-    assert {tensor.dtype for name, tensor in state.items() if name != "expert_table"} == {torch.float32}
+    assert {tensor.dtype for name, tensor in state.items() if name != "expert_table"} == {
+        torch.float32
+    }
     assert all(tensor.isfinite().all() for tensor in state.values())
     assert state["expert_table"].dtype == torch.uint8
     assert (state["expert_table"] < hp.num_experts).all()
-    if sum(tensor.numel() for tensor in state.values()) <= SMALL and hp.num_layers * hp.loop_passes <= 64:
+    if (
+        sum(tensor.numel() for tensor in state.values()) <= SMALL
+        and hp.num_layers * hp.loop_passes <= 64
+    ):
         ids = torch.arange(min(hp.train_seq_len, 5))[None] % hp.vocab_size
         with torch.no_grad():
             assert model(ids).shape == (*ids.shape, hp.vocab_size)
@@ -285,7 +392,9 @@ def hostile_shards(data: bytes) -> dict[str, bytes]:
         header, tokens = HEADER.copy(), np.arange(40, dtype="<u2") + choices.below(3)
         kind = choices.below(8)
         if kind == 1:
-            header[choices.below(3)] = choices.pick([n for n in NUMBERS if type(n) is int]) & 0x7FFFFFFF
+            header[choices.below(3)] = (
+                choices.pick([n for n in NUMBERS if type(n) is int]) & 0x7FFFFFFF
+            )
         elif kind == 2:
             header[2] = choices.pick([-1, 0, 39, 41, 2**31 - 1, -(2**31)])
         elif kind == 3:
@@ -307,7 +416,13 @@ def run_shard_case(folder: Path, data: bytes) -> str:
         path.write_bytes(shards[split]) if split in shards else path.unlink(missing_ok=True)
     expected = {split: tokens_of(content) for split, content in shards.items()}
     paths = {"data_path": str(folder), "tokenizer_path": str(folder / "tiny.model")}
-    hp = Hyperparameters(**paths, vocab_size=VOCAB_SIZE, train_seq_len=8, train_batch_tokens=16, micro_batch_tokens=16)
+    hp = Hyperparameters(
+        **paths,
+        vocab_size=VOCAB_SIZE,
+        train_seq_len=8,
+        train_batch_tokens=16,
+        micro_batch_tokens=16,
+    )
     train, val = expected["train"], expected["val"]
     loader, refusal = refusal_of(lambda: train_gpt.TokenLoader(hp, ALONE), folder)
     assert (loader is not None) == (train is not None and len(train) >= 2 * 8), refusal
@@ -323,16 +438,35 @@ def run_shard_case(folder: Path, data: bytes) -> str:
     assert (split is not None) == fits, message
     if split:
         assert split.tokens.tolist() == val.tolist()
-        assert "val_bytes" not in shards or split.target_bytes.tolist() == expected["val_bytes"][1:].tolist()
+        assert (
+            "val_bytes" not in shards
+            or split.target_bytes.tolist() == expected["val_bytes"][1:].tolist()
+        )
     return refusal or message
 
 
 # ---- Manifests
 
 NAME, MODEL = "fineweb10B_sp1024", "fineweb_1024_bpe"
-FILES = [f"datasets/{NAME}/fineweb_{split}_{n:06d}.bin" for split in ("val", "train") for n in range(2)]
-FILES += [f"tokenizers/{MODEL}.model", f"datasets/{NAME}/fineweb_val_bytes_000000.bin", "tokenizers/other", "evil"]
-MANIFEST_VALUES = [*VALUES, NAME, MODEL, "tokenizers/other", "tokenizers/../evil", "/evil", "evil", "tokenizers/x\n"]
+FILES = [
+    f"datasets/{NAME}/fineweb_{split}_{n:06d}.bin" for split in ("val", "train") for n in range(2)
+]
+FILES += [
+    f"tokenizers/{MODEL}.model",
+    f"datasets/{NAME}/fineweb_val_bytes_000000.bin",
+    "tokenizers/other",
+    "evil",
+]
+MANIFEST_VALUES = [
+    *VALUES,
+    NAME,
+    MODEL,
+    "tokenizers/other",
+    "tokenizers/../evil",
+    "/evil",
+    "evil",
+    "tokenizers/x\n",
+]
 
 
 def hub_of(files: list[str]) -> downloader.Hub:
@@ -347,7 +481,11 @@ def hostile_manifest(data: bytes) -> bytes:
     """The manifest of a case."""
     choices = Choices(data)
     dataset = {"name": NAME, "tokenizer_name": MODEL, "stats": {"files_val": 2, "files_train": 2}}
-    tokenizer = {"name": MODEL, "model_path": f"tokenizers/{MODEL}.model", "vocab_path": f"tokenizers/{MODEL}.vocab"}
+    tokenizer = {
+        "name": MODEL,
+        "model_path": f"tokenizers/{MODEL}.model",
+        "vocab_path": f"tokenizers/{MODEL}.vocab",
+    }
     manifest = {"datasets": [dataset], "tokenizers": [tokenizer]}
     places = [manifest, dataset, dataset["stats"], tokenizer]
     for _ in range(choices.below(4)):
@@ -357,7 +495,9 @@ def hostile_manifest(data: bytes) -> bytes:
         if choices.below(4) == 3:
             place.pop(name, None)
         else:
-            place[name] = [value, [value], [{**tokenizer}, value], {"name": value}][choices.below(4) * choices.below(2)]
+            place[name] = [value, [value], [{**tokenizer}, value], {"name": value}][
+                choices.below(4) * choices.below(2)
+            ]
     text = json.dumps(manifest).encode()
     return edit_bytes(text, choices) if choices.below(4) == 3 else text
 
@@ -367,13 +507,20 @@ def hostile_ledger(data: bytes, state: dict[str, int]) -> bytes:
     choices, entry = Choices(data), {"digest": "0" * 64, "source": "owner/golf@main", **state}
     for _ in range(choices.below(4)):
         entry[choices.pick([*entry])] = choices.pick(MANIFEST_VALUES)
-    text = json.dumps({choices.pick(["manifest.json", "other"]): choices.pick([entry, entry, [entry]])}).encode()
+    text = json.dumps(
+        {choices.pick(["manifest.json", "other"]): choices.pick([entry, entry, [entry]])}
+    ).encode()
     return edit_bytes(text, choices) if choices.below(4) == 3 else text
 
 
 def run_manifest_case(folder: Path, data: bytes) -> str:
     """The first Refusal's message of all readers of manifests, or "" if they take it."""
-    path, content, hub, name = folder / "manifest.json", hostile_manifest(data), hub_of(FILES), "here"
+    path, content, hub, name = (
+        folder / "manifest.json",
+        hostile_manifest(data),
+        hub_of(FILES),
+        "here",
+    )
     path.write_bytes(content)
     manifest, message = refusal_of(lambda: downloader.parse_manifest(content, name), name)
     if manifest:
@@ -386,7 +533,9 @@ def run_manifest_case(folder: Path, data: bytes) -> str:
     ledger = downloader.Ledger(folder)
     ledger.path.parent.mkdir(exist_ok=True)
     ledger.path.write_bytes(hostile_ledger(data, ledger.state(path)))
-    downloader.Ledger(folder).digest(path)  # a damaged one costs a checksum, and is not worth a Refusal
+    downloader.Ledger(folder).digest(
+        path
+    )  # a damaged one costs a checksum, and is not worth a Refusal
     return message or other
 
 

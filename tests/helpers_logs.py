@@ -26,23 +26,47 @@ def budget_table(sizes: dict[str, int]) -> str:
     lines = [f"{'role':<10}{'weights':>12}{'bytes':>12}{'bits/weight':>13}{'entropy floor':>15}"]
     for role, size in sizes.items():
         weights = f"{2 * size:>12,}{size:>12,}{4:>13.3f}{size:>15,.0f}"
-        lines.append(f"{role:<10}" + (f"{'':>12}{size:>12,}" if role in ("header", "steps") else weights))
+        lines.append(
+            f"{role:<10}" + (f"{'':>12}{size:>12,}" if role in ("header", "steps") else weights)
+        )
     return "\n".join([*lines, f"{'total':<22}{sum(sizes.values()):>12,}  (k x 1.0000)", ""])
 
 
-def ours(seed: int = 1337, partial: bool = False, targets: int = TARGETS, ttt: str = "off", run_id: str = "run") -> str:
+def ours(
+    seed: int = 1337,
+    partial: bool = False,
+    targets: int = TARGETS,
+    ttt: str = "off",
+    run_id: str = "run",
+) -> str:
     """A restart of the learning rate at 300 of STEPS = 400, 100 ms a step, 6 s of Hessians, then sliding windows."""
     mode, label = "PARTIAL" if partial else "val", "sliding_window" if ttt == "off" else "ttt"
     rates = {1: 1.0, 100: 1.0, 200: 0.4, 300: 0.8, 400: 0.1}
     train = "".join(
         f"step:{step}/{STEPS} train_loss:{4 - step / 400:.6f} train_time:{100 * step}ms step_avg:100.00ms "
-        f"lr_scale:{rate:.3f} tok/s: 20480\n" + ("layer_loop:enabled step:150 frac:0.375\n" if step == 100 else "")
+        f"lr_scale:{rate:.3f} tok/s: 20480\n"
+        + ("layer_loop:enabled step:150 frac:0.375\n" if step == 100 else "")
         for step, rate in rates.items()
     )
-    trained = {"run_id": run_id, "partial": partial, "val_bpb_float": None if partial else 3.1 / NATS,
-               "val_bpb": None if partial else 3.2 / NATS, "val_loss": 3.2, "train_seconds": 46.0, "steps": STEPS}
-    scored = {"partial": partial, "stride": 64, "val_bpb": None if partial else 3.15 / NATS, "val_loss": 3.15,
-              "target_tokens": targets, "scored_bytes": 12_000, "eval_seconds": 9.5, "ttt": ttt}
+    trained = {
+        "run_id": run_id,
+        "partial": partial,
+        "val_bpb_float": None if partial else 3.1 / NATS,
+        "val_bpb": None if partial else 3.2 / NATS,
+        "val_loss": 3.2,
+        "train_seconds": 46.0,
+        "steps": STEPS,
+    }
+    scored = {
+        "partial": partial,
+        "stride": 64,
+        "val_bpb": None if partial else 3.15 / NATS,
+        "val_loss": 3.15,
+        "target_tokens": targets,
+        "scored_bytes": 12_000,
+        "eval_seconds": 9.5,
+        "ttt": ttt,
+    }
     return f"""{SOURCE}{RULE}
 /bin/sh: 1: nvidia-smi: not found
 python:3.11.7 torch:2.13.0+cpu numpy:2.4.6 commit:3d916ea
@@ -79,7 +103,9 @@ def old(seed: int = 1337, points: int = 20, validate: int = 5, targets: int = 62
     lines = [f"step:0/20000 {scores(6.9)} train_time:0ms step_avg:0.01ms"]
     for point in range(1, points + 1):
         clock = f"train_time:{2000 * point}ms step_avg:40.00ms"
-        lines.append(f"step:{50 * point}/20000 train_loss:{3 - point / points + 0.1 * (point % 2):.4f} {clock}")
+        lines.append(
+            f"step:{50 * point}/20000 train_loss:{3 - point / points + 0.1 * (point % 2):.4f} {clock}"
+        )
         if point % validate == 0:
             lines.append(f"step:{50 * point}/20000 {scores(3 - point / points)} {clock}")
     body = "\n".join(lines)

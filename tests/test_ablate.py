@@ -26,7 +26,7 @@ from make_record import pack_script
 
 import train_gpt
 
-KNOBS = '''
+KNOBS = """
 from dataclasses import dataclass, fields
 from types import SimpleNamespace
 
@@ -63,8 +63,8 @@ def model_bytes(hp):
 
 def dry_run(hp, model):
     return SimpleNamespace(artifact=bytes(model_bytes(hp)))
-'''
-TRAIN = '''
+"""
+TRAIN = """
 import json, os, sys, time
 from pathlib import Path
 
@@ -96,22 +96,26 @@ def main():
 
 if __name__ == "__main__":
     main()
-'''
-EVALUATE = '''
+"""
+EVALUATE = """
 import json, sys
 from pathlib import Path
 log = Path(sys.argv[1]).with_suffix(".txt")
 bpb = json.loads(log.read_text().splitlines()[-1])["val_bpb"] - 0.25
 with open(log, "a") as file:
     file.write(json.dumps({"event": "eval_summary", "partial": False, "val_bpb": bpb}) + "\\n")
-'''
+"""
 
 
 class Study:
     """A grid and a stub trainer in a folder whose name has spaces."""
 
     def __init__(self, folder: Path):
-        self.folder, self.grid, self.out = folder / "a folder", folder / "a folder" / "grid.txt", folder / "the out"
+        self.folder, self.grid, self.out = (
+            folder / "a folder",
+            folder / "a folder" / "grid.txt",
+            folder / "the out",
+        )
         self.script, self.notes = self.folder / "stub.py", self.folder / "notes"
         self.folder.mkdir()
         self.script.write_text(KNOBS + TRAIN)
@@ -123,16 +127,31 @@ class Study:
     def argv(self, *more: object, out: Path | None = None) -> list:
         return [self.grid, "--out", out or self.out, "--script", self.script, *more]
 
-    def run(self, *more: object, seeds=(1, 2, 3), out: Path | None = None, env=None, cwd: Path | None = None):
+    def run(
+        self,
+        *more: object,
+        seeds=(1, 2, 3),
+        out: Path | None = None,
+        env=None,
+        cwd: Path | None = None,
+    ):
         argv = self.argv("--seeds", *seeds, *more, out=out)
         return run_in_process(ablate.main, env or {}, cwd or self.folder, *argv)
 
     def started(self) -> list[str]:
-        return [line.split()[0] for line in self.notes.read_text().splitlines()] if self.notes.exists() else []
+        return (
+            [line.split()[0] for line in self.notes.read_text().splitlines()]
+            if self.notes.exists()
+            else []
+        )
 
     def rows(self, out: Path | None = None) -> dict[str, dict[str, str]]:
         """Cells of table.md by cell and column."""
-        lines = [x for x in ((out or self.out) / "table.md").read_text().splitlines() if x.startswith("|")]
+        lines = [
+            x
+            for x in ((out or self.out) / "table.md").read_text().splitlines()
+            if x.startswith("|")
+        ]
         names, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
         return {row[0]: dict(zip(names, row, strict=True)) for row in rows}
 
@@ -145,7 +164,9 @@ PLOT = ablate.plot
 
 @pytest.fixture
 def study(tmp_path, monkeypatch) -> Study:
-    monkeypatch.setattr(ablate, "plot", lambda rows: b"a plot")  # which takes as long as several runs of the stub
+    monkeypatch.setattr(
+        ablate, "plot", lambda rows: b"a plot"
+    )  # which takes as long as several runs of the stub
     made = Study(tmp_path)
     made.write("one", "two GAIN=0.01", "three GAIN=-0.02 OVERHEAD=90")
     return made
@@ -162,14 +183,23 @@ def test_delta_interval_and_welch_are_those_computed_by_hand(study):
     assert row["delta"] == "-0.0200"
     assert row["95 % CI"] == f"{-0.02 - half:+.4f} to {-0.02 + half:+.4f}"
     # Means 0.02 apart, variances 0.01 and 0.0111: Welch's t = -0.2385.
-    assert (control["mean"], control["std"], control["float mean"]) == ("1.9500", "0.1000", "1.7000")
+    assert (control["mean"], control["std"], control["float mean"]) == (
+        "1.9500",
+        "0.1000",
+        "1.7000",
+    )
     assert (row["mean"], row["std"], row["n"]) == ("1.9300", f"{math.sqrt(0.0111):.4f}", "3")
     assert float(row["Welch p"]) == pytest.approx(0.8232, abs=2e-4)
     assert (control["delta"], control["95 % CI"], control["Welch p"]) == ("control", "-", "-")
     assert row["tok/s"] == "250"
     text = (study.out / "table.md").read_text()
-    assert f"+-{half:.4f} bpb for a cell with the control's n = 3; standard deviation of seeds, pooled" in text
-    assert "0.1027 (freedom 4); of differences of the same seed: 0.0100." in text  # of -0.02, -0.03, -0.01
+    assert (
+        f"+-{half:.4f} bpb for a cell with the control's n = 3; standard deviation of seeds, pooled"
+        in text
+    )
+    assert (
+        "0.1027 (freedom 4); of differences of the same seed: 0.0100." in text
+    )  # of -0.02, -0.03, -0.01
     assert study.rows()["three"]["n"] == "0"
 
 
@@ -198,11 +228,21 @@ def test_one_row_per_run_in_results_and_a_plot(study, monkeypatch):
     assert study.run(seeds=(2, 1)).code == 0
     with open(study.out / "results.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [(r["cell"], r["seed"]) for r in rows] == [(c, s) for c in ("one", "two", "three") for s in "12"]
-    assert (float(rows[0]["val_bpb"]), float(rows[0]["val_bpb_float"])) == pytest.approx((1.85, 1.6))
-    assert (rows[0]["tok_per_s"], rows[0]["log"], rows[0]["bytes_model"]) == ("250.0", "one_seed1.txt", "5300")
+    assert [(r["cell"], r["seed"]) for r in rows] == [
+        (c, s) for c in ("one", "two", "three") for s in "12"
+    ]
+    assert (float(rows[0]["val_bpb"]), float(rows[0]["val_bpb_float"])) == pytest.approx(
+        (1.85, 1.6)
+    )
+    assert (rows[0]["tok_per_s"], rows[0]["log"], rows[0]["bytes_model"]) == (
+        "250.0",
+        "one_seed1.txt",
+        "5300",
+    )
     assert (study.out / "plot.png").read_bytes().startswith(b"\x89PNG")
-    assert study.started() == [f"{cell}_seed{seed}" for seed in (2, 1) for cell in ("one", "two", "three")]
+    assert study.started() == [
+        f"{cell}_seed{seed}" for seed in (2, 1) for cell in ("one", "two", "three")
+    ]
     assert (study.out / "artifacts" / "one_seed1.ptz").stat().st_size == 5300
 
 
@@ -217,7 +257,12 @@ def test_the_score_is_the_artifacts_if_asked_for(study):
 
 
 def test_the_solver_finds_the_width_of_brute_force_and_runs_have_it(study):
-    study.write("one", "two OVERHEAD=95", "wide SHARED_DIM=7 OVERHEAD=-95", "experts OVERHEAD=800 SOLVE=EXPERT_DIM")
+    study.write(
+        "one",
+        "two OVERHEAD=95",
+        "wide SHARED_DIM=7 OVERHEAD=-95",
+        "experts OVERHEAD=800 SOLVE=EXPERT_DIM",
+    )
     assert study.run(seeds=[1]).code == 0
 
     def best(size):
@@ -232,7 +277,9 @@ def test_the_solver_finds_the_width_of_brute_force_and_runs_have_it(study):
     assert {name: row["solved width"] for name, row in study.rows().items()} == wanted
     knobs = study.event("wide_seed1", "ablation")["knobs"]
     assert f"SHARED_DIM={knobs['SHARED_DIM']}" == wanted["wide"]
-    assert study.event("wide_seed1", "train_summary")["environ"]["SHARED_DIM"] == knobs["SHARED_DIM"]
+    assert (
+        study.event("wide_seed1", "train_summary")["environ"]["SHARED_DIM"] == knobs["SHARED_DIM"]
+    )
 
 
 @pytest.mark.parametrize("start", [1, 50, 65_536])
@@ -245,7 +292,10 @@ def test_the_nearest_width_is_found_from_any_start_at_any_step(start):
 
 
 def test_the_solver_on_the_trainer_itself(tmp_path):
-    knobs = {k: str(v) for k, v in TINY_MODEL.items()} | {"TRAIN_BATCH_TOKENS": "128", "EVAL_STRIDE": "8"}
+    knobs = {k: str(v) for k, v in TINY_MODEL.items()} | {
+        "TRAIN_BATCH_TOKENS": "128",
+        "EVAL_STRIDE": "8",
+    }
     source = ablate.Source.read(ROOT / "train_gpt.py")
     dense = ablate.Cell("dense", "grid", source, "off", knobs | {"ROUTING": "dense"})
     routed = ablate.Cell("zipf", "grid", source, "SHARED_DIM", knobs | {"ROUTING": "zipf"})
@@ -256,11 +306,15 @@ def test_the_solver_on_the_trainer_itself(tmp_path):
     assert abs(found["bytes"] - goal) == min(abs(size - goal) for size in sizes.values())
     assert found["bytes"] == sizes[found["width"]]
     uniform = ablate.Cell("modulo", "grid", source, "off", knobs | {"ROUTING": "modulo"})
-    assert ablate.estimate(routed)[0] - ablate.estimate(uniform)[0] > 340 * 2 * 2 / 8 / 2  # tokens, layers, bits each
+    assert (
+        ablate.estimate(routed)[0] - ablate.estimate(uniform)[0] > 340 * 2 * 2 / 8 / 2
+    )  # tokens, layers, bits each
     router = ablate.Cell("learned", "grid", source, "off", knobs | {"ROUTING": "learned"})
     mixed = ablate.Cell("soft", "grid", source, "off", knobs | {"ROUTING": "soft"})
     assert abs(ablate.estimate(router)[0] - ablate.estimate(mixed)[0]) < 20  # the same tensors
-    assert ablate.estimate(mixed)[0] - ablate.estimate(uniform)[0] > 2 * 4 * 32 * 2 * 0.8  # routers, in float16
+    assert (
+        ablate.estimate(mixed)[0] - ablate.estimate(uniform)[0] > 2 * 4 * 32 * 2 * 0.8
+    )  # routers, in float16
     assert found["width"] < 32  # the routing table takes bytes, which the shared expert gives up
     assert abs(found["bytes"] - goal) < 0.01 * goal
 
@@ -277,14 +331,20 @@ def test_bytes_that_differ_in_the_end_give_no_delta_and_status_1(study):
     study.write("one", "two FAIL_ON=fat:", "three")
     assert study.run(seeds=(1, 2)).code == 1
     row = study.rows()["two"]
-    assert (row["delta"], row["95 % CI"], row["Welch p"]) == (f"bytes differ by {100 * 500 / 5300:.1f} %", "-", "-")
+    assert (row["delta"], row["95 % CI"], row["Welch p"]) == (
+        f"bytes differ by {100 * 500 / 5300:.1f} %",
+        "-",
+        "-",
+    )
     assert study.rows()["three"]["delta"] == "+0.0000"
 
 
 def test_widths_are_solved_once_and_again_for_another_control(study, monkeypatch):
     assert study.run("--dry-run").code == 0
     solved, original = [], ablate.solve
-    monkeypatch.setattr(ablate, "solve", lambda cell, goal: solved.append(cell.name) or original(cell, goal))
+    monkeypatch.setattr(
+        ablate, "solve", lambda cell, goal: solved.append(cell.name) or original(cell, goal)
+    )
     assert study.run("--dry-run").code == 0
     assert solved == []
     study.write("one OVERHEAD=9", "two GAIN=0.01", "three GAIN=-0.02 OVERHEAD=90")
@@ -308,9 +368,16 @@ def test_a_dry_run_shows_the_plan_and_runs_nothing(study):
 def test_the_trainer_itself_fills_both_cells_to_the_same_bytes(study, tmp_path):
     data = write_dataset(tmp_path / "data" / "set")
     skipped = {"RUN_ID", "ITERATIONS"}
-    words = [f"{key}={value}" for key, value in (TINY_MODEL | TINY_RUN).items() if key not in skipped]
-    study.grid.write_text(f"base {' '.join(words)}\nbase ITERATIONS=4\ndense ROUTING=dense\nzipf ROUTING=zipf\n")
-    env = {"DATA_PATH": os.path.relpath(data.folder, tmp_path), "TOKENIZER_PATH": str(data.tokenizer)}
+    words = [
+        f"{key}={value}" for key, value in (TINY_MODEL | TINY_RUN).items() if key not in skipped
+    ]
+    study.grid.write_text(
+        f"base {' '.join(words)}\nbase ITERATIONS=4\ndense ROUTING=dense\nzipf ROUTING=zipf\n"
+    )
+    env = {
+        "DATA_PATH": os.path.relpath(data.folder, tmp_path),
+        "TOKENIZER_PATH": str(data.tokenizer),
+    }
     argv = [study.grid, "--out", study.out, "--seeds", 5, "--model-bytes", 14_000]
     result = run_in_process(ablate.main, env, tmp_path, *argv)
     assert result.code == 0, (result.out, result.err)
@@ -321,7 +388,9 @@ def test_the_trainer_itself_fills_both_cells_to_the_same_bytes(study, tmp_path):
     assert rows["zipf"]["solved width"].startswith("SHARED_DIM=")
     for name in ("dense", "zipf"):
         closing = study.event(f"{name}_seed5", "ablation")
-        assert rows[name]["mean"] == f"{study.event(f'{name}_seed5', 'eval_summary')['val_bpb']:.4f}"
+        assert (
+            rows[name]["mean"] == f"{study.event(f'{name}_seed5', 'eval_summary')['val_bpb']:.4f}"
+        )
         code = len(pack_script(train_gpt.submission_source()))
         assert closing["knobs"]["TARGET_BYTES"] == str(14_000 + code)
         assert closing["knobs"]["DATA_PATH"] == str(data.folder)
@@ -376,7 +445,9 @@ def test_other_refusals_before_any_run(study):
 
 def test_a_trainer_without_data_is_refused(study):
     study.grid.write_text("one DEVICE=cpu\n")
-    result = run_in_process(ablate.main, {}, study.folder, study.grid, "--out", study.out, "--seeds", 1)
+    result = run_in_process(
+        ablate.main, {}, study.folder, study.grid, "--out", study.out, "--seeds", 1
+    )
     assert_refused(result, "line 1: cell one has no DATA_PATH")
 
 
@@ -391,20 +462,33 @@ def test_a_script_without_knobs_runs_with_any_setting_but_cannot_be_solved(study
     (study.folder / "variants" / "other.py").write_text(TRAIN)
     shutil.copy(study.folder / "eval_sliding.py", study.folder / "variants")
     study.write("one", "other SCRIPT=variants/other.py ANYTHING=x")
-    assert_refused(study.run(), "line 3: cell other", "SOLVE=SHARED_DIM needs", "other.py", "SOLVE=off")
+    assert_refused(
+        study.run(), "line 3: cell other", "SOLVE=SHARED_DIM needs", "other.py", "SOLVE=off"
+    )
     study.write("one", "other SCRIPT=variants/other.py ANYTHING=x SOLVE=off")
     assert study.run(seeds=[1]).code == 0
     assert study.event("other_seed1", "train_summary")["environ"]["ANYTHING"] == "x"
-    hashes = [study.event(f"{name}_seed1", "ablation")["script_sha256"] for name in ("one", "other")]
+    hashes = [
+        study.event(f"{name}_seed1", "ablation")["script_sha256"] for name in ("one", "other")
+    ]
     assert hashes[0] != hashes[1]
 
 
 def test_knobs_of_the_callers_environment_are_not_inherited_but_paths_are(study):
-    env = {"GAIN": "9", "OVERHEAD": "77", "MU": "off", "WORLD_SIZE": "2", "DATA_PATH": "some data", "LC_ALL": "C"}
+    env = {
+        "GAIN": "9",
+        "OVERHEAD": "77",
+        "MU": "off",
+        "WORLD_SIZE": "2",
+        "DATA_PATH": "some data",
+        "LC_ALL": "C",
+    }
     (study.folder / "plain.py").write_text(TRAIN)
     study.write("one", "two SCRIPT=plain.py", "three SCRIPT=plain.py TOKENIZER_PATH=its/own")
     assert study.run("--solve", "off", seeds=[1], env=env).code == 0
-    seen = [study.event(f"{name}_seed1", "train_summary")["environ"] for name in ("one", "two", "three")]
+    seen = [
+        study.event(f"{name}_seed1", "train_summary")["environ"] for name in ("one", "two", "three")
+    ]
     assert not any({"GAIN", "OVERHEAD", "MU", "WORLD_SIZE"} & environ.keys() for environ in seen)
     assert "DATA_PATH" not in seen[0]  # not a knob of the stub
     assert seen[1]["DATA_PATH"] == str(study.folder / "some data")
@@ -421,7 +505,9 @@ def test_later_cells_and_seeds_extend_the_table_and_nothing_runs_twice(study):
     result = study.run(seeds=[2])
     assert result.code == 0
     assert [row["n"] for row in study.rows().values()] == ["2", "2", "2"]
-    assert sorted(study.started()) == sorted(f"{c}_seed{s}" for c in ("one", "two", "three") for s in (1, 2))
+    assert sorted(study.started()) == sorted(
+        f"{c}_seed{s}" for c in ("one", "two", "three") for s in (1, 2)
+    )
 
 
 def test_the_same_command_works_from_another_folder(study, tmp_path):
@@ -447,7 +533,9 @@ def test_a_log_of_other_knobs_is_refused_whatever_is_asked_for(study, line, expe
     assert study.run(seeds=[1]).code == 0
     before = study.started()
     study.write("one", line)
-    assert_refused(study.run("--only", "one", seeds=[7]), str(study.out / "two_seed1.txt"), expected)
+    assert_refused(
+        study.run("--only", "one", seeds=[7]), str(study.out / "two_seed1.txt"), expected
+    )
     assert study.started() == before
 
 
@@ -456,7 +544,9 @@ def test_a_log_of_another_script_is_refused(study, name):
     assert study.run(seeds=[1]).code == 0
     with open(study.folder / name, "a") as script:
         script.write("# edited\n")
-    assert_refused(study.run(seeds=[2]), "one_seed1.txt was made with another version of", "stub.py")
+    assert_refused(
+        study.run(seeds=[2]), "one_seed1.txt was made with another version of", "stub.py"
+    )
     (study.out / "one_seed1.txt").write_text("not a log\n")
     assert_refused(study.run(seeds=[2]), "one_seed1.txt: has no closing line")
 
@@ -476,13 +566,23 @@ def wait_for(condition, seconds: float = 60.0):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG")
-def test_a_killed_runner_takes_its_run_along_and_the_same_command_gives_the_same_table(study, tmp_path):
+def test_a_killed_runner_takes_its_run_along_and_the_same_command_gives_the_same_table(
+    study, tmp_path
+):
     lines = ("one", "two GAIN=0.01", "three GAIN=-0.02 OVERHEAD=90")
     study.write("base HANG_ON=one_seed2", *lines)
-    command = [sys.executable, str(ROOT / "records" / "ablate.py"), *map(str, study.argv("--seeds", 1, 2, 3))]
+    command = [
+        sys.executable,
+        str(ROOT / "records" / "ablate.py"),
+        *map(str, study.argv("--seeds", 1, 2, 3)),
+    ]
     hung = Path(f"{study.notes}.hung")
     with subprocess.Popen(
-        command, cwd=tmp_path, env=full_environment({}), start_new_session=True, stdout=subprocess.DEVNULL
+        command,
+        cwd=tmp_path,
+        env=full_environment({}),
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
     ) as runner:
         wait_for(lambda: hung.exists() and hung.read_text())
         child = int(hung.read_text())
@@ -490,7 +590,9 @@ def test_a_killed_runner_takes_its_run_along_and_the_same_command_gives_the_same
         assert_refused(study.run(), str(study.out), "another ablate.py is at work there")
         os.kill(runner.pid, signal.SIGKILL)
     wait_for(lambda: not is_alive(child), 5)
-    assert {path.name for path in study.out.glob("*_seed*.txt")} == {f"{c}_seed1.txt" for c in ("one", "two", "three")}
+    assert {path.name for path in study.out.glob("*_seed*.txt")} == {
+        f"{c}_seed1.txt" for c in ("one", "two", "three")
+    }
     (study.out / ".table.md.1.tmp").write_text("half of a ta")
     assert study.run().code == 0
     assert not (study.out / ".table.md.1.tmp").exists()
@@ -510,7 +612,9 @@ def test_sigterm_stops_the_run_and_leaves_nothing_half_written(study):
     pid = int(study.notes.read_text().splitlines()[-1].split()[1])
     assert not is_alive(pid)
     assert signal.getsignal(signal.SIGTERM) == before
-    assert {path.name for path in study.out.glob("*_seed*.txt")} == {f"{c}_seed1.txt" for c in ("one", "two", "three")}
+    assert {path.name for path in study.out.glob("*_seed*.txt")} == {
+        f"{c}_seed1.txt" for c in ("one", "two", "three")
+    }
     assert list(study.out.rglob("*.tmp")) == []
     assert study.rows()["two"]["n"] == "1"
 

@@ -70,18 +70,34 @@ from train_gpt import (
 
 ROOT = Path(train_gpt.__file__).resolve().parent
 CPU, SHA = torch.device("cpu"), "ab" * 32
-ROUTING, DISPATCH, MU, ACTIVATION = (CHOICES[knob].split() for knob in ("routing", "dispatch", "mu", "activation"))
+ROUTING, DISPATCH, MU, ACTIVATION = (
+    CHOICES[knob].split() for knob in ("routing", "dispatch", "mu", "activation")
+)
 ROUTERS = sorted(TABLE_SCORE)  # these read the stream, and take no grouped dispatch
 SHALLOW = {"num_layers": 1, "loop_passes": 1}
-MODES = [{"routing": r, "dispatch": d, "mu": m} for r, d, m in itertools.product(ROUTING, DISPATCH, MU)]
-MODES = [{**mode, "num_layers": 3} for mode in MODES if mode["routing"] not in ROUTERS or mode["dispatch"] == "masked"]
+MODES = [
+    {"routing": r, "dispatch": d, "mu": m} for r, d, m in itertools.product(ROUTING, DISPATCH, MU)
+]
+MODES = [
+    {**mode, "num_layers": 3}
+    for mode in MODES
+    if mode["routing"] not in ROUTERS or mode["dispatch"] == "masked"
+]
 MODES += [{"routing": routing, "top_k": 2, "num_layers": 3} for routing in ROUTING]
 MODES += [{"routing": "cluster", "top_k": 2, "dispatch": "grouped"}, {"top_k": 2, "num_experts": 2}]
 MODES += [{"routing": "learned", "activation": "swiglu", "moe_start_layer": 1}]
 MODES += [{"activation": activation} for activation in ACTIVATION]
-MODES += [{switch: False} for switch in ("skip_gates", "attn_gate", "smear_gate", "ln_scale", "routing_per_pass")]
+MODES += [
+    {switch: False}
+    for switch in ("skip_gates", "attn_gate", "smear_gate", "ln_scale", "routing_per_pass")
+]
 MODES += [{"loop_passes": 1}, {"loop_passes": 3}, {"moe_start_layer": 2}]
-MODES += [SHALLOW, {**SHALLOW, "routing": "dense", "mu": "off"}, {"rope_dims": 0, "xsa": False}, {"num_experts": 3}]
+MODES += [
+    SHALLOW,
+    {**SHALLOW, "routing": "dense", "mu": "off"},
+    {"rope_dims": 0, "xsa": False},
+    {"num_experts": 3},
+]
 EVERY_ROLE = {"mu": "lowrank", "routing": "learned"}
 OCTAVE_EIGHTH = 2 ** (1 / 8)
 HALF_ULP = 2.0**-11  # relative rounding error of a normal float16
@@ -95,7 +111,9 @@ def rows_of(std: float, rows: int = 64, cols: int = 512, seed: int = 0) -> torch
     return std * torch.randn(rows, cols, generator=torch.Generator().manual_seed(seed))
 
 
-def nearest(weight: torch.Tensor, bits: int = 6, clip: float = 12.85) -> tuple[torch.Tensor, torch.Tensor]:
+def nearest(
+    weight: torch.Tensor, bits: int = 6, clip: float = 12.85
+) -> tuple[torch.Tensor, torch.Tensor]:
     """int8 symbols and step codes of a weight rounded to nearest."""
     codes = step_codes(weight, bits, clip)
     return round_to_nearest(weight, steps_of(codes), bits).to(torch.int8), codes
@@ -118,7 +136,9 @@ def some_name(state: dict, role: str) -> str:
 def test_there_are_256_steps_an_eighth_of_an_octave_apart():
     assert (STEPS.shape, STEPS.dtype) == ((256,), torch.float32)
     assert [STEPS[code].item() for code in (0, 184, 192, 200)] == [2.0**-24, 0.5, 1.0, 2.0]
-    torch.testing.assert_close(STEPS[1:] / STEPS[:-1], torch.full((255,), OCTAVE_EIGHTH), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        STEPS[1:] / STEPS[:-1], torch.full((255,), OCTAVE_EIGHTH), rtol=1e-6, atol=0
+    )
     codes = torch.arange(256, dtype=torch.uint8).view(2, 128, 1)
     assert torch.equal(steps_of(codes).flatten(), STEPS)
     symbols = torch.full((2, 128, 3), -5, dtype=torch.int8)
@@ -139,7 +159,9 @@ def test_a_step_is_what_k_asks_for_or_what_the_largest_weight_needs(bits, clip, 
     assert ((dequantize(symbols, codes) - weight).abs() <= step * (0.5 + 1e-4 * levels)).all()
     by_k = step <= typical * 1.045
     assert (step[by_k] >= typical[by_k] / 1.045).all()
-    assert (levels * step[~by_k] / OCTAVE_EIGHTH < largest[~by_k]).all()  # the next smaller one would not do
+    assert (
+        levels * step[~by_k] / OCTAVE_EIGHTH < largest[~by_k]
+    ).all()  # the next smaller one would not do
     expected = clip * std / levels > 1.1 * (outlier + 5) * std / levels
     assert by_k.all() if expected else not by_k.all()
     if not outlier:
@@ -170,14 +192,22 @@ def test_k_sets_the_entropy_of_the_symbols(clip):
     weight = rows_of(0.02, 128, 2048)
     symbols, codes = nearest(weight, 6, clip)
     gaussian = 0.5 * math.log2(2 * math.pi * math.e)
-    assert entropy_bits(symbols) == pytest.approx(gaussian - (steps_of(codes) / 0.02).log2().mean().item(), abs=0.04)
-    assert entropy_bits(symbols) == pytest.approx(gaussian - math.log2(clip / 31), abs=0.04 + 1 / 16)
-    assert entropy_bytes(symbols) == pytest.approx(entropy_bits(symbols) * symbols.numel() / 8, rel=1e-9)
+    assert entropy_bits(symbols) == pytest.approx(
+        gaussian - (steps_of(codes) / 0.02).log2().mean().item(), abs=0.04
+    )
+    assert entropy_bits(symbols) == pytest.approx(
+        gaussian - math.log2(clip / 31), abs=0.04 + 1 / 16
+    )
+    assert entropy_bytes(symbols) == pytest.approx(
+        entropy_bits(symbols) * symbols.numel() / 8, rel=1e-9
+    )
 
 
 def test_entropy_floor_of_special_symbols():
     for values, bits in ([0] * 64, 0), ([-127, 127] * 32, 1), ([*range(-32, 32)], 6), ([], 0):
-        assert entropy_bytes(torch.tensor(values, dtype=torch.int8)) == pytest.approx(bits * len(values) / 8)
+        assert entropy_bytes(torch.tensor(values, dtype=torch.int8)) == pytest.approx(
+            bits * len(values) / 8
+        )
 
 
 @pytest.mark.parametrize("std", [1e-3, 1e-2, 1e-1, 1.0])
@@ -228,11 +258,15 @@ def test_requantizing_is_exact_where_an_outlier_sets_the_step_and_else_within_ha
     symbols2, codes2 = nearest(restored)
     assert torch.equal(symbols2[:32], symbols[:32])
     assert torch.equal(codes2[:32], codes[:32])
-    assert ((dequantize(symbols2, codes2) - restored).abs() <= steps_of(codes2) * (0.5 + 1e-3)).all()
+    assert (
+        (dequantize(symbols2, codes2) - restored).abs() <= steps_of(codes2) * (0.5 + 1e-3)
+    ).all()
     assert (codes2.int() - codes.int()).abs().max() <= 1
 
 
-@pytest.mark.parametrize("mode", [EVERY_ROLE, *MODES[::5], {"routing": "dense", "mu": "full"}, SHALLOW], ids=label)
+@pytest.mark.parametrize(
+    "mode", [EVERY_ROLE, *MODES[::5], {"routing": "dense", "mu": "full"}, SHALLOW], ids=label
+)
 def test_every_tensor_is_quantized_by_the_rule_of_its_role(mode):
     hp = tiny_hp(**mode, matrix_bits=5, embed_bits=7)
     state = make_model(hp).state_dict()
@@ -256,7 +290,9 @@ def test_every_tensor_is_quantized_by_the_rule_of_its_role(mode):
             special = {"embedding": (7, hp.embed_clip), "vector": (8, 0.0)}
             rule = special.get(role, (5, hp.matrix_clip))
             assert quant_rule(hp, name) == rule
-            gains = [torch.full(tensor.shape[-1:], 192, dtype=torch.uint8)] * (role == "embedding")  # factors of 1
+            gains = [torch.full(tensor.shape[-1:], 192, dtype=torch.uint8)] * (
+                role == "embedding"
+            )  # factors of 1
             for part, expected in zip(parts[name], [*nearest(tensor, *rule), *gains], strict=True):
                 assert part.dtype == expected.dtype
                 assert torch.equal(part, expected), name
@@ -277,7 +313,9 @@ def test_a_factor_multiplies_every_k_and_no_vector(factor):
             assert torch.equal(*scaled[name], *parts)
 
 
-@pytest.mark.parametrize("name", ["mu_init", "skip_weights", "blocks.0.attn.q_gain", "blocks.0.attn.gate"])
+@pytest.mark.parametrize(
+    "name", ["mu_init", "skip_weights", "blocks.0.attn.q_gain", "blocks.0.attn.gate"]
+)
 def test_vectors_take_a_byte_unless_that_changes_them_by_a_hundredth(name):
     hp = tiny_hp()
     shape, generator = make_model(hp).state_dict()[name].shape, torch.Generator().manual_seed(0)
@@ -323,15 +361,22 @@ def plan_of(hp: Hyperparameters, data: bytes) -> dict[str, list]:
     return layout(shapes_of(hp), split_artifact(data)[0]["storage"])
 
 
-STORED_AS = dict.fromkeys(("embedding", "matrix", "expert", "mu_matrix"), "q") | {"vector": "qh", "router": "h"}
+STORED_AS = dict.fromkeys(("embedding", "matrix", "expert", "mu_matrix"), "q") | {
+    "vector": "qh",
+    "router": "h",
+}
 STORED_AS |= {"table": "t"}
 
 
 @pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("mode", [EVERY_ROLE, *MODES[::3], {"routing": "dense", "mu": "full"}, SHALLOW], ids=label)
+@pytest.mark.parametrize(
+    "mode", [EVERY_ROLE, *MODES[::3], {"routing": "dense", "mu": "full"}, SHALLOW], ids=label
+)
 def test_every_tensor_has_exactly_one_place_in_the_file(mode, last):
     shapes = shapes_of(tiny_hp(**mode))
-    storage = "".join(STORED_AS[role_of(name)][-last] for name in shapes)  # every first choice, or every last
+    storage = "".join(
+        STORED_AS[role_of(name)][-last] for name in shapes
+    )  # every first choice, or every last
     places = {}
     for stream, entries in layout(shapes, storage).items():
         for name, part, dtype, shape in entries:
@@ -345,7 +390,8 @@ def test_every_tensor_has_exactly_one_place_in_the_file(mode, last):
         expected = {
             "t": {"kept": ("table", "|u1", shape)},
             "h": {"kept": ("float16", "<f2", shape)},
-            "q": steps | {"symbols": ("vector" if role_of(name) == "vector" else name, "|i1", shape)},
+            "q": steps
+            | {"symbols": ("vector" if role_of(name) == "vector" else name, "|i1", shape)},
         }
         assert places[name] == expected[kind]
 
@@ -353,13 +399,18 @@ def test_every_tensor_has_exactly_one_place_in_the_file(mode, last):
 @pytest.mark.parametrize("role", ROLES)
 def test_storage_that_a_tensor_cannot_have_is_an_error(role):
     shapes = shapes_of(tiny_hp(**EVERY_ROLE))
-    letters, place = [STORED_AS[role_of(name)][0] for name in shapes], [*shapes].index(some_name(shapes, role))
+    letters, place = (
+        [STORED_AS[role_of(name)][0] for name in shapes],
+        [*shapes].index(some_name(shapes, role)),
+    )
     for kind in "qhtrcQx ":
         text = "".join([*letters[:place], kind, *letters[place + 1 :]])
         if kind in STORED_AS[role]:
             assert layout(shapes, text)
         else:
-            with pytest.raises(ValueError, match=rf"{re.escape(some_name(shapes, role))} cannot be stored as"):
+            with pytest.raises(
+                ValueError, match=rf"{re.escape(some_name(shapes, role))} cannot be stored as"
+            ):
                 layout(shapes, text)
     for text in ("", "".join(letters[:-1]), "".join(letters) + "q"):
         with pytest.raises(ValueError, match="argument 2 is"):
@@ -372,10 +423,15 @@ def test_storage_that_a_tensor_cannot_have_is_an_error(role):
 def restored(parts: dict) -> dict[str, torch.Tensor]:
     """What the tensors of a model must be after a trip through the file."""
     state = {name: dequantize(*p) if len(p) > 1 else p[0] for name, p in parts.items()}
-    return {name: tensor.float() if tensor.dtype == torch.float16 else tensor for name, tensor in state.items()}
+    return {
+        name: tensor.float() if tensor.dtype == torch.float16 else tensor
+        for name, tensor in state.items()
+    }
 
 
-def assert_restored(path: Path, hp: Hyperparameters, parts: dict) -> tuple[GPT, Hyperparameters, str]:
+def assert_restored(
+    path: Path, hp: Hyperparameters, parts: dict
+) -> tuple[GPT, Hyperparameters, str]:
     """What the reader returns, whose model must be that of the parts bit for bit."""
     loaded, loaded_hp, sha = load_artifact(path, hp, CPU)
     state, expected = loaded.state_dict(), restored(parts)
@@ -396,7 +452,9 @@ def test_reloaded_model_is_the_dequantized_one_bit_for_bit(tmp_path, mode):
     (tmp_path / "a.ptz").write_bytes(pack(hp, parts, SHA, "zstd")[0])
     loaded, loaded_hp, sha = assert_restored(tmp_path / "a.ptz", hp, parts)
     assert (loaded.training, sha) == (False, SHA)
-    assert {name: getattr(loaded_hp, name) for name in MODEL_KNOBS} == {name: getattr(hp, name) for name in MODEL_KNOBS}
+    assert {name: getattr(loaded_hp, name) for name in MODEL_KNOBS} == {
+        name: getattr(hp, name) for name in MODEL_KNOBS
+    }
     original = model(ids)
     model.load_state_dict(restored(parts), strict=True)
     assert torch.equal(loaded(ids), model(ids))
@@ -413,7 +471,9 @@ def test_a_matrix_fills_a_stream_of_its_own_and_the_small_ones_share_theirs(tmp_
     data = (tmp_path / "a.ptz").read_bytes()
     header, streams = split_artifact(data)
     packed = dict(zip(plan_of(hp, data), zip(header["streams"], streams, strict=True), strict=True))
-    alone = [name for name in state if role_of(name) in ("embedding", "matrix", "expert", "mu_matrix")]
+    alone = [
+        name for name in state if role_of(name) in ("embedding", "matrix", "expert", "mu_matrix")
+    ]
     assert set(packed) - set(alone) <= {"vector", "steps", "float16", "table"}
     for name in alone:
         number, content = compress(parts[name][0].numpy().tobytes(), codec)
@@ -421,9 +481,14 @@ def test_a_matrix_fills_a_stream_of_its_own_and_the_small_ones_share_theirs(tmp_
     assert_restored(tmp_path / "a.ptz", hp, parts)
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
-    seed=st.integers(0, 2**32 - 1), top_k=st.integers(1, 2), half=st.booleans(), levels=st.sampled_from([0, 1, 31, 127])
+    seed=st.integers(0, 2**32 - 1),
+    top_k=st.integers(1, 2),
+    half=st.booleans(),
+    levels=st.sampled_from([0, 1, 31, 127]),
 )
 def test_any_symbols_and_steps_come_back(tmp_path, seed, top_k, half, levels):
     hp = tiny_hp(**EVERY_ROLE, num_layers=2, top_k=top_k)
@@ -431,7 +496,9 @@ def test_any_symbols_and_steps_come_back(tmp_path, seed, top_k, half, levels):
     for name, shape in shapes_of(hp).items():
         symbols = rng.integers(-levels, levels, shape, np.int8, endpoint=True)
         codes = rng.integers(0, 256, (*shape[:-1], 1), np.uint8)
-        experts = rng.permuted(np.tile(np.arange(hp.num_experts, dtype=np.uint8), (*shape[:-1], 1)), axis=-1)
+        experts = rng.permuted(
+            np.tile(np.arange(hp.num_experts, dtype=np.uint8), (*shape[:-1], 1)), axis=-1
+        )
         kept = {"table": np.ascontiguousarray(experts[..., :top_k])}
         float16 = ("router", "vector") if half else ("router",)
         kept |= {role: rng.normal(size=shape).astype(np.float16) for role in float16}
@@ -446,7 +513,9 @@ def test_any_symbols_and_steps_come_back(tmp_path, seed, top_k, half, levels):
     assert_restored(tmp_path / "a.ptz", hp, parts)
 
 
-@pytest.mark.parametrize("mode", [EVERY_ROLE, {"routing": "dense", "mu": "off"}, {"mu": "pid"}, SHALLOW], ids=label)
+@pytest.mark.parametrize(
+    "mode", [EVERY_ROLE, {"routing": "dense", "mu": "off"}, {"mu": "pid"}, SHALLOW], ids=label
+)
 def test_sizes_by_role_are_those_of_the_streams_and_sum_to_the_file(mode):
     hp = tiny_hp(**mode)
     state = make_model(hp).state_dict()
@@ -471,7 +540,9 @@ def test_a_reloaded_router_is_float16_and_chooses_the_same_experts(tmp_path, rou
     model, ids = make_model(hp, noise=0.5), make_ids(hp, 64, 16)
     loaded, _, _ = load_artifact(write_artifact(tmp_path / "a.ptz", hp, model), hp, CPU)
     for layer, block in enumerate(loaded.blocks):
-        block.mlp.register_forward_pre_hook(lambda mlp, args, layer=layer: inputs.append((layer, *args)))
+        block.mlp.register_forward_pre_hook(
+            lambda mlp, args, layer=layer: inputs.append((layer, *args))
+        )
     loaded(ids)
     assert len(inputs) == len(hp.execution_order(True))
     moved, used = 0, []
@@ -481,7 +552,9 @@ def test_a_reloaded_router_is_float16_and_chooses_the_same_experts(tmp_path, rou
         assert not torch.equal(stored, exact)
         scores = F.linear(x, exact) + TABLE_SCORE[routing] * table
         ranked = scores.sort(-1, descending=True).values
-        sure = ranked[..., top_k - 1] - ranked[..., top_k] > 4 * HALF_ULP * x.abs() @ exact.abs().amax(0)
+        sure = ranked[..., top_k - 1] - ranked[
+            ..., top_k
+        ] > 4 * HALF_ULP * x.abs() @ exact.abs().amax(0)
         chosen, before = (m.blocks[layer].mlp.choose(x, table)[0].round() for m in (loaded, model))
         assert torch.equal(chosen[sure], before[sure])
         assert (chosen.sum(-1) == top_k).all()
@@ -508,8 +581,15 @@ def test_tied_embedding_is_stored_once():
     data, _ = pack(hp, parts, SHA, "zstd")
     header, streams = split_artifact(data)
     unpacked = [
-        decompress(stream, number, sum(math.prod(shape) * dtype.itemsize for *_, dtype, shape in entries), Path("x"))
-        for entries, stream, (number, _) in zip(plan_of(hp, data).values(), streams, header["streams"], strict=True)
+        decompress(
+            stream,
+            number,
+            sum(math.prod(shape) * dtype.itemsize for *_, dtype, shape in entries),
+            Path("x"),
+        )
+        for entries, stream, (number, _) in zip(
+            plan_of(hp, data).values(), streams, header["streams"], strict=True
+        )
     ]
     symbols = parts["tok_emb.weight"][0].numpy().tobytes()
     assert b"".join(unpacked).count(symbols) == 1
@@ -518,14 +598,30 @@ def test_tied_embedding_is_stored_once():
 
 
 def test_artifact_brings_its_own_model_knobs_into_any_environment(tmp_path):
-    hp = tiny_hp(num_layers=3, mu="lowrank", routing="hash", activation="swiglu", xsa=False, train_seq_len=64)
+    hp = tiny_hp(
+        num_layers=3, mu="lowrank", routing="hash", activation="swiglu", xsa=False, train_seq_len=64
+    )
     model = make_model(hp)
     path = write_artifact(tmp_path / "a.ptz", hp, model)
     environment = Hyperparameters(seed=5, eval_stride=16, micro_batch_tokens=128, dtype="float32")
-    assert all(getattr(environment, knob) != getattr(hp, knob) for knob in ("num_layers", "mu", "routing", "xsa"))
+    assert all(
+        getattr(environment, knob) != getattr(hp, knob)
+        for knob in ("num_layers", "mu", "routing", "xsa")
+    )
     loaded, loaded_hp, _ = load_artifact(path, environment, CPU)
-    assert {name: getattr(loaded_hp, name) for name in MODEL_KNOBS} == {name: getattr(hp, name) for name in MODEL_KNOBS}
-    kept = ("seed", "eval_stride", "micro_batch_tokens", "dtype", "compile", "device", "matrix_clip", "target_bytes")
+    assert {name: getattr(loaded_hp, name) for name in MODEL_KNOBS} == {
+        name: getattr(hp, name) for name in MODEL_KNOBS
+    }
+    kept = (
+        "seed",
+        "eval_stride",
+        "micro_batch_tokens",
+        "dtype",
+        "compile",
+        "device",
+        "matrix_clip",
+        "target_bytes",
+    )
     assert all(getattr(loaded_hp, knob) == getattr(environment, knob) for knob in kept)
     ids = make_ids(hp, 2, 16)
     model.load_state_dict(restored(quantize(hp, model.state_dict())[0]))
@@ -533,10 +629,14 @@ def test_artifact_brings_its_own_model_knobs_into_any_environment(tmp_path):
         assert torch.equal(loaded(ids), model(ids))
 
 
-@pytest.mark.parametrize("mode", [{}, *({"routing": r, "top_k": 2} for r in ("cluster", *ROUTERS))], ids=label)
+@pytest.mark.parametrize(
+    "mode", [{}, *({"routing": r, "top_k": 2} for r in ("cluster", *ROUTERS))], ids=label
+)
 def test_the_same_weights_make_the_same_file(mode):
     hp = tiny_hp(**mode)
-    first, again = (pack(hp, quantize(hp, make_model(hp).state_dict())[0], SHA, "auto")[0] for _ in range(2))
+    first, again = (
+        pack(hp, quantize(hp, make_model(hp).state_dict())[0], SHA, "auto")[0] for _ in range(2)
+    )
     assert first == again
     other = pack(hp, quantize(hp, make_model(hp, noise=0.2).state_dict())[0], SHA, "auto")[0]
     assert first != other
@@ -587,7 +687,9 @@ def sample() -> tuple[Hyperparameters, bytes]:
     """Knobs and content of a good artifact that has streams of every kind."""
     hp = tiny_hp(**SAMPLE)
     state = make_model(hp).state_dict()
-    state["mu_init"][:] = torch.cat([torch.full((1,), 10.0), torch.full((hp.model_dim - 1,), 0.034)])
+    state["mu_init"][:] = torch.cat(
+        [torch.full((1,), 10.0), torch.full((hp.model_dim - 1,), 0.034)]
+    )
     data, sizes = pack(hp, quantize(hp, state)[0], SHA, "zstd")
     assert {"vector", "steps", "table", "float16", "embedding", "matrix", "expert"} <= set(sizes)
     return hp, data
@@ -597,19 +699,27 @@ def edited(data: bytes, edit: Callable) -> bytes:
     """The artifact with its JSON header changed in place by `edit(header)`, or replaced by what that returns."""
     header, streams = split_artifact(data)
     result = edit(header)
-    return seal(result if isinstance(result, bytes) else json.dumps(header).encode(), b"".join(streams))
+    return seal(
+        result if isinstance(result, bytes) else json.dumps(header).encode(), b"".join(streams)
+    )
 
 
 def with_streams(data: bytes, streams: list[tuple[int, bytes]]) -> bytes:
     """The artifact with other (codec, content) streams, rightly declared."""
-    header = split_artifact(data)[0] | {"streams": [(number, len(stream)) for number, stream in streams]}
+    header = split_artifact(data)[0] | {
+        "streams": [(number, len(stream)) for number, stream in streams]
+    }
     return seal(json.dumps(header).encode(), b"".join(stream for _, stream in streams))
 
 
-def replaced(hp: Hyperparameters, data: bytes, name: str, change: Callable[[bytes], tuple[int, bytes]]) -> bytes:
+def replaced(
+    hp: Hyperparameters, data: bytes, name: str, change: Callable[[bytes], tuple[int, bytes]]
+) -> bytes:
     """The artifact with the stream `name` replaced by the (codec, content) that `change` makes of its payload."""
     header, streams = split_artifact(data)
-    numbered = [(number, stream) for (number, _), stream in zip(header["streams"], streams, strict=True)]
+    numbered = [
+        (number, stream) for (number, _), stream in zip(header["streams"], streams, strict=True)
+    ]
     at = [*plan_of(hp, data)].index(name)
     numbered[at] = change(zstandard.ZstdDecompressor().decompress(numbered[at][1]))
     return with_streams(data, numbered)
@@ -631,7 +741,11 @@ def assert_refused(path: Path, data: bytes, hp: Hyperparameters, match: str = ".
 def test_untouched_and_resealed_artifacts_load(tmp_path, sample):
     hp, data = sample
     path, same = tmp_path / "a.ptz", rezipped(lambda payload: payload)
-    for content in (data, edited(data, lambda header: None), *(replaced(hp, data, n, same) for n in plan_of(hp, data))):
+    for content in (
+        data,
+        edited(data, lambda header: None),
+        *(replaced(hp, data, n, same) for n in plan_of(hp, data)),
+    ):
         path.write_bytes(content)
         load_artifact(path, hp, CPU)
 
@@ -653,7 +767,16 @@ def test_missing_artifact_is_refused(tmp_path):
 def test_truncated_or_extended_file_is_refused(tmp_path, sample):
     hp, data = sample
     path = tmp_path / "a.ptz"
-    for length in (0, 1, 8, PREFIX.size - 1, PREFIX.size, PREFIX.size + 1, len(data) // 2, len(data) - 1):
+    for length in (
+        0,
+        1,
+        8,
+        PREFIX.size - 1,
+        PREFIX.size,
+        PREFIX.size + 1,
+        len(data) // 2,
+        len(data) - 1,
+    ):
         assert_refused(path, data[:length], hp, "artifact")
     assert_refused(path, data + b"\0", hp, "damaged")
 
@@ -668,16 +791,27 @@ def test_streams_cut_or_extended_under_a_valid_checksum_are_refused(tmp_path, sa
 
 def test_any_flipped_bit_is_refused(tmp_path, sample):
     hp, data = sample
-    positions = {*range(PREFIX.size), *np.linspace(PREFIX.size, len(data) - 1, 40).astype(int).tolist()}
+    positions = {
+        *range(PREFIX.size),
+        *np.linspace(PREFIX.size, len(data) - 1, 40).astype(int).tolist(),
+    }
     for position in positions:
         damaged = bytearray(data)
         damaged[position] ^= 1 << (position % 8)
         assert_refused(tmp_path / "a.ptz", bytes(damaged), hp)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(at=st.floats(0, 1, exclude_max=True), junk=st.binary(min_size=1, max_size=9), which=st.integers(0, 99))
-def test_random_damage_inside_a_stream_is_refused_or_changes_only_values(tmp_path, sample, at, junk, which):
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    at=st.floats(0, 1, exclude_max=True),
+    junk=st.binary(min_size=1, max_size=9),
+    which=st.integers(0, 99),
+)
+def test_random_damage_inside_a_stream_is_refused_or_changes_only_values(
+    tmp_path, sample, at, junk, which
+):
     hp, data = sample
 
     def hurt(payload: bytes) -> bytes:
@@ -692,7 +826,9 @@ def test_random_damage_inside_a_stream_is_refused_or_changes_only_values(tmp_pat
         outcome = str(refusal)
     else:
         outcome = {name: tuple(t.shape) for name, t in loaded.state_dict().items()}
-    assert outcome == shapes_of(hp) or re.search("expert out of range|a weight is not finite", str(outcome))
+    assert outcome == shapes_of(hp) or re.search(
+        "expert out of range|a weight is not finite", str(outcome)
+    )
 
 
 def test_foreign_files_and_other_versions_are_told_apart(tmp_path, sample):
@@ -770,7 +906,9 @@ def letter(name: str, kind: object) -> Callable:
     def edit(header: dict) -> None:
         at, storage = [*shapes_of(tiny_hp(**SAMPLE))].index(name), [*header["storage"]]
         storage[at] = kind
-        header["storage"] = "".join(storage) if isinstance(kind, str) and len(kind) == 1 else storage
+        header["storage"] = (
+            "".join(storage) if isinstance(kind, str) and len(kind) == 1 else storage
+        )
 
     return edit
 
@@ -804,7 +942,9 @@ def test_bad_storage_is_refused(tmp_path, sample, name):
 
 
 @pytest.mark.parametrize("kind", ["", "q", "h", "t", "qh", "qq", "qht"])
-@pytest.mark.parametrize("name", ["mu_init", "blocks.0.attn.c_k.weight", "blocks.0.mlp.router", "expert_table"])
+@pytest.mark.parametrize(
+    "name", ["mu_init", "blocks.0.attn.c_k.weight", "blocks.0.mlp.router", "expert_table"]
+)
 def test_a_list_in_the_place_of_the_storage_string_is_refused(tmp_path, sample, name, kind):
     """The header is consistent with the streams otherwise."""
     hp, data = sample
@@ -814,10 +954,17 @@ def test_a_list_in_the_place_of_the_storage_string_is_refused(tmp_path, sample, 
         plan = layout(shapes, storage)
     except ValueError:
         return
-    sizes = [sum(math.prod(shape) * dtype.itemsize for *_, dtype, shape in entries) for entries in plan.values()]
-    streams = [zstandard.compress(b"\0\1" * (size // 2) + b"\0" * (size % 2)) for size in sizes]  # two experts a token
+    sizes = [
+        sum(math.prod(shape) * dtype.itemsize for *_, dtype, shape in entries)
+        for entries in plan.values()
+    ]
+    streams = [
+        zstandard.compress(b"\0\1" * (size // 2) + b"\0" * (size % 2)) for size in sizes
+    ]  # two experts a token
     header |= {"storage": storage, "streams": [(1, len(stream)) for stream in streams]}
-    assert_refused(tmp_path / "a.ptz", seal(json.dumps(header).encode(), b"".join(streams)), hp, "bad header")
+    assert_refused(
+        tmp_path / "a.ptz", seal(json.dumps(header).encode(), b"".join(streams)), hp, "bad header"
+    )
     if len(kind) == 1:  # as a string, it is what a writer may write
         header["storage"] = "".join(storage)
         (tmp_path / "a.ptz").write_bytes(seal(json.dumps(header).encode(), b"".join(streams)))
@@ -835,7 +982,9 @@ def with_expert(hp: Hyperparameters, data: bytes, place: int, expert: int) -> by
     return replaced(hp, data, "table", rezipped(change))
 
 
-@pytest.mark.parametrize("place", [0, 1, 2 * 64 + 1, -2, -1])  # first and second expert of tokens in both layers
+@pytest.mark.parametrize(
+    "place", [0, 1, 2 * 64 + 1, -2, -1]
+)  # first and second expert of tokens in both layers
 def test_an_expert_out_of_range_or_given_twice_is_refused(tmp_path, sample, place):
     hp, data = sample
     (tmp_path / "a.ptz").write_bytes(data)
@@ -853,10 +1002,17 @@ def test_an_expert_out_of_range_or_given_twice_is_refused(tmp_path, sample, plac
 @pytest.mark.parametrize("name", ["vector", "steps", "table", "float16", "tok_emb.weight"])
 def test_stream_of_another_size_than_its_tensors_is_refused(tmp_path, sample, name):
     hp, data = sample
-    changes = [lambda payload: payload[:-1], lambda payload: payload + b"\0", lambda payload: b"", lambda p: p * 1000]
+    changes = [
+        lambda payload: payload[:-1],
+        lambda payload: payload + b"\0",
+        lambda payload: b"",
+        lambda p: p * 1000,
+    ]
     for change, packer in itertools.product(changes, [zstandard.compress, brotli.compress]):
         number = 1 if packer is zstandard.compress else 2
-        bad = replaced(hp, data, name, lambda payload, n=number, c=change, p=packer: (n, p(c(payload))))
+        bad = replaced(
+            hp, data, name, lambda payload, n=number, c=change, p=packer: (n, p(c(payload)))
+        )
         assert_refused(tmp_path / "a.ptz", bad, hp, "damaged.* does not unpack to")
 
 
@@ -866,23 +1022,36 @@ def test_stream_that_is_no_such_stream_is_refused(tmp_path, sample, number):
     packer = {"zstd": zstandard.compress, "brotli": brotli.compress}[CODECS[number]]
     path = tmp_path / "a.ptz"
     for change in (lambda p: b"", lambda p: b"not packed", lambda p: p, lambda p: packer(p)[:-9]):
-        bad = replaced(hp, data, "tok_emb.weight", lambda payload, change=change: (number, change(payload)))
+        bad = replaced(
+            hp, data, "tok_emb.weight", lambda payload, change=change: (number, change(payload))
+        )
         assert_refused(path, bad, hp, "damaged")
-    path.write_bytes(replaced(hp, data, "tok_emb.weight", lambda payload: (number, packer(payload))))
+    path.write_bytes(
+        replaced(hp, data, "tok_emb.weight", lambda payload: (number, packer(payload)))
+    )
     load_artifact(path, hp, CPU)
 
 
 @pytest.mark.parametrize("number", list(CODECS))
-def test_file_that_unpacks_to_far_more_than_declared_does_not_fill_the_memory(tmp_path, sample, number):
+def test_file_that_unpacks_to_far_more_than_declared_does_not_fill_the_memory(
+    tmp_path, sample, number
+):
     hp, data = sample
     bomb = bytes(1 << 26)
-    packed = zstandard.compress(bomb) if CODECS[number] == "zstd" else brotli.compress(bomb, quality=1)
+    packed = (
+        zstandard.compress(bomb) if CODECS[number] == "zstd" else brotli.compress(bomb, quality=1)
+    )
     tracemalloc.start()
     try:
         with pytest.raises(Refusal, match=r"^x: damaged"):
             decompress(packed, number, 1000, Path("x"))
         assert tracemalloc.get_traced_memory()[1] < 1 << 24
-        assert_refused(tmp_path / "a.ptz", replaced(hp, data, "table", lambda payload: (number, packed)), hp, "damaged")
+        assert_refused(
+            tmp_path / "a.ptz",
+            replaced(hp, data, "table", lambda payload: (number, packed)),
+            hp,
+            "damaged",
+        )
         assert tracemalloc.get_traced_memory()[1] < 1 << 24
         decompress(packed, number, len(bomb), Path("x"))
         assert tracemalloc.get_traced_memory()[1] > 1 << 26
@@ -894,7 +1063,9 @@ def test_zstd_frame_that_announces_an_absurd_size_is_refused(tmp_path, sample):
     hp, data = sample
     frame = b"\x28\xb5\x2f\xfd" + b"\xe0" + struct.pack("<Q", 1 << 55) + b"\x01\x00\x00"
     assert zstandard.frame_content_size(frame) == 1 << 55
-    assert_refused(tmp_path / "a.ptz", replaced(hp, data, "table", lambda payload: (1, frame)), hp, "damaged")
+    assert_refused(
+        tmp_path / "a.ptz", replaced(hp, data, "table", lambda payload: (1, frame)), hp, "damaged"
+    )
 
 
 def knob(**values) -> Callable:
@@ -966,10 +1137,17 @@ def test_header_length_beyond_the_file_is_refused(tmp_path, sample):
     for wrong in (0, length - 1, length + 1, len(data), 2**31, 2**32 - 1):
         prefix = PREFIX.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, wrong, bytes(32))
         digest = hashlib.sha256(prefix + data[PREFIX.size :]).digest()
-        assert_refused(tmp_path / "a.ptz", prefix[:-32] + digest + data[PREFIX.size :], hp, "damaged")
+        assert_refused(
+            tmp_path / "a.ptz", prefix[:-32] + digest + data[PREFIX.size :], hp, "damaged"
+        )
 
 
-ABSURD = [{"num_layers": 10**9}, {"shared_dim": 10**12}, {"mu": "lowrank", "mu_rank": 10**12}, {"loop_passes": 10**9}]
+ABSURD = [
+    {"num_layers": 10**9},
+    {"shared_dim": 10**12},
+    {"mu": "lowrank", "mu_rank": 10**12},
+    {"loop_passes": 10**9},
+]
 ABSURD += [{"vocab_size": 1 << 30}, {"top_k": 1 << 30}, {"num_experts": 1 << 30}]
 
 
@@ -984,7 +1162,10 @@ def test_absurd_model_is_refused_before_it_is_built(tmp_path, sample, knobs, mon
 
 
 LARGE = [{"model_dim": 65_536, "shared_dim": 65_536}, {"routing": "soft", "num_experts": 256}]
-LARGE += [{"num_experts": 256, "expert_dim": 65_536, "model_dim": 1024}, {"num_layers": 30, "vocab_size": 65_536}]
+LARGE += [
+    {"num_experts": 256, "expert_dim": 65_536, "model_dim": 1024},
+    {"num_layers": 30, "vocab_size": 65_536},
+]
 
 
 @pytest.mark.parametrize("knobs", LARGE, ids=label)
@@ -997,7 +1178,10 @@ def test_large_model_with_a_consistent_header_is_refused_before_anything_is_unpa
 
     hp = tiny_hp(**{"num_layers": 2, **knobs, "model_dim": knobs.get("model_dim", 65_536)})
     shapes = shapes_of(hp)
-    storage, total = "".join(STORED_AS[role_of(name)][0] for name in shapes), sum(map(math.prod, shapes.values()))
+    storage, total = (
+        "".join(STORED_AS[role_of(name)][0] for name in shapes),
+        sum(map(math.prod, shapes.values())),
+    )
     assert total > MAX_WEIGHTS
     with monkeypatch.context() as patch:
         patch.setattr(train_gpt, "MAX_WEIGHTS", total)
@@ -1051,14 +1235,23 @@ def test_submission_may_have_every_byte_below_the_cap():
 
 def medium_hp(**knobs) -> Hyperparameters:
     """A model of some 300,000 weights, at k as given."""
-    sizes = {"vocab_size": 1024, "model_dim": 96, "rope_dims": 8, "shared_dim": 256, "expert_dim": 32, "num_layers": 2}
+    sizes = {
+        "vocab_size": 1024,
+        "model_dim": 96,
+        "rope_dims": 8,
+        "shared_dim": 256,
+        "expert_dim": 32,
+        "num_layers": 2,
+    }
     return tiny_hp(**{**sizes, "target_bytes": 0, **knobs})
 
 
 CODE = submission_bytes(Hyperparameters(), 0, "code")[0]
 
 
-def fit_to(hp: Hyperparameters, state: dict, codec: str, target: int, hessians: dict | None = None) -> Fitted:
+def fit_to(
+    hp: Hyperparameters, state: dict, codec: str, target: int, hessians: dict | None = None
+) -> Fitted:
     """The artifact that takes at most `target` bytes beside the code."""
     return fit(replace(hp, target_bytes=CODE + target), state, SHA, codec, hessians)
 
@@ -1072,7 +1265,9 @@ def trained_like(hp: Hyperparameters, seed: int = 7) -> GPT:
             p.add_(0.1 * torch.randn(p.shape, generator=generator))
         else:
             row_scale = (0.5 * torch.randn((*p.shape[:-1], 1), generator=generator)).exp()
-            chi2 = torch.randn((8, *p.shape), generator=generator).square().mean(0)  # over which: Student's t, 8 d.o.f.
+            chi2 = (
+                torch.randn((8, *p.shape), generator=generator).square().mean(0)
+            )  # over which: Student's t, 8 d.o.f.
             p.copy_(p + 0.03 * row_scale * torch.randn(p.shape, generator=generator) / chi2.sqrt())
     return model
 
@@ -1103,12 +1298,16 @@ TARGETS = [*itertools.product(["zstd"], [0.7, 0.8, 1.0, 1.2, 1.4]), ("brotli", 0
 
 
 @pytest.mark.parametrize(("codec", "fraction"), TARGETS)
-def test_the_artifact_is_about_a_thousandth_below_the_target_at_most(tmp_path, medium, codec, fraction):
+def test_the_artifact_is_about_a_thousandth_below_the_target_at_most(
+    tmp_path, medium, codec, fraction
+):
     hp, state, plain = medium
     target = int(fraction * len(plain.artifact))
     fitted = fit_to(hp, state, codec, target)
     size = len(fitted.artifact)
-    assert 0.9985 * target <= size <= target  # from one factor to the next, brotli's size jumps by a thousandth here
+    assert (
+        0.9985 * target <= size <= target
+    )  # from one factor to the next, brotli's size jumps by a thousandth here
     assert 1 / 8 < fitted.factor < 4
     assert fitted.factor < 1 if fraction > 1 else fitted.factor > 1
     assert_same_parts(fitted.parts, quantize(hp, state, fitted.factor)[0])
@@ -1149,7 +1348,9 @@ def test_a_target_out_of_reach_is_refused_with_what_to_shrink(medium):
         with pytest.raises(Refusal) as refused:
             fit(hp, state, SHA, "zstd")
         message = str(refused.value)
-        assert re.search(rf"^TARGET_BYTES={hp.target_bytes}: .*\b{missing:,} bytes too large", message), message
+        assert re.search(
+            rf"^TARGET_BYTES={hp.target_bytes}: .*\b{missing:,} bytes too large", message
+        ), message
         for way_out in ("MODEL_DIM=96", "NUM_LAYERS=2"):
             assert way_out in message
         assert "\n" not in message
@@ -1160,14 +1361,26 @@ def test_the_budget_has_every_role_its_bytes_and_its_entropy(medium):
     header, *lines, total = fitted.budget().splitlines()
     assert header.split() == ["role", "weights", "bytes", "bits/weight", "entropy", "floor"]
     assert re.fullmatch(rf"total +{len(fitted.artifact):,}  \(k x 1\.0000\)", total)
-    table = {line.split()[0]: [float(cell.replace(",", "")) for cell in line.split()[1:]] for line in lines}
+    table = {
+        line.split()[0]: [float(cell.replace(",", "")) for cell in line.split()[1:]]
+        for line in lines
+    }
     assert {role: row[1] if len(row) > 1 else row[0] for role, row in table.items()} == fitted.sizes
     assert {role_of(name) for name in state} | {"header", "steps"} <= set(table)
     for role in {role_of(name) for name in state} - {"table"}:
-        symbols = [parts[0] for name, parts in fitted.parts.items() if role_of(name) == role and len(parts) > 1]
+        symbols = [
+            parts[0]
+            for name, parts in fitted.parts.items()
+            if role_of(name) == role and len(parts) > 1
+        ]
         weights, size = sum(part.numel() for part in symbols), fitted.sizes[role]
         floor = sum(entropy_bits(part) * part.numel() / 8 for part in symbols)
-        assert table[role] == [weights, size, pytest.approx(8 * size / weights, abs=6e-4), pytest.approx(floor, abs=1)]
+        assert table[role] == [
+            weights,
+            size,
+            pytest.approx(8 * size / weights, abs=6e-4),
+            pytest.approx(floor, abs=1),
+        ]
     large = [table[role] for role in ("embedding", "matrix", "expert")]
     assert sum(row[0] for row in large) > 250_000
     assert all(0.93 * row[3] < row[1] < 1.03 * row[3] for row in large)
@@ -1197,7 +1410,9 @@ def test_dry_run_foretells_the_size_of_gaussian_weights(routing):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     generator = torch.Generator().manual_seed(7)
     for name, p in model.named_parameters():
-        p.copy_((0.1 if role_of(name) == "vector" else 1.0) * torch.randn(p.shape, generator=generator))
+        p.copy_(
+            (0.1 if role_of(name) == "vector" else 1.0) * torch.randn(p.shape, generator=generator)
+        )
     actual = fit(hp, model.state_dict(), SHA, "zstd")
     assert len(expected.artifact) == pytest.approx(len(actual.artifact), rel=0.02)
     wider = replace(hp, shared_dim=512)
@@ -1225,8 +1440,27 @@ def test_the_code_takes_its_share_of_the_target():
 # ---- Files -----------------------------------------------------------------------------------------------------------
 
 
-RUNS_CODE = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "eval", "exec"}
-RUNS_CODE |= {"torch.load", "torch.save", "torch.jit.load", "torch.package", "yaml.load", "np.load", "numpy.load"}
+RUNS_CODE = {
+    "pickle",
+    "cPickle",
+    "_pickle",
+    "dill",
+    "cloudpickle",
+    "joblib",
+    "marshal",
+    "shelve",
+    "eval",
+    "exec",
+}
+RUNS_CODE |= {
+    "torch.load",
+    "torch.save",
+    "torch.jit.load",
+    "torch.package",
+    "yaml.load",
+    "np.load",
+    "numpy.load",
+}
 
 
 def what_runs_code(source: str) -> set[str]:
@@ -1255,10 +1489,30 @@ def test_no_reader_of_files_can_run_code_from_them(path):
     assert what_runs_code(path.read_text(encoding="utf-8")) == set()
 
 
-CODE_RUNNERS = ["import pickle", "import json, pickle as p", "from pickle import loads", "def f():\n    import shelve"]
-CODE_RUNNERS += ["torch.load(x)", "from torch import load", "load = torch.load", "from torch import save", "eval(x)"]
-CODE_RUNNERS += ["np.load(x)", "np.load(x, allow_pickle=True)", "np.load(x, allow_pickle=y)", "from numpy import load"]
-CODE_RUNNERS += ["read = np.load\nread(x, allow_pickle=False)", "importlib.import_module('dill')", "run = exec"]
+CODE_RUNNERS = [
+    "import pickle",
+    "import json, pickle as p",
+    "from pickle import loads",
+    "def f():\n    import shelve",
+]
+CODE_RUNNERS += [
+    "torch.load(x)",
+    "from torch import load",
+    "load = torch.load",
+    "from torch import save",
+    "eval(x)",
+]
+CODE_RUNNERS += [
+    "np.load(x)",
+    "np.load(x, allow_pickle=True)",
+    "np.load(x, allow_pickle=y)",
+    "from numpy import load",
+]
+CODE_RUNNERS += [
+    "read = np.load\nread(x, allow_pickle=False)",
+    "importlib.import_module('dill')",
+    "run = exec",
+]
 
 
 @pytest.mark.parametrize("source", CODE_RUNNERS)
@@ -1297,7 +1551,9 @@ class FullDisk:
 
 
 @pytest.mark.parametrize("failing", ["replace", "fsync", "write", "open"])
-def test_failed_write_keeps_the_old_content_and_leaves_nothing_behind(tmp_path, monkeypatch, failing):
+def test_failed_write_keeps_the_old_content_and_leaves_nothing_behind(
+    tmp_path, monkeypatch, failing
+):
     def fail(*args):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

@@ -44,7 +44,13 @@ def counted_flops(hp) -> float:
     return counter.get_total_flops() / ids.numel()
 
 
-COUNTED = [{}, {"routing": "dense"}, {"loop_passes": 3}, {"mu": "lowrank"}, {"mu": "full", "moe_start_layer": 2}]
+COUNTED = [
+    {},
+    {"routing": "dense"},
+    {"loop_passes": 3},
+    {"mu": "lowrank"},
+    {"mu": "full", "moe_start_layer": 2},
+]
 COUNTED += [{"routing": "learned"}, {"num_experts": 8, "expert_dim": 16}, {"activation": "swiglu"}]
 
 
@@ -63,13 +69,17 @@ def test_flops_of_the_record_are_near_six_per_weight_that_is_run():
 
 
 def test_grouped_counts_the_chosen_experts_and_masked_all():
-    masked, grouped, top_2 = (tiny_hp(**c) for c in ({}, {"dispatch": "grouped"}, {"dispatch": "grouped", "top_k": 2}))
+    masked, grouped, top_2 = (
+        tiny_hp(**c) for c in ({}, {"dispatch": "grouped"}, {"dispatch": "grouped", "top_k": 2})
+    )
     runs = len(masked.execution_order(True))
     expert = 6 * 2 * masked.model_dim * masked.expert_dim * runs
     flops = [bench.flops_per_token(hp, True) for hp in (masked, grouped, top_2)]
     assert flops[0] - flops[1] == (masked.num_experts - 1) * expert
     assert flops[2] - flops[1] == expert
-    assert flops[0] == bench.flops_per_token(replace(masked, routing="dense"), True)  # of equal bytes
+    assert flops[0] == bench.flops_per_token(
+        replace(masked, routing="dense"), True
+    )  # of equal bytes
     assert bench.flops_per_token(masked, False) < flops[0]
 
 
@@ -78,9 +88,15 @@ def test_communication_counts_the_parameters_that_ranks_exchange():
     model = make_model(hp)
     gradients, updates, clock = bench.communication(hp, 0.5)
     params = list(model.parameters())
-    assert 4 * sum(p.numel() for p in params) < gradients["bytes"] <= 4 * (64 + sum(p.numel() + 63 for p in params))
+    assert (
+        4 * sum(p.numel() for p in params)
+        < gradients["bytes"]
+        <= 4 * (64 + sum(p.numel() + 63 for p in params))
+    )
     muon = bench.train_gpt.build_optimizers(hp, model, ALONE)[0]
-    assert updates["bytes"] == 4 * sum(p.numel() for group in muon.param_groups for p in group["params"])
+    assert updates["bytes"] == 4 * sum(
+        p.numel() for group in muon.param_groups for p in group["params"]
+    )
     assert gradients["seconds"] == pytest.approx(2 * 7 / 8 * gradients["bytes"] / 450e9)
     assert gradients["share_of_step"] == pytest.approx(gradients["seconds"] / 0.5)
     assert (clock["bytes"], clock["seconds"]) == (8, None)
@@ -95,7 +111,12 @@ def test_the_crossover_is_the_width_from_which_on_grouped_stays_faster():
             for width, seconds in zip(widths, grouped, strict=True)
         ]
 
-    measured = rows(2, 2, 2, 2, 2) + rows(4, 2, 0.5, 2, 0.5) + rows(8, 2, 0.5, 0.5, 0.5) + rows(16, 0.5, 0.5, 0.5, 0.5)
+    measured = (
+        rows(2, 2, 2, 2, 2)
+        + rows(4, 2, 0.5, 2, 0.5)
+        + rows(8, 2, 0.5, 0.5, 0.5)
+        + rows(16, 0.5, 0.5, 0.5, 0.5)
+    )
     assert bench.crossovers(measured[::-1]) == {2: None, 4: 256, 8: 64, 16: 32}
 
 
@@ -188,8 +209,14 @@ def test_a_step_of_the_bench_is_a_step_of_training(hp, monkeypatch):
     for _ in range(hp.iterations):
         ours.step(True)
     schedules, weight = bench.train_gpt.set_schedules, bench.train_gpt.average_weight
-    monkeypatch.setattr(bench.train_gpt, "set_schedules", lambda hp, optimizers, frac: schedules(hp, optimizers, 0.5))
-    monkeypatch.setattr(bench.train_gpt, "average_weight", lambda hp, frac, count: weight(hp, 0.5, 1000))
+    monkeypatch.setattr(
+        bench.train_gpt,
+        "set_schedules",
+        lambda hp, optimizers, frac: schedules(hp, optimizers, 0.5),
+    )
+    monkeypatch.setattr(
+        bench.train_gpt, "average_weight", lambda hp, frac, count: weight(hp, 0.5, 1000)
+    )
     start = [p.detach().clone() for p in theirs.weights]
     bench.train_gpt.train(hp, ALONE, lambda text: None, theirs.model, theirs.loader, None)
     torch.testing.assert_close(ours.average, theirs.weights, rtol=0, atol=0)
@@ -223,11 +250,21 @@ def early(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-PLANTED = [("mu", early), ("mu", Late.apply), ("MLP", Late.apply), ("attention", early), (None, None)]
+PLANTED = [
+    ("mu", early),
+    ("mu", Late.apply),
+    ("MLP", Late.apply),
+    ("attention", early),
+    (None, None),
+]
 
 
-@pytest.mark.parametrize(("part", "work"), PLANTED, ids=["mu", "mu-late", "MLP-late", "attention", "nothing"])
-def test_shares_sum_to_one_and_planted_work_shows_in_its_part_forward_and_backward(hp, part, work, monkeypatch):
+@pytest.mark.parametrize(
+    ("part", "work"), PLANTED, ids=["mu", "mu-late", "MLP-late", "attention", "nothing"]
+)
+def test_shares_sum_to_one_and_planted_work_shows_in_its_part_forward_and_backward(
+    hp, part, work, monkeypatch
+):
     owners = {"mu": (bench.train_gpt.Block, "next_mu"), "MLP": (bench.train_gpt, "activate")}
     owners |= {"attention": (bench.train_gpt, "apply_rotary")}
     if part:
@@ -241,7 +278,13 @@ def test_shares_sum_to_one_and_planted_work_shows_in_its_part_forward_and_backwa
     if part:
         assert shares[part] > 0.5
     else:
-        assert min(shares[name] for name in ("attention", "MLP", "routing", "mu", "head + loss", "Muon", "AdamW")) > 0
+        assert (
+            min(
+                shares[name]
+                for name in ("attention", "MLP", "routing", "mu", "head + loss", "Muon", "AdamW")
+            )
+            > 0
+        )
 
 
 @pytest.mark.parametrize("plants", [False, True])
@@ -260,13 +303,18 @@ def test_a_variant_that_the_knobs_do_not_allow_is_left_out(hp):
     budget = bench.Budget(1e6)
     grouped = bench.variants(replace(hp, routing="learned"))["grouped"]
     assert bench.measure_variant("grouped", grouped, ALONE, budget, 0.0) == ([], {})
-    assert budget.left_out == ["grouped: ROUTING=learned DISPATCH=grouped: a router learns from all experts"]
+    assert budget.left_out == [
+        "grouped: ROUTING=learned DISPATCH=grouped: a router learns from all experts"
+    ]
 
 
 def test_the_variants_have_equally_many_weights():
     for routing in ("zipf", "dense"):
         kinds = bench.variants(tiny_hp(routing=routing))
-        assert len({sum(p.numel() for p in make_model(kinds[name]).parameters()) for name in kinds}) == 1
+        assert (
+            len({sum(p.numel() for p in make_model(kinds[name]).parameters()) for name in kinds})
+            == 1
+        )
         assert kinds["masked"].routing == "zipf"
 
 
@@ -293,33 +341,60 @@ def test_one_command_measures_everything(finished):
     folder, result = finished
     assert (result.code, result.err) == (1, "")  # as nothing was traced
     found = json.loads((folder / "deep" / "speed.json").read_text(encoding="utf-8"))
-    names = [f"{kind}, recurrence {state}" for kind in ("masked", "dense", "grouped") for state in ("off", "on")]
+    names = [
+        f"{kind}, recurrence {state}"
+        for kind in ("masked", "dense", "grouped")
+        for state in ("off", "on")
+    ]
     assert [row["name"] for row in found["steps"]] == names
     assert {row["kernel"] for row in found["attention"]} >= {"math"}
-    assert [(row["num_experts"], row["expert_dim"]) for row in found["dispatch"]] == [(2, 8), (2, 16), (4, 8), (4, 16)]
+    assert [(row["num_experts"], row["expert_dim"]) for row in found["dispatch"]] == [
+        (2, 8),
+        (2, 16),
+        (4, 8),
+        (4, 16),
+    ]
     assert found["dispatch"][3]["predicted"] == (32 + 4 * 16) / (32 + 16)
     for shares in (found["parts"], found["phases"]):
         assert sum(shares.values()) == pytest.approx(1)
     assert found["knobs"]["num_layers"] == 2
     assert all(text.startswith(("fa3: ", "cudnn: ", "flash: ")) for text in found["left_out"])
-    assert not any(isinstance(x, float) and math.isnan(x) for row in found["communication"] for x in row.values())
+    assert not any(
+        isinstance(x, float) and math.isnan(x)
+        for row in found["communication"]
+        for x in row.values()
+    )
     assert (folder / "deep" / "speed.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in folder.rglob("*")) == ["deep", "speed.json", "speed.png"]
 
 
 def test_the_compiler_is_that_of_training_where_it_can_be_and_counts_where_not():
-    for knobs, backend in (({}, "eager"), ({"dispatch": "grouped"}, "none"), ({"compile": True}, "inductor")):
+    for knobs, backend in (
+        ({}, "eager"),
+        ({"dispatch": "grouped"}, "none"),
+        ({"compile": True}, "inductor"),
+    ):
         hp = tiny_hp(**knobs)
-        expected = "eager" if hp.compile and not bench.train_gpt.can_compile(hp, ALONE.device) else backend
+        expected = (
+            "eager" if hp.compile and not bench.train_gpt.can_compile(hp, ALONE.device) else backend
+        )
         assert bench.backend_of(hp, ALONE.device) == expected
     assert bench.backend_of(tiny_hp(dispatch="grouped", dtype="bfloat16"), ALONE.device) == "eager"
 
 
 def test_every_table_is_printed_and_is_well_formed(finished):
-    tables = [block.splitlines() for block in finished[1].out.split("\n\n") if block.startswith("|")]
+    tables = [
+        block.splitlines() for block in finished[1].out.split("\n\n") if block.startswith("|")
+    ]
     assert len(tables) == 6
     assert all(len({line.count("|") for line in table}) == 1 for table in tables)
-    for name in ("masked, recurrence on", "math", "attention", "Muon", "loss and gradients, one flat buffer"):
+    for name in (
+        "masked, recurrence on",
+        "math",
+        "attention",
+        "Muon",
+        "loss and gradients, one flat buffer",
+    ):
         assert f"\n| {name} | " in finished[1].out
     assert "\nEXPERT_DIM from which grouped is faster: E=2: " in finished[1].out
 
@@ -330,7 +405,10 @@ def test_without_time_everything_is_left_out_and_named_but_what_is_on_paper(tmp_
     assert "0 steps traced, " in result.out
     assert result.out.count(": left out\n") == 5
     assert "left out: fa3: no time left; " in result.out
-    assert all(f"{name}: no time left" in result.out for name in ("masked", "parts", "dispatch E=4 EXPERT_DIM=32"))
+    assert all(
+        f"{name}: no time left" in result.out
+        for name in ("masked", "parts", "dispatch E=4 EXPERT_DIM=32")
+    )
     assert "| Muon's updates | " in result.out
 
 
@@ -347,7 +425,10 @@ def test_knobs_default_to_an_eighth_of_the_record_and_to_a_small_model_without_a
     small = bench.knobs_from({"DEVICE": "cpu", "MATRIX_LR": "0.5", "DTYPE": "bfloat16"})
     assert (small.num_layers, small.matrix_lr, small.dtype) == (3, 0.5, "bfloat16")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert (bench.knobs_from({}).num_layers, bench.knobs_from({}).train_batch_tokens) == (11, 98_304)
+    assert (bench.knobs_from({}).num_layers, bench.knobs_from({}).train_batch_tokens) == (
+        11,
+        98_304,
+    )
 
 
 BAD = {
@@ -384,17 +465,24 @@ def write_log(path: Path, gpu: str = "", summary: bool = True) -> Path:
     text = text.replace("  train_batch_tokens: 2048\n", knobs)
     trained = {"bytes_code": 30_000, "bytes_model": 213_463, "bytes_total": 243_463}
     trained |= {"tokens": helpers_logs.STEPS * 2048}
-    text = text.replace('{"event": "train_summary", ', f'{{"event": "train_summary", {json.dumps(trained)[1:-1]}, ')
+    text = text.replace(
+        '{"event": "train_summary", ', f'{{"event": "train_summary", {json.dumps(trained)[1:-1]}, '
+    )
     if gpu:
         row = f"| 0  NVIDIA {gpu}          On  |   00000000:18:00.0 Off |                    0 |\n"
-        text = text.replace("device:cpu threads:2 ", "device:cuda:0 threads:2 ").replace("python:3", row + "python:3")
+        text = text.replace("device:cpu threads:2 ", "device:cuda:0 threads:2 ").replace(
+            "python:3", row + "python:3"
+        )
     text = text if summary else text.replace('{"event": "train_summary"', "{")
     path.write_text(text, encoding="utf-8")
     return path
 
 
 def test_finished_trainings_stand_side_by_side(tmp_path):
-    paths = [write_log(tmp_path / "first.txt", "H100 80GB HBM3"), write_log(tmp_path / "second.txt")]
+    paths = [
+        write_log(tmp_path / "first.txt", "H100 80GB HBM3"),
+        write_log(tmp_path / "second.txt"),
+    ]
     result = run_bench({}, tmp_path, "--table", *paths)
     assert (result.code, result.err) == (0, "")
     hp = bench.knobs_from(TINY_ENV)
@@ -413,7 +501,10 @@ def test_the_flops_at_the_end_of_a_log_are_those_of_its_knobs(tmp_path, monkeypa
 
 def test_an_unfinished_training_is_refused(tmp_path):
     path = write_log(tmp_path / "first.txt", summary=False)
-    assert_refused(run_bench({}, tmp_path, "--table", path), "no train_summary: not a finished training of ours")
+    assert_refused(
+        run_bench({}, tmp_path, "--table", path),
+        "no train_summary: not a finished training of ours",
+    )
 
 
 def test_the_hopper_script_ends_with_this_table():

@@ -45,7 +45,9 @@ import train_gpt
 from train_gpt import CHOICES, Hyperparameters, Refusal
 
 GOLDEN = Path(__file__).with_name("golden_losses.json")
-GOLDEN_TOLERANCE = 2e-5  # relative; initial weights that are off by 1e-5 move the losses by less than 1e-6
+GOLDEN_TOLERANCE = (
+    2e-5  # relative; initial weights that are off by 1e-5 move the losses by less than 1e-6
+)
 TRAIN_KEYS = "event run_id artifact_path val_bpb_float val_bpb bytes_code bytes_model bytes_total train_seconds steps"
 EVAL_KEYS = "event val_bpb val_loss target_tokens scored_bytes eval_seconds stride partial"
 TRAIN_LINES = {
@@ -84,11 +86,16 @@ class Run:
 
     @property
     def model(self) -> train_gpt.GPT:
-        return train_gpt.load_artifact(self.artifact, Hyperparameters(eval_stride=8), ALONE.device)[0]
+        return train_gpt.load_artifact(self.artifact, Hyperparameters(eval_stride=8), ALONE.device)[
+            0
+        ]
 
     def same_as(self, other: "Run") -> bool:
         assert len(self.losses) == len(other.losses) == 8
-        return self.losses == other.losses and self.artifact.read_bytes() == other.artifact.read_bytes()
+        return (
+            self.losses == other.losses
+            and self.artifact.read_bytes() == other.artifact.read_bytes()
+        )
 
 
 @pytest.fixture(scope="module")
@@ -118,8 +125,12 @@ def baseline(tmp_path_factory, dataset) -> Run:
 def chain(tmp_path_factory, dataset) -> tuple[Run, Result]:
     """The whole way by the real command lines: train, then score with a window-wide stride."""
     folder = tmp_path_factory.mktemp("chain")
-    trained = Run(folder, run_command("train_gpt.py", cli_env(dataset, NUM_LAYER=5, LESS="-R"), folder))
-    return trained, run_command("eval_sliding.py", eval_env(dataset, EVAL_STRIDE=32), folder, "logs/run.ptz")
+    trained = Run(
+        folder, run_command("train_gpt.py", cli_env(dataset, NUM_LAYER=5, LESS="-R"), folder)
+    )
+    return trained, run_command(
+        "eval_sliding.py", eval_env(dataset, EVAL_STRIDE=32), folder, "logs/run.ptz"
+    )
 
 
 def refused(env: dict[str, str], cwd: Path, *fragments: str) -> None:
@@ -136,7 +147,10 @@ def test_training_and_scoring_succeed_and_print_nothing_on_stderr(chain):
     trained, scored = chain
     assert (trained.result.code, scored.code) == (0, 0)
     assert (trained.result.err, scored.err) == ("", "")
-    assert sorted(path.name for path in (trained.folder / "logs").iterdir()) == ["run.ptz", "run.txt"]
+    assert sorted(path.name for path in (trained.folder / "logs").iterdir()) == [
+        "run.ptz",
+        "run.txt",
+    ]
 
 
 def test_the_log_starts_with_the_source_and_holds_every_knob(chain):
@@ -151,8 +165,12 @@ def test_the_log_names_versions_overrides_device_and_data(chain, dataset):
     log = chain[0].log
     assert f"torch:{torch.__version__} numpy:{np.__version__} commit:" in log
     overrides = re.search(r"^device:cpu threads:\d+ overrides: (.*)$", log, re.MULTILINE)[1].split()
-    assert {"NUM_LAYERS=2", "ITERATIONS=8", "DTYPE=float32", f"DATA_PATH={dataset.folder}"} <= set(overrides)
-    assert not any(override.startswith(("SEED=", "MATRIX_LR=", "ROUTING=")) for override in overrides)
+    assert {"NUM_LAYERS=2", "ITERATIONS=8", "DTYPE=float32", f"DATA_PATH={dataset.folder}"} <= set(
+        overrides
+    )
+    assert not any(
+        override.startswith(("SEED=", "MATRIX_LR=", "ROUTING=")) for override in overrides
+    )
     assert f"train_loader:dataset:{dataset.folder.name} train_shards:2" in log
     assert f"val_loader:shards pattern={dataset.folder}/fineweb_val_*.bin tokens:" in log
 
@@ -175,7 +193,11 @@ def test_each_stage_ends_with_one_json_line_of_the_documented_keys(chain):
     trained, scored = chain[0].result.summary, chain[1].summary
     assert {*TRAIN_KEYS.split(), "tokens", "params"} <= trained.keys()
     assert set(EVAL_KEYS.split()) <= scored.keys()
-    assert (trained["event"], trained["run_id"], trained["artifact_path"]) == ("train_summary", "run", "logs/run.ptz")
+    assert (trained["event"], trained["run_id"], trained["artifact_path"]) == (
+        "train_summary",
+        "run",
+        "logs/run.ptz",
+    )
     assert (scored["event"], scored["stride"], scored["partial"]) == ("eval_summary", 32, False)
     assert (trained["steps"], trained["tokens"]) == (8, 8 * 128)
     assert f"model_params:{trained['params']} " in chain[0].log
@@ -185,9 +207,13 @@ def test_each_stage_ends_with_one_json_line_of_the_documented_keys(chain):
 
 def test_the_summary_repeats_the_logged_scores(chain):
     log, trained, scored = chain[0].log, chain[0].result.summary, chain[1].summary
-    before = re.search(r"^pre-quantization post-ema val_loss:\S+ val_bpb:(\S+)", log, re.MULTILINE)[1]
+    before = re.search(r"^pre-quantization post-ema val_loss:\S+ val_bpb:(\S+)", log, re.MULTILINE)[
+        1
+    ]
     after = re.search(r"^final_roundtrip_exact val_loss:(\S+) val_bpb:(\S+)", log, re.MULTILINE)
-    sliding = re.search(r"^final_sliding_window_exact val_loss:(\S+) val_bpb:(\S+)", log, re.MULTILINE)
+    sliding = re.search(
+        r"^final_sliding_window_exact val_loss:(\S+) val_bpb:(\S+)", log, re.MULTILINE
+    )
     assert before == f"{trained['val_bpb_float']:.8f}"
     assert after.groups() == (f"{trained['val_loss']:.8f}", f"{trained['val_bpb']:.8f}")
     assert sliding.groups() == (f"{scored['val_loss']:.8f}", f"{scored['val_bpb']:.8f}")
@@ -198,9 +224,18 @@ def test_reported_bytes_are_those_on_disk_and_add_up(chain):
     code = len(pack_script(train_gpt.submission_source()))
     model = trained.artifact.stat().st_size
     summary = trained.result.summary
-    assert (summary["bytes_code"], summary["bytes_model"], summary["bytes_total"]) == (code, model, code + model)
-    assert int(re.findall(r"Total submission size quantized\+\w+: (\d+) bytes", trained.log)[-1]) == code + model
-    assert int(re.findall(r"Serialized model quantized\+\w+: (\d+) bytes", trained.log)[-1]) == model
+    assert (summary["bytes_code"], summary["bytes_model"], summary["bytes_total"]) == (
+        code,
+        model,
+        code + model,
+    )
+    assert (
+        int(re.findall(r"Total submission size quantized\+\w+: (\d+) bytes", trained.log)[-1])
+        == code + model
+    )
+    assert (
+        int(re.findall(r"Serialized model quantized\+\w+: (\d+) bytes", trained.log)[-1]) == model
+    )
     assert re.findall(r"^Code size: (\d+) bytes$", trained.log, re.MULTILINE) == [str(code)]
 
 
@@ -221,7 +256,9 @@ def test_a_small_stride_gives_another_score_of_the_same_text(chain, dataset):
 
 def test_scoring_takes_the_model_from_the_artifact_and_not_from_the_environment(chain, dataset):
     assert not set(eval_env(dataset)) & set(TINY_MODEL)
-    misleading = eval_env(dataset, EVAL_STRIDE=32, NUM_LAYERS=7, VOCAB_SIZE=999, ACTIVATION="swiglu", MU="off", XSA=0)
+    misleading = eval_env(
+        dataset, EVAL_STRIDE=32, NUM_LAYERS=7, VOCAB_SIZE=999, ACTIVATION="swiglu", MU="off", XSA=0
+    )
     again = run_in_process(eval_sliding.main, misleading, chain[0].folder, "logs/run.ptz")
     assert again.summary["val_bpb"] == pytest.approx(chain[1].summary["val_bpb"], abs=1e-12)
 
@@ -232,7 +269,9 @@ def test_a_run_in_this_process_equals_one_by_the_command_line(chain, baseline):
 
 
 def test_the_logged_rate_is_that_of_the_logged_time_per_step(baseline):
-    lines = re.findall(r"^step:(\d+)/8 train_loss:.* step_avg:(\S+)ms .*tok/s: (\d+)$", baseline.log, re.MULTILINE)
+    lines = re.findall(
+        r"^step:(\d+)/8 train_loss:.* step_avg:(\S+)ms .*tok/s: (\d+)$", baseline.log, re.MULTILINE
+    )
     assert len(lines) == 8
     for _, step_avg, rate in lines:
         assert float(rate) * float(step_avg) / 1000 == pytest.approx(128, rel=0.01)
@@ -242,7 +281,10 @@ def test_a_window_longer_than_the_training_sequence_serves_scoring_alone(train, 
     """EVAL_STRIDE may then exceed TRAIN_SEQ_LEN, which must not stop a training at its end."""
     run = train(EVAL_SEQ_LEN=64, EVAL_STRIDE=48)
     result = run_in_process(
-        eval_sliding.main, eval_env(dataset, EVAL_SEQ_LEN=64, EVAL_STRIDE=48), run.folder, "logs/run.ptz"
+        eval_sliding.main,
+        eval_env(dataset, EVAL_SEQ_LEN=64, EVAL_STRIDE=48),
+        run.folder,
+        "logs/run.ptz",
     )
     assert result.code == 0, result.err
     assert (result.summary["seq_len"], result.summary["stride"]) == (64, 48)
@@ -259,7 +301,9 @@ def test_importing_the_trainer_prints_nothing_and_touches_no_data_and_no_gpu(dat
         "assert not train_gpt.torch.cuda.is_initialized()\n"
     )
     env = full_environment(cli_env(dataset)) | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, "-c", script], env=env, cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=env, cwd=tmp_path, capture_output=True, text=True
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert not list(tmp_path.iterdir())
 
@@ -267,7 +311,10 @@ def test_importing_the_trainer_prints_nothing_and_touches_no_data_and_no_gpu(dat
 # ---- Every router and every mu
 
 
-EVERY_WAY = [(routing, mu, 1) for routing, mu in itertools.product(*(CHOICES[k].split() for k in ("routing", "mu")))]
+EVERY_WAY = [
+    (routing, mu, 1)
+    for routing, mu in itertools.product(*(CHOICES[k].split() for k in ("routing", "mu")))
+]
 EVERY_WAY += [(routing, "pid", 2) for routing in CHOICES["routing"].split()]
 
 
@@ -278,7 +325,9 @@ def short_dataset(tmp_path_factory) -> Dataset:
 
 
 @pytest.mark.parametrize(("routing", "mu", "top_k"), EVERY_WAY)
-def test_every_router_and_mu_trains_exports_reloads_and_scores(short_dataset, tmp_path, routing, mu, top_k):
+def test_every_router_and_mu_trains_exports_reloads_and_scores(
+    short_dataset, tmp_path, routing, mu, top_k
+):
     env = cli_env(short_dataset, ROUTING=routing, MU=mu, TOP_K=top_k, ITERATIONS=2, GPTQ_BATCHES=1)
     result = run_in_process(train_gpt.main, env | {"TARGET_BYTES": "0", "CODEC": "zstd"}, tmp_path)
     run = Run(tmp_path, result)
@@ -288,7 +337,9 @@ def test_every_router_and_mu_trains_exports_reloads_and_scores(short_dataset, tm
     assert len(run.losses) == trained["steps"] == 2
     assert not re.search(r"\b(nan|inf|warning)\b", run.log.split("=" * 100)[-1])
     scored = [
-        run_in_process(eval_sliding.main, eval_env(short_dataset, EVAL_STRIDE=stride), tmp_path, "logs/run.ptz").summary
+        run_in_process(
+            eval_sliding.main, eval_env(short_dataset, EVAL_STRIDE=stride), tmp_path, "logs/run.ptz"
+        ).summary
         for stride in (32, 16)
     ]
     assert 1 < trained["val_bpb"] < 8
@@ -309,7 +360,9 @@ def test_the_same_seed_repeats_losses_and_artifact_and_another_does_not(baseline
     assert other.artifact.read_bytes() != baseline.artifact.read_bytes()
 
 
-@pytest.mark.parametrize("knobs", [{"ROUTING": "learned", "TOP_K": 2, "MU": "pid"}, {"ROUTING": "cluster"}])
+@pytest.mark.parametrize(
+    "knobs", [{"ROUTING": "learned", "TOP_K": 2, "MU": "pid"}, {"ROUTING": "cluster"}]
+)
 def test_the_same_seed_repeats_what_routers_do_and_another_does_not(train, knobs):
     first, again, other = train(**knobs), train(**knobs), train(**knobs, SEED=1)
     assert first.same_as(again)
@@ -332,7 +385,9 @@ def test_gradient_accumulation_leaves_the_losses_alone(baseline, train):
     assert train(MICRO_BATCH_TOKENS=32).losses == pytest.approx(baseline.losses, abs=2e-4)
 
 
-def test_validation_text_never_reaches_the_artifact_and_training_text_does(baseline, train, tmp_path):
+def test_validation_text_never_reaches_the_artifact_and_training_text_does(
+    baseline, train, tmp_path
+):
     run = train(write_dataset(tmp_path / "other_val", val_seed=77, val_docs=11), VAL_LOSS_EVERY=3)
     assert len(re.findall(r"^step:[36]/8 val_loss", run.log, re.MULTILINE)) == 2
     assert run.result.summary["val_bpb"] != baseline.result.summary["val_bpb"]
@@ -340,9 +395,14 @@ def test_validation_text_never_reaches_the_artifact_and_training_text_does(basel
     assert not train(write_dataset(tmp_path / "other_train", train_seed=78)).same_as(baseline)
 
 
-def test_validation_text_never_reaches_the_table_of_clusters_and_training_text_does(train, tmp_path):
+def test_validation_text_never_reaches_the_table_of_clusters_and_training_text_does(
+    train, tmp_path
+):
     knobs = {"ROUTING": "cluster", "TOP_K": 2}
-    run, other_val = train(**knobs), train(write_dataset(tmp_path / "other_val", val_seed=77, val_docs=11), **knobs)
+    run, other_val = (
+        train(**knobs),
+        train(write_dataset(tmp_path / "other_val", val_seed=77, val_docs=11), **knobs),
+    )
     assert other_val.result.summary["val_bpb"] != run.result.summary["val_bpb"]
     assert other_val.same_as(run)
     other_train = train(write_dataset(tmp_path / "other_train", train_seed=78), **knobs)
@@ -374,13 +434,19 @@ print(json.dumps(events))
 
 
 @pytest.mark.parametrize(("mode", "clean"), [("honest", True), ("peek", False)])
-def test_before_the_artifact_exists_only_the_validation_loader_opens_validation_files(mode, clean, dataset, tmp_path):
-    env = full_environment(cli_env(dataset, VAL_LOSS_EVERY=3, ROUTING="cluster")) | {"PYTHONPATH": str(ROOT)}
+def test_before_the_artifact_exists_only_the_validation_loader_opens_validation_files(
+    mode, clean, dataset, tmp_path
+):
+    env = full_environment(cli_env(dataset, VAL_LOSS_EVERY=3, ROUTING="cluster")) | {
+        "PYTHONPATH": str(ROOT)
+    }
     command = [sys.executable, "-c", AUDIT, mode]
     done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     events = json.loads(done.stdout.splitlines()[-1])
-    written = next(i for i, (event, name, _) in enumerate(events) if event == "os.rename" and name == "run.ptz")
+    written = next(
+        i for i, (event, name, _) in enumerate(events) if event == "os.rename" and name == "run.ptz"
+    )
     opened = [(name, stack) for event, name, stack in events[:written] if event == "open"]
     val_stacks = [stack for name, stack in opened if "fineweb_val" in name]
     assert val_stacks
@@ -396,7 +462,9 @@ def test_one_and_two_processes_agree_on_losses_and_score(baseline, dataset, tmp_
     assert two.result.summary["tokens"] == 8 * 128
     assert "warning:" not in two.log.split("=" * 100)[-1]
     alone = run_in_process(eval_sliding.main, eval_env(dataset), tmp_path, "logs/run.ptz").summary
-    both = run_command("eval_sliding.py", eval_env(dataset), tmp_path, "logs/run.ptz", nproc=2).summary
+    both = run_command(
+        "eval_sliding.py", eval_env(dataset), tmp_path, "logs/run.ptz", nproc=2
+    ).summary
     assert both["val_bpb"] == pytest.approx(alone["val_bpb"], abs=1e-9)
     assert both["scored_bytes"] == alone["scored_bytes"]
 
@@ -421,11 +489,19 @@ def test_a_batch_that_the_ranks_cannot_share_is_refused():
 def test_training_stops_inside_the_wall_clock_cap(train):
     run = train(MAX_WALLCLOCK_SECONDS=3, GPTQ_RESERVE_SECONDS=1, ITERATIONS=100_000)
     summary = run.result.summary
-    stopped = re.search(r"^stopping_early: wallclock_cap train_time:(\d+)ms step:(\d+)/100000$", run.log, re.MULTILINE)
+    stopped = re.search(
+        r"^stopping_early: wallclock_cap train_time:(\d+)ms step:(\d+)/100000$",
+        run.log,
+        re.MULTILINE,
+    )
     assert int(stopped[2]) == summary["steps"] < 100_000
     assert 1500 < int(stopped[1]) < 2100
-    hessians = re.search(r"^gptq: \d+ Hessians over 256 training tokens in ([\d.]+)s$", run.log, re.MULTILINE)
-    assert int(stopped[1]) / 1000 + float(hessians[1]) == pytest.approx(summary["train_seconds"], abs=0.1)
+    hessians = re.search(
+        r"^gptq: \d+ Hessians over 256 training tokens in ([\d.]+)s$", run.log, re.MULTILINE
+    )
+    assert int(stopped[1]) / 1000 + float(hessians[1]) == pytest.approx(
+        summary["train_seconds"], abs=0.1
+    )
     assert summary["train_seconds"] < 3
 
 
@@ -491,7 +567,12 @@ BAD_KNOBS = {  # the message has to name the last variable of each
     "stride_of_eval_window": {"EVAL_SEQ_LEN": "7", "EVAL_STRIDE": "8"},
     "swa": {"SCHEDULE": "sgdr", "AVERAGE": "swa", "SWA_START_FRAC": "0.2"},
     "swa_end": {"AVERAGE": "swa", "SWA_START_FRAC": "1.0"},
-    "swa_linear": {"AVERAGE": "swa", "SCHEDULE": "linear", "WARMDOWN_FRAC": "0.1", "SWA_START_FRAC": "0.85"},
+    "swa_linear": {
+        "AVERAGE": "swa",
+        "SCHEDULE": "linear",
+        "WARMDOWN_FRAC": "0.1",
+        "SWA_START_FRAC": "0.85",
+    },
     "moe_start": {"MOE_START_LAYER": "2", "NUM_LAYERS": "2"},
     "grouped_expert": {"DISPATCH": "grouped", "EXPERT_DIM": "12"},
     "loop_after_the_last_layer": {"LOOP_START": "1", "NUM_LAYERS": "2", "LOOP_END": "2"},
@@ -521,29 +602,51 @@ BAD_EVAL_KNOBS = [case for case in BAD_KNOBS if case.startswith(("ttt", "eval"))
 GOOD_KNOBS = {
     "eval_window": {"EVAL_STRIDE": "48", "EVAL_SEQ_LEN": "64"},
     "swa": {"AVERAGE": "swa", "SWA_START_FRAC": "0.4"},
-    "swa_linear": {"AVERAGE": "swa", "SCHEDULE": "linear", "WARMDOWN_FRAC": "0.2", "SWA_START_FRAC": "0.85"},
+    "swa_linear": {
+        "AVERAGE": "swa",
+        "SCHEDULE": "linear",
+        "WARMDOWN_FRAC": "0.2",
+        "SWA_START_FRAC": "0.85",
+    },
     "moe_start": {"MOE_START_LAYER": "1"},
     "dense_ignores_dispatch": {"ROUTING": "dense", "DISPATCH": "grouped", "EXPERT_DIM": "12"},
     "grouped": {"DISPATCH": "grouped", "EXPERT_DIM": "16"},
-    "grouped_pairs": {"DISPATCH": "grouped", "TOP_K": "2", "NUM_EXPERTS": "2", "ROUTING": "cluster"},
+    "grouped_pairs": {
+        "DISPATCH": "grouped",
+        "TOP_K": "2",
+        "NUM_EXPERTS": "2",
+        "ROUTING": "cluster",
+    },
     "learned_pairs": {"ROUTING": "learned", "TOP_K": "2", "MU": "pid"},
     "soft": {"ROUTING": "soft", "NUM_EXPERTS": "1"},
     "rope": {"ROPE_DIMS": "8"},
     "bits": {"MATRIX_BITS": "2", "EMBED_BITS": "8"},
     "no_loop": {"LOOP_PASSES": "1", "LOOP_END": "7", "LOOP_START": "9"},
     "whole_loop": {"LOOP_PASSES": "4", "LOOP_START": "0", "LOOP_END": "1"},
-    "no_reserve_without_hessians": {"GPTQ_BATCHES": "0", "GPTQ_RESERVE_SECONDS": "9", "MAX_WALLCLOCK_SECONDS": "5.0"},
+    "no_reserve_without_hessians": {
+        "GPTQ_BATCHES": "0",
+        "GPTQ_RESERVE_SECONDS": "9",
+        "MAX_WALLCLOCK_SECONDS": "5.0",
+    },
     "no_reserve_without_a_clock": {"MAX_WALLCLOCK_SECONDS": "0.0", "GPTQ_RESERVE_SECONDS": "9"},
     "target": {"TARGET_BYTES": "15999999"},
     "run_id": {"RUN_ID": "a.b_c-1+2"},
-    "ttt": {"TTT": "sgd", "TTT_SCOPE": "mu", "TTT_LR": "0.0", "TTT_MOMENTUM": "1.0", "TTT_SEGMENTS": "1"},
+    "ttt": {
+        "TTT": "sgd",
+        "TTT_SCOPE": "mu",
+        "TTT_LR": "0.0",
+        "TTT_MOMENTUM": "1.0",
+        "TTT_SEGMENTS": "1",
+    },
     "no_eval_limit": {"EVAL_MAX_SECONDS": "0.0"},
     "scientific": {"MATRIX_LR": "2.2e-2", "SEED": str(2**63 - 1)},
 }
 
 
 @pytest.mark.parametrize("case", BAD_KNOBS)
-def test_a_bad_knob_is_refused_in_one_line_with_its_value_before_anything_is_written(case, dataset, tmp_path):
+def test_a_bad_knob_is_refused_in_one_line_with_its_value_before_anything_is_written(
+    case, dataset, tmp_path
+):
     name, value = list(BAD_KNOBS[case].items())[-1]
     refused(cli_env(dataset, **BAD_KNOBS[case]), tmp_path, f"{name}=", value)
     assert not list(tmp_path.iterdir())
@@ -576,18 +679,30 @@ def test_a_bad_knob_by_the_command_line_is_one_line_and_status_2(dataset, tmp_pa
 
 @pytest.mark.parametrize(
     ("typo", "name"),
-    [("NUM_LAYER", "NUM_LAYERS"), ("ROUTNG", "ROUTING"), ("MATRX_LR", "MATRIX_LR"), ("EVAL_STRIDES", "EVAL_STRIDE")],
+    [
+        ("NUM_LAYER", "NUM_LAYERS"),
+        ("ROUTNG", "ROUTING"),
+        ("MATRX_LR", "MATRIX_LR"),
+        ("EVAL_STRIDES", "EVAL_STRIDE"),
+    ],
 )
-def test_a_misspelt_knob_is_named_with_its_nearest_and_changes_nothing(typo, name, dataset, tmp_path):
+def test_a_misspelt_knob_is_named_with_its_nearest_and_changes_nothing(
+    typo, name, dataset, tmp_path
+):
     log, hp = train_gpt.Log(ALONE, tmp_path / "log.txt"), Hyperparameters.from_env(cli_env(dataset))
-    train_gpt.log_provenance(log, hp, ALONE, {**cli_env(dataset), typo: "5", "PATH": "/bin", "EDITOR": "vi"})
+    train_gpt.log_provenance(
+        log, hp, ALONE, {**cli_env(dataset), typo: "5", "PATH": "/bin", "EDITOR": "vi"}
+    )
     warnings = re.findall(r"^warning: .*$", log.path.read_text(), re.MULTILINE)
     assert warnings == [f"warning: {typo} is not a knob; did you mean {name}?"]
 
 
 def test_knobs_of_the_bigram_memory_are_gone_and_change_nothing(dataset, tmp_path):
     """They are as good as any other variable; the names left are too far from theirs for a warning."""
-    hp, gone = Hyperparameters.from_env(cli_env(dataset)), {"BIGRAM_BUCKETS": "-1", "BIGRAM_DIM": "many"}
+    hp, gone = (
+        Hyperparameters.from_env(cli_env(dataset)),
+        {"BIGRAM_BUCKETS": "-1", "BIGRAM_DIM": "many"},
+    )
     assert Hyperparameters.from_env({**cli_env(dataset), **gone}) == hp
     log = train_gpt.Log(ALONE, tmp_path / "log.txt")
     train_gpt.log_provenance(log, hp, ALONE, {**cli_env(dataset), **gone})
@@ -611,19 +726,33 @@ def test_arguments_that_nobody_reads_are_refused(dataset, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_at_its_step(dataset, tmp_path):
-    refused(cli_env(dataset, MATRIX_LR="1e30", EMBED_LR="1e30"), tmp_path, "training loss is nan at step ", "stopped")
+    refused(
+        cli_env(dataset, MATRIX_LR="1e30", EMBED_LR="1e30"),
+        tmp_path,
+        "training loss is nan at step ",
+        "stopped",
+    )
     assert len(train_losses((tmp_path / "logs" / "run.txt").read_text())) in range(1, 8)
 
 
 def test_a_model_over_the_cap_is_refused_before_training(dataset, tmp_path, monkeypatch):
     code = len(pack_script(train_gpt.submission_source()))
     monkeypatch.setattr(train_gpt, "MAX_SUBMISSION_BYTES", code + 1000)
-    refused(cli_env(dataset), tmp_path, "dry run: ", f"the cap is {code + 1000:,}", "MODEL_DIM=32", "MATRIX_CLIP=12.85")
+    refused(
+        cli_env(dataset),
+        tmp_path,
+        "dry run: ",
+        f"the cap is {code + 1000:,}",
+        "MODEL_DIM=32",
+        "MATRIX_CLIP=12.85",
+    )
     assert train_losses((tmp_path / "logs" / "run.txt").read_text()) == []
 
 
 def test_an_artifact_over_the_cap_is_never_written(dataset, tmp_path, monkeypatch, baseline):
-    monkeypatch.setattr(train_gpt, "dry_run", lambda hp, model: SimpleNamespace(artifact=b"", budget=str))
+    monkeypatch.setattr(
+        train_gpt, "dry_run", lambda hp, model: SimpleNamespace(artifact=b"", budget=str)
+    )
     total = baseline.result.summary["bytes_total"]
     monkeypatch.setattr(train_gpt, "MAX_SUBMISSION_BYTES", total)
     refused(cli_env(dataset), tmp_path, "artifact: ", f"the cap is {total:,}")
@@ -645,9 +774,15 @@ def test_a_log_name_that_is_taken_by_a_folder_is_refused(dataset, tmp_path):
 
 BAD_DATA = {
     "no_folder": ({"DATA_PATH": "nowhere"}, "nowhere: no such data folder (DATA_PATH)"),
-    "no_tokenizer": ({"TOKENIZER_PATH": "nowhere.model"}, "nowhere.model: no such tokenizer (TOKENIZER_PATH)"),
+    "no_tokenizer": (
+        {"TOKENIZER_PATH": "nowhere.model"},
+        "nowhere.model: no such tokenizer (TOKENIZER_PATH)",
+    ),
     "vocab_above_tokenizer": ({"VOCAB_SIZE": "341"}, "has 340 pieces, but VOCAB_SIZE=341"),
-    "sequence_above_shards": ({"TRAIN_SEQ_LEN": "8192", "TRAIN_BATCH_TOKENS": "8192"}, "no training shard holds"),
+    "sequence_above_shards": (
+        {"TRAIN_SEQ_LEN": "8192", "TRAIN_BATCH_TOKENS": "8192"},
+        "no training shard holds",
+    ),
 }
 
 
@@ -669,12 +804,16 @@ def artifact(baseline, tmp_path) -> Path:
 
 def score_refused(env: dict[str, str], artifact: Path, *fragments: str) -> None:
     """Scoring must be refused with one line, and write no log."""
-    assert_refused(run_in_process(eval_sliding.main, env, artifact.parent, artifact.name), *fragments)
+    assert_refused(
+        run_in_process(eval_sliding.main, env, artifact.parent, artifact.name), *fragments
+    )
     assert not artifact.with_suffix(".txt").exists()
 
 
 def test_an_intact_artifact_is_scored(artifact, dataset, baseline):
-    result = run_in_process(eval_sliding.main, eval_env(dataset, EVAL_STRIDE=32), artifact.parent, artifact.name)
+    result = run_in_process(
+        eval_sliding.main, eval_env(dataset, EVAL_STRIDE=32), artifact.parent, artifact.name
+    )
     assert result.summary["val_bpb"] == pytest.approx(baseline.result.summary["val_bpb"], abs=1e-9)
     assert artifact.with_suffix(".txt").read_text() == result.out
 
@@ -716,11 +855,15 @@ def test_another_tokenizer_of_the_same_size_is_refused(artifact, dataset, tmp_pa
 def test_a_tokenizer_of_another_size_is_refused_by_scoring(artifact, dataset, tmp_path):
     other = tmp_path / "other.model"
     other.write_bytes(tokenize_docs.train_tokenizer(make_sentences(0, 200), 350))
-    score_refused(eval_env(dataset, TOKENIZER_PATH=other), artifact, "has 350 pieces, but VOCAB_SIZE=340")
+    score_refused(
+        eval_env(dataset, TOKENIZER_PATH=other), artifact, "has 350 pieces, but VOCAB_SIZE=340"
+    )
 
 
 def test_a_stride_above_the_window_of_the_artifact_is_refused(artifact, dataset):
-    score_refused(eval_env(dataset, EVAL_STRIDE=33), artifact, "EVAL_STRIDE=33: above the window of 32 tokens")
+    score_refused(
+        eval_env(dataset, EVAL_STRIDE=33), artifact, "EVAL_STRIDE=33: above the window of 32 tokens"
+    )
 
 
 @pytest.mark.parametrize("case", BAD_EVAL_KNOBS)
@@ -750,31 +893,52 @@ def test_shards_of_another_tokenizer_of_the_same_size_are_refused_by_scoring(art
     other = tokenize_docs.train_tokenizer(make_sentences(50, 200), 340)
     for model, fits in ((tiny_tokenizer(), True), (other, False)):
         sp = train_gpt.spm.SentencePieceProcessor(model_proto=model)
-        data = with_val([token for text in make_sentences(2, 8) for token in [BOS, *sp.encode(text)]])
+        data = with_val(
+            [token for text in make_sentences(2, 8) for token in [BOS, *sp.encode(text)]]
+        )
         if fits:
-            result = run_in_process(eval_sliding.main, eval_env(data), artifact.parent, artifact.name)
+            result = run_in_process(
+                eval_sliding.main, eval_env(data), artifact.parent, artifact.name
+            )
             assert result.code == 0, result.err
             artifact.with_suffix(".txt").unlink()
         else:
-            score_refused(eval_env(data), artifact, f"{data.folder}: ", "were made by another tokenizer")
+            score_refused(
+                eval_env(data), artifact, f"{data.folder}: ", "were made by another tokenizer"
+            )
 
 
 def test_a_split_without_a_target_is_refused_by_scoring(artifact, with_val):
-    score_refused(eval_env(with_val([BOS])), artifact, "the validation split has no target to score")
+    score_refused(
+        eval_env(with_val([BOS])), artifact, "the validation split has no target to score"
+    )
 
 
-def test_a_sidecar_of_another_length_is_refused_by_scoring_and_a_fitting_one_counts(artifact, dataset, with_val):
+def test_a_sidecar_of_another_length_is_refused_by_scoring_and_a_fitting_one_counts(
+    artifact, dataset, with_val
+):
     tokens = train_gpt.load_data_shard(dataset.folder / "fineweb_val_0.bin")
     data = with_val(tokens)
     sidecar = write_shard(data.folder / "fineweb_val_bytes_0.bin", [7] * (len(tokens) + 1))
-    score_refused(eval_env(data), artifact, f"{sidecar}: bytes of {len(tokens) + 1} tokens, but", str(len(tokens)))
+    score_refused(
+        eval_env(data),
+        artifact,
+        f"{sidecar}: bytes of {len(tokens) + 1} tokens, but",
+        str(len(tokens)),
+    )
     write_shard(sidecar, [7] * len(tokens))
-    scored = run_in_process(eval_sliding.main, eval_env(data), artifact.parent, artifact.name).summary
+    scored = run_in_process(
+        eval_sliding.main, eval_env(data), artifact.parent, artifact.name
+    ).summary
     assert scored["scored_bytes"] == 7 * (len(tokens) - 1)
 
 
-def test_segments_of_test_time_training_that_the_ranks_cannot_share_are_refused(artifact, dataset, monkeypatch):
-    monkeypatch.setattr(train_gpt.Dist, "from_torchrun", lambda device: train_gpt.Dist(0, 4, ALONE.device))
+def test_segments_of_test_time_training_that_the_ranks_cannot_share_are_refused(
+    artifact, dataset, monkeypatch
+):
+    monkeypatch.setattr(
+        train_gpt.Dist, "from_torchrun", lambda device: train_gpt.Dist(0, 4, ALONE.device)
+    )
     env = eval_env(dataset, TTT="sgd", TTT_SEGMENTS=6)
     score_refused(env, artifact, "TTT_SEGMENTS=6: not a multiple of 4 ranks")
 
@@ -794,36 +958,58 @@ def test_modes_that_exclude_each_other_are_refused(artifact, dataset):
     assert not artifact.with_suffix(".txt").exists()
 
 
-WINDOWS = [(32, 8, 10_000), (64, 16, 40_000), (16, 16, 10_000)]  # of models trained with 32 tokens and 4 rotations
+WINDOWS = [
+    (32, 8, 10_000),
+    (64, 16, 40_000),
+    (16, 16, 10_000),
+]  # of models trained with 32 tokens and 4 rotations
 
 
 @pytest.mark.parametrize(("window", "stride", "base"), WINDOWS)
-def test_a_window_of_any_length_scores_and_the_log_says_how_it_is_rotated(artifact, dataset, window, stride, base):
+def test_a_window_of_any_length_scores_and_the_log_says_how_it_is_rotated(
+    artifact, dataset, window, stride, base
+):
     env = eval_env(dataset, EVAL_SEQ_LEN=window, EVAL_STRIDE=stride)
     result = run_in_process(eval_sliding.main, env, artifact.parent, artifact.name)
     assert result.code == 0, result.err
-    assert re.search(rf"^sliding evaluation of \S+ window:{window} stride:{stride} ", result.out, re.MULTILINE)
-    assert re.search(rf"^trained_window:32 rope_base:{base} sidecar:False ttt:off$", result.out, re.MULTILINE)
+    assert re.search(
+        rf"^sliding evaluation of \S+ window:{window} stride:{stride} ", result.out, re.MULTILINE
+    )
+    assert re.search(
+        rf"^trained_window:32 rope_base:{base} sidecar:False ttt:off$", result.out, re.MULTILINE
+    )
     assert result.summary["seq_len"] == window
     assert 0 < result.summary["val_bpb"] < 8
 
 
 @pytest.mark.parametrize(("window", "stride", "base"), WINDOWS)
-def test_windows_one_at_a_time_give_the_same_score_whatever_their_length(artifact, dataset, window, stride, base):
+def test_windows_one_at_a_time_give_the_same_score_whatever_their_length(
+    artifact, dataset, window, stride, base
+):
     env = eval_env(dataset, EVAL_SEQ_LEN=window, EVAL_STRIDE=stride)
-    result = run_in_process(eval_sliding.main, env, artifact.parent, "--self-check", 10_000, artifact.name)
+    result = run_in_process(
+        eval_sliding.main, env, artifact.parent, "--self-check", 10_000, artifact.name
+    )
     assert result.code == 0, result.err
-    checked = re.search(r"^self_check: (\d+) of (\d+) windows .* plain_bpb:(\S+) fast_bpb:(\S+)", result.out, re.M)
+    checked = re.search(
+        r"^self_check: (\d+) of (\d+) windows .* plain_bpb:(\S+) fast_bpb:(\S+)", result.out, re.M
+    )
     assert checked[1] == checked[2]
     assert float(checked[4]) == pytest.approx(result.summary["val_bpb"], abs=1e-7)
     assert float(checked[3]) == pytest.approx(result.summary["val_bpb"], abs=1e-6)
 
 
 @pytest.mark.parametrize("spoil", [False, True])
-def test_a_faster_way_that_scores_otherwise_fails_its_self_check(artifact, dataset, spoil, monkeypatch):
+def test_a_faster_way_that_scores_otherwise_fails_its_self_check(
+    artifact, dataset, spoil, monkeypatch
+):
     attend = train_gpt.attend_at
-    monkeypatch.setattr(train_gpt, "attend_at", lambda at, *qkv: attend((at - int(spoil)).clamp(min=0), *qkv))
-    result = run_in_process(eval_sliding.main, eval_env(dataset), artifact.parent, "--self-check", 9, artifact.name)
+    monkeypatch.setattr(
+        train_gpt, "attend_at", lambda at, *qkv: attend((at - int(spoil)).clamp(min=0), *qkv)
+    )
+    result = run_in_process(
+        eval_sliding.main, eval_env(dataset), artifact.parent, "--self-check", 9, artifact.name
+    )
     if spoil:
         assert_refused(result, "self-check failed: ", " bits per byte apart")
     else:
@@ -833,7 +1019,9 @@ def test_a_faster_way_that_scores_otherwise_fails_its_self_check(artifact, datas
 def test_scoring_without_an_artifact_shows_its_usage_in_one_line(dataset, tmp_path):
     result = run_command("eval_sliding.py", eval_env(dataset), tmp_path)
     assert_refused(result, "usage: eval_sliding.py [--self-check N | --audit] ARTIFACT")
-    assert_refused(run_in_process(eval_sliding.main, eval_env(dataset), tmp_path, "a.ptz", "b.ptz"), "usage: ")
+    assert_refused(
+        run_in_process(eval_sliding.main, eval_env(dataset), tmp_path, "a.ptz", "b.ptz"), "usage: "
+    )
 
 
 def test_help_prints_the_description_and_succeeds(dataset, tmp_path):
@@ -856,16 +1044,46 @@ def golden_losses() -> list[float]:
         steps = (rng.zipf(1.6, 6000) % 97 + rng.integers(0, 3, 6000)).cumsum()
         write_shard(Path(folder) / "fineweb_train_000000.bin", steps % 101)
         hp = Hyperparameters(
-            **{"vocab_size": 101, "train_seq_len": 32, "num_layers": 3, "model_dim": 32, "num_heads": 4},
-            **{"num_kv_heads": 2, "rope_dims": 4, "expert_dim": 8, "shared_dim": 32, "iterations": 25},
-            **{"dtype": "float32", "compile": False, "warmup_steps": 0, "max_wallclock_seconds": 0.0},
-            **{"train_batch_tokens": 256, "micro_batch_tokens": 128, "data_path": folder, "eval_stride": 32},
-            **{"schedule": "sgdr", "loop_start": 1, "loop_end": 1, "loop_passes": 2, "parallel_start_layer": 2},
+            **{
+                "vocab_size": 101,
+                "train_seq_len": 32,
+                "num_layers": 3,
+                "model_dim": 32,
+                "num_heads": 4,
+            },
+            **{
+                "num_kv_heads": 2,
+                "rope_dims": 4,
+                "expert_dim": 8,
+                "shared_dim": 32,
+                "iterations": 25,
+            },
+            **{
+                "dtype": "float32",
+                "compile": False,
+                "warmup_steps": 0,
+                "max_wallclock_seconds": 0.0,
+            },
+            **{
+                "train_batch_tokens": 256,
+                "micro_batch_tokens": 128,
+                "data_path": folder,
+                "eval_stride": 32,
+            },
+            **{
+                "schedule": "sgdr",
+                "loop_start": 1,
+                "loop_end": 1,
+                "loop_passes": 2,
+                "parallel_start_layer": 2,
+            },
         )
         precision = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")
         step = train_gpt.train_step
-        patch.setattr(train_gpt, "train_step", lambda *args: losses.append(step(*args)) or losses[-1])
+        patch.setattr(
+            train_gpt, "train_step", lambda *args: losses.append(step(*args)) or losses[-1]
+        )
         loader, model = train_gpt.TokenLoader(hp, ALONE), train_gpt.GPT(hp)
         model.init_weights()
         counts = np.bincount(loader.sample(), minlength=hp.vocab_size)
@@ -898,7 +1116,9 @@ def other_slope(h, kind):
 
 
 def other_table(hp, token_counts):
-    return torch.arange(hp.vocab_size).remainder(hp.num_experts)[:, None].expand(hp.num_layers, -1, 1)
+    return (
+        torch.arange(hp.vocab_size).remainder(hp.num_experts)[:, None].expand(hp.num_layers, -1, 1)
+    )
 
 
 def slower_schedule(hp, frac, original=train_gpt.lr_scale):
@@ -924,6 +1144,11 @@ if __name__ == "__main__":
     if sys.argv[1:] != ["--write-golden"]:
         sys.exit(f"usage: {sys.argv[0]} --write-golden")
     torch.set_num_threads(1)
-    content = {"torch": torch.__version__, "train_losses": [round(loss, 6) for loss in golden_losses()]}
+    content = {
+        "torch": torch.__version__,
+        "train_losses": [round(loss, 6) for loss in golden_losses()],
+    }
     GOLDEN.write_text(json.dumps(content, indent=1) + "\n")
-    print(f"wrote {os.path.relpath(GOLDEN)}: {content['train_losses'][0]} to {content['train_losses'][-1]}")
+    print(
+        f"wrote {os.path.relpath(GOLDEN)}: {content['train_losses'][0]} to {content['train_losses'][-1]}"
+    )

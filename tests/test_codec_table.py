@@ -10,7 +10,11 @@ from helpers_cli import ALONE, assert_refused, cli_env, run_command, run_in_proc
 
 import train_gpt
 
-ORDERS = [f"{codec} {order}" for codec in ("zstd-22", "brotli-11") for order in ("row", "column", "sorted")]
+ORDERS = [
+    f"{codec} {order}"
+    for codec in ("zstd-22", "brotli-11")
+    for order in ("row", "column", "sorted")
+]
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +45,13 @@ def table(artifact: Path, dataset, **knobs) -> dict[str, dict[str, float]]:
     }
 
 
-def test_the_table_covers_every_matrix_once_and_its_total_is_the_sum_of_the_roles(artifact, dataset):
+def test_the_table_covers_every_matrix_once_and_its_total_is_the_sum_of_the_roles(
+    artifact, dataset
+):
     rows = table(artifact, dataset)
-    model, _, _ = train_gpt.load_artifact(artifact, train_gpt.Hyperparameters(eval_stride=8), ALONE.device)
+    model, _, _ = train_gpt.load_artifact(
+        artifact, train_gpt.Hyperparameters(eval_stride=8), ALONE.device
+    )
     weights = dict.fromkeys(("embedding", "matrix", "expert"), 0)
     for name, tensor in model.state_dict().items():
         if train_gpt.role_of(name) in weights:
@@ -56,8 +64,12 @@ def test_the_table_covers_every_matrix_once_and_its_total_is_the_sum_of_the_role
         assert total[column] == pytest.approx(bits / total["weights"], abs=1.1e-3)
 
 
-def test_bits_per_weight_are_those_of_int6_and_int7_symbols_and_fewer_with_fewer_bits(artifact, dataset):
-    rows, coarse = (table(artifact, dataset, MATRIX_CLIP=12.85, MATRIX_BITS=bits) for bits in (6, 3))
+def test_bits_per_weight_are_those_of_int6_and_int7_symbols_and_fewer_with_fewer_bits(
+    artifact, dataset
+):
+    rows, coarse = (
+        table(artifact, dataset, MATRIX_CLIP=12.85, MATRIX_BITS=bits) for bits in (6, 3)
+    )
     for role, row in rows.items():
         assert 0 < row["entropy"] < (7 if role in ("embedding", "all") else 6)
         assert all(0 < row[order] <= 8.5 for order in ORDERS)
@@ -67,7 +79,9 @@ def test_bits_per_weight_are_those_of_int6_and_int7_symbols_and_fewer_with_fewer
 
 @pytest.mark.parametrize("average", ["ema", "off"])
 def test_the_weights_are_those_that_the_run_exports(average, dataset, tmp_path):
-    result = run_in_process(train_gpt.main, cli_env(dataset, CHECKPOINT_EVERY=5, AVERAGE=average), tmp_path)
+    result = run_in_process(
+        train_gpt.main, cli_env(dataset, CHECKPOINT_EVERY=5, AVERAGE=average), tmp_path
+    )
     assert result.code == 0, result.err
     older, newest = sorted((tmp_path / "logs").glob("run.step*.npz"))
     weights, before = codec_table.averaged_weights(newest), codec_table.averaged_weights(older)
@@ -82,8 +96,15 @@ def test_the_weights_are_those_that_the_run_exports(average, dataset, tmp_path):
 def test_a_permutation_is_paid_for():
     symbols = torch.arange(12, dtype=torch.int8).view(3, 4).numpy()
     stored = codec_table.orders(symbols)
-    assert {name: extra for name, (_, extra) in stored.items()} == {"row": 0, "column": 0, "sorted": 2 * 4}
-    assert [stored[name][0].tobytes() for name in ("row", "column")] == [symbols.tobytes(), symbols.T.tobytes()]
+    assert {name: extra for name, (_, extra) in stored.items()} == {
+        "row": 0,
+        "column": 0,
+        "sorted": 2 * 4,
+    }
+    assert [stored[name][0].tobytes() for name in ("row", "column")] == [
+        symbols.tobytes(),
+        symbols.T.tobytes(),
+    ]
     assert sorted(map(tuple, stored["sorted"][0])) == sorted(map(tuple, symbols.T))
     assert stored["sorted"][0][0].tolist() == [3, 7, 11]
 

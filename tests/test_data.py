@@ -80,7 +80,12 @@ def tokenizer_path(tmp_path_factory) -> Path:
 
 
 def knobs(folder: Path, **changes) -> Hyperparameters:
-    base = {"data_path": str(folder), "vocab_size": 1000, "train_seq_len": T, "train_batch_tokens": 8 * T}
+    base = {
+        "data_path": str(folder),
+        "vocab_size": 1000,
+        "train_seq_len": T,
+        "train_batch_tokens": 8 * T,
+    }
     return Hyperparameters(**{**base, "micro_batch_tokens": 8 * T, **changes})
 
 
@@ -92,12 +97,16 @@ def windows(hp: Hyperparameters, count: int, dist: Dist = ALONE) -> list[tuple[i
         assert inputs.shape == targets.shape == (loader.num_sequences, hp.train_seq_len)
         assert inputs.dtype == targets.dtype == torch.int64
         assert torch.equal(inputs[:, 1:], targets[:, :-1])
-        result += [(*row, int(last)) for row, last in zip(inputs.tolist(), targets[:, -1], strict=True)]
+        result += [
+            (*row, int(last)) for row, last in zip(inputs.tolist(), targets[:, -1], strict=True)
+        ]
     return result[:count]
 
 
 def val_hp(folder: Path, tokenizer: Path, **changes) -> Hyperparameters:
-    return Hyperparameters(data_path=str(folder), tokenizer_path=str(tokenizer), vocab_size=VOCAB_SIZE, **changes)
+    return Hyperparameters(
+        data_path=str(folder), tokenizer_path=str(tokenizer), vocab_size=VOCAB_SIZE, **changes
+    )
 
 
 # ---- Loader
@@ -124,7 +133,9 @@ def test_an_epoch_uses_every_training_token_once_up_to_less_than_two_windows_per
 def test_no_window_crosses_from_one_shard_into_the_next(folder):
     edges = np.cumsum(LENGTHS)
     for window in windows(knobs(folder), 3 * WINDOWS_PER_EPOCH):
-        assert np.searchsorted(edges, window[0], side="right") == np.searchsorted(edges, window[-1], side="right")
+        assert np.searchsorted(edges, window[0], side="right") == np.searchsorted(
+            edges, window[-1], side="right"
+        )
 
 
 def test_the_next_epoch_has_another_phase_and_another_order(folder):
@@ -147,12 +158,16 @@ def test_the_order_is_a_function_of_the_seed_alone(folder):
 
 @pytest.mark.parametrize("micro_batch_tokens", [T, 2 * T, 8 * T, 1000 * T])
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])
-def test_every_step_has_the_same_content_at_any_world_size_and_accumulation(folder, world_size, micro_batch_tokens):
+def test_every_step_has_the_same_content_at_any_world_size_and_accumulation(
+    folder, world_size, micro_batch_tokens
+):
     steps, per_step = 12, 16  # more than an epoch
     hp = knobs(folder, train_batch_tokens=per_step * T, micro_batch_tokens=micro_batch_tokens)
     expected = windows(knobs(folder), steps * per_step)
     per_rank = per_step // world_size
-    streams = [windows(hp, steps * per_rank, Dist(rank, world_size, CPU)) for rank in range(world_size)]
+    streams = [
+        windows(hp, steps * per_rank, Dist(rank, world_size, CPU)) for rank in range(world_size)
+    ]
     for step in range(steps):
         parts = [stream[step * per_rank : (step + 1) * per_rank] for stream in streams]
         together = sorted(window for part in parts for window in part)
@@ -164,7 +179,11 @@ def test_every_step_has_the_same_content_at_any_world_size_and_accumulation(fold
 def test_the_sample_takes_as_many_tokens_from_the_start_of_every_shard(folder, max_tokens):
     """Shards are in the order of the crawl: the first of them alone would be another text than the whole."""
     tokens, starts = TokenLoader(knobs(folder), ALONE).sample(max_tokens), np.cumsum([0, *LENGTHS])
-    expected = [start + i for start, n in zip(starts, LENGTHS, strict=False) for i in range(min(n, max_tokens // 3))]
+    expected = [
+        start + i
+        for start, n in zip(starts, LENGTHS, strict=False)
+        for i in range(min(n, max_tokens // 3))
+    ]
     assert tokens.tolist() == expected
     assert tokens.dtype == np.uint16
     assert len(tokens) <= max_tokens
@@ -181,7 +200,14 @@ def test_the_sample_is_the_same_on_every_rank_and_leaves_the_batches_alone(folde
 
 
 def test_train_and_val_take_their_own_shards_and_no_byte_sidecar(tmp_path):
-    names = ("train_000001", "train_000000", "val_000001", "val_000000", "val_bytes_000000", "test_000000")
+    names = (
+        "train_000001",
+        "train_000000",
+        "val_000001",
+        "val_000000",
+        "val_bytes_000000",
+        "test_000000",
+    )
     for name in names:
         write_shard(tmp_path / f"fineweb_{name}.bin", range(50))
     (tmp_path / "fineweb_train_000002.bin.tmp").write_bytes(b"half")
@@ -200,7 +226,11 @@ def test_validation_joins_its_shards_in_order(tmp_path, tokenizer_path):
 # ---- Byte sidecars
 
 
-SIDECARS = {"000000": [0, 10, 65_535, 30], "000001": [40, 50], "000002": [0, 70]}  # the first entry has no target
+SIDECARS = {
+    "000000": [0, 10, 65_535, 30],
+    "000001": [40, 50],
+    "000002": [0, 70],
+}  # the first entry has no target
 
 
 @pytest.fixture
@@ -232,8 +262,14 @@ def test_without_sidecars_the_bytes_are_those_of_the_tokenizer(with_sidecars, to
 
 
 BROKEN_SIDECARS = {
-    "longer": ({"tokens": [40, 50, 60]}, "fineweb_val_bytes_000001.bin: bytes of 3 tokens, but the shard has 2"),
-    "shorter": ({"tokens": [40]}, "fineweb_val_bytes_000001.bin: bytes of 1 tokens, but the shard has 2"),
+    "longer": (
+        {"tokens": [40, 50, 60]},
+        "fineweb_val_bytes_000001.bin: bytes of 3 tokens, but the shard has 2",
+    ),
+    "shorter": (
+        {"tokens": [40]},
+        "fineweb_val_bytes_000001.bin: bytes of 1 tokens, but the shard has 2",
+    ),
     "missing": ({}, "without a sidecar of bytes, or the shard to it: fineweb_val_000001.bin"),
     "magic": ({"tokens": [40, 50], "magic": 1}, "magic is 1 instead of 20240520"),
     "version": ({"tokens": [40, 50], "version": 2}, "shard version 2, expected 1"),
@@ -242,7 +278,9 @@ BROKEN_SIDECARS = {
 
 
 @pytest.mark.parametrize("case", BROKEN_SIDECARS)
-def test_a_sidecar_that_does_not_fit_its_shard_is_refused_in_one_line(with_sidecars, tokenizer_path, case):
+def test_a_sidecar_that_does_not_fit_its_shard_is_refused_in_one_line(
+    with_sidecars, tokenizer_path, case
+):
     changes, expected = BROKEN_SIDECARS[case]
     path = with_sidecars / "fineweb_val_bytes_000001.bin"
     assert len(ValData.load(val_hp(with_sidecars, tokenizer_path), CPU).target_bytes) == 7
@@ -262,7 +300,9 @@ def test_a_sidecar_without_its_shard_is_refused(with_sidecars, tokenizer_path):
         ValData.load(val_hp(with_sidecars, tokenizer_path), CPU)
 
 
-def test_sidecars_whose_total_fits_but_not_shard_by_shard_are_refused(with_sidecars, tokenizer_path):
+def test_sidecars_whose_total_fits_but_not_shard_by_shard_are_refused(
+    with_sidecars, tokenizer_path
+):
     write_shard(with_sidecars / "fineweb_val_bytes_000000.bin", [1] * 2)
     write_shard(with_sidecars / "fineweb_val_bytes_000001.bin", [1] * 4)
     with pytest.raises(Refusal, match=r"bytes_000000\.bin: bytes of 2 tokens, but the shard has 4"):
@@ -273,12 +313,18 @@ def test_sidecars_whose_total_fits_but_not_shard_by_shard_are_refused(with_sidec
 
 
 def test_a_token_outside_the_vocabulary_is_refused_by_the_sample(folder):
-    inside, outside = (TokenLoader(knobs(folder, vocab_size=v), ALONE) for v in (sum(LENGTHS), sum(LENGTHS) - 1))
+    inside, outside = (
+        TokenLoader(knobs(folder, vocab_size=v), ALONE) for v in (sum(LENGTHS), sum(LENGTHS) - 1)
+    )
     assert len(inside.sample()) == sum(LENGTHS)
-    with pytest.raises(Refusal, match=r"fineweb_train_000002\.bin: token id 355 is outside VOCAB_SIZE=355"):
+    with pytest.raises(
+        Refusal, match=r"fineweb_train_000002\.bin: token id 355 is outside VOCAB_SIZE=355"
+    ):
         outside.sample()
     assert len(outside.sample(45)) == 45  # which ends before that token
-    with pytest.raises(Refusal, match=r"fineweb_train_000000\.bin: token id 82 is outside VOCAB_SIZE=80"):
+    with pytest.raises(
+        Refusal, match=r"fineweb_train_000000\.bin: token id 82 is outside VOCAB_SIZE=80"
+    ):
         TokenLoader(knobs(folder, vocab_size=80), ALONE).sample()
 
 
@@ -287,7 +333,9 @@ def test_a_token_outside_the_vocabulary_is_refused_mid_stream_beyond_the_sample(
     write_shard(tmp_path / "fineweb_train_000001.bin", [*range(50), 100, *range(48)])
     loader = TokenLoader(knobs(tmp_path, vocab_size=100), ALONE)
     assert len(loader.sample(max_tokens=100)) == 100
-    with pytest.raises(Refusal, match=r"fineweb_train_000001\.bin: token id 100 is outside VOCAB_SIZE=100"):
+    with pytest.raises(
+        Refusal, match=r"fineweb_train_000001\.bin: token id 100 is outside VOCAB_SIZE=100"
+    ):
         list(itertools.islice(iter(loader.next_batch, None), 10))
     fitting = TokenLoader(knobs(tmp_path, vocab_size=101), ALONE)
     assert len(list(itertools.islice(iter(fitting.next_batch, None), 10))) == 10
@@ -295,9 +343,14 @@ def test_a_token_outside_the_vocabulary_is_refused_mid_stream_beyond_the_sample(
 
 def test_a_token_outside_the_vocabulary_is_refused_by_validation(tmp_path, tokenizer_path):
     path = write_shard(tmp_path / "fineweb_val_000000.bin", [1, VOCAB_SIZE - 1])
-    assert ValData.load(val_hp(tmp_path, tokenizer_path), CPU).tokens.tolist() == [1, VOCAB_SIZE - 1]
+    assert ValData.load(val_hp(tmp_path, tokenizer_path), CPU).tokens.tolist() == [
+        1,
+        VOCAB_SIZE - 1,
+    ]
     write_shard(path, [1, VOCAB_SIZE])
-    with pytest.raises(Refusal, match=rf"{path}: token id {VOCAB_SIZE} is outside VOCAB_SIZE={VOCAB_SIZE}"):
+    with pytest.raises(
+        Refusal, match=rf"{path}: token id {VOCAB_SIZE} is outside VOCAB_SIZE={VOCAB_SIZE}"
+    ):
         ValData.load(val_hp(tmp_path, tokenizer_path), CPU)
 
 
@@ -332,7 +385,9 @@ def test_a_broken_shard_is_refused_in_one_line_that_names_it(case, tmp_path):
 def test_a_shard_shorter_than_its_header_is_refused(size, tmp_path):
     path = write_shard(tmp_path / "fineweb_train_000000.bin", range(40))
     path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(Refusal, match=rf"{path}: {size} bytes is shorter than the 1024-byte shard header"):
+    with pytest.raises(
+        Refusal, match=rf"{path}: {size} bytes is shorter than the 1024-byte shard header"
+    ):
         train_gpt.load_data_shard(path)
 
 
@@ -351,7 +406,9 @@ def test_missing_and_empty_folders_are_refused_by_name(tmp_path, tokenizer_path)
 
 def test_training_data_too_short_for_a_sequence_is_refused(tmp_path):
     write_shard(tmp_path / "fineweb_train_000000.bin", range(2 * T - 1))
-    with pytest.raises(Refusal, match=rf"no training shard holds two sequences of TRAIN_SEQ_LEN={T}"):
+    with pytest.raises(
+        Refusal, match=rf"no training shard holds two sequences of TRAIN_SEQ_LEN={T}"
+    ):
         TokenLoader(knobs(tmp_path), ALONE)
     write_shard(tmp_path / "fineweb_train_000001.bin", range(2 * T))
     assert {window[0] < T for window in windows(knobs(tmp_path), 20)} == {True}
@@ -367,8 +424,12 @@ def test_a_validation_split_without_a_target_is_refused(tmp_path, tokenizer_path
 
 def test_a_tokenizer_of_another_size_is_refused(tmp_path, tokenizer_path):
     assert train_gpt.load_tokenizer(val_hp(tmp_path, tokenizer_path))[0].vocab_size() == VOCAB_SIZE
-    with pytest.raises(Refusal, match=rf"tiny\.model has {VOCAB_SIZE} pieces, but VOCAB_SIZE={VOCAB_SIZE + 1}"):
-        train_gpt.load_tokenizer(replace(val_hp(tmp_path, tokenizer_path), vocab_size=VOCAB_SIZE + 1))
+    with pytest.raises(
+        Refusal, match=rf"tiny\.model has {VOCAB_SIZE} pieces, but VOCAB_SIZE={VOCAB_SIZE + 1}"
+    ):
+        train_gpt.load_tokenizer(
+            replace(val_hp(tmp_path, tokenizer_path), vocab_size=VOCAB_SIZE + 1)
+        )
 
 
 def test_a_missing_tokenizer_is_refused_by_its_default_name_too(tmp_path, monkeypatch):
@@ -378,14 +439,21 @@ def test_a_missing_tokenizer_is_refused_by_its_default_name_too(tmp_path, monkey
     with pytest.raises(Refusal, match=r"data/tokenizers/fineweb_512_bpe\.model: no such tokenizer"):
         train_gpt.load_tokenizer(Hyperparameters(vocab_size=512))
     (tmp_path / "data" / "tokenizers").mkdir(parents=True)
-    (tmp_path / "data" / "tokenizers" / f"fineweb_{VOCAB_SIZE}_bpe.model").write_bytes(tiny_tokenizer())
-    assert train_gpt.load_tokenizer(Hyperparameters(vocab_size=VOCAB_SIZE))[0].vocab_size() == VOCAB_SIZE
+    (tmp_path / "data" / "tokenizers" / f"fineweb_{VOCAB_SIZE}_bpe.model").write_bytes(
+        tiny_tokenizer()
+    )
+    assert (
+        train_gpt.load_tokenizer(Hyperparameters(vocab_size=VOCAB_SIZE))[0].vocab_size()
+        == VOCAB_SIZE
+    )
 
 
 @pytest.mark.parametrize("damage", ["text", "nul", "truncated"])
 def test_a_damaged_tokenizer_is_refused_in_one_line(damage, tmp_path):
     path = tmp_path / "bad.model"
-    path.write_bytes({"text": b"garbage" * 100, "nul": b"\0", "truncated": tiny_tokenizer()[:1000]}[damage])
+    path.write_bytes(
+        {"text": b"garbage" * 100, "nul": b"\0", "truncated": tiny_tokenizer()[:1000]}[damage]
+    )
     with pytest.raises(Refusal) as caught:
         train_gpt.load_tokenizer(val_hp(tmp_path, path))
     assert str(caught.value) == f"{path} is not a SentencePiece model (TOKENIZER_PATH)"
@@ -442,11 +510,15 @@ def test_the_texts_reach_byte_fallback_lone_spaces_and_leading_spaces():
 def test_counted_bytes_are_the_bytes_of_the_decoded_document_with_real_tokenizers(path):
     sp = processor(path.read_bytes())
     for text in [*TEXTS.values(), *make_sentences(4, 20)]:
-        assert counted_bytes(sp, [BOS, *sp.encode(text)]) == len(sp.decode(sp.encode(text)).encode()), text
+        assert counted_bytes(sp, [BOS, *sp.encode(text)]) == len(
+            sp.decode(sp.encode(text)).encode()
+        ), text
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="shared/data is not here")
-@pytest.mark.parametrize("path", [*TOKENIZERS, None], ids=lambda path: path.stem if path else "tiny")
+@pytest.mark.parametrize(
+    "path", [*TOKENIZERS, None], ids=lambda path: path.stem if path else "tiny"
+)
 def test_counted_bytes_are_right_on_real_documents_in_a_row(path):
     """All of FineWeb's sample and 50 of Wikipedia, document by document within one stream."""
     sp = processor(path.read_bytes() if path else tiny_tokenizer())
@@ -469,11 +541,15 @@ def test_counted_bytes_are_right_on_real_documents_in_a_row(path):
 def test_counted_bytes_are_those_of_any_documents_in_a_row(texts):
     sp = processor(tiny_tokenizer())
     stream = [token for text in texts for token in [BOS, *sp.encode(text)]]
-    assert counted_bytes(sp, stream) == sum(len(sp.decode(sp.encode(text)).encode()) for text in texts)
+    assert counted_bytes(sp, stream) == sum(
+        len(sp.decode(sp.encode(text)).encode()) for text in texts
+    )
 
 
 @pytest.mark.parametrize("remove_extra_whitespaces", [False, True])
-def test_the_space_that_a_tokenizer_puts_before_every_document_has_no_bytes(remove_extra_whitespaces):
+def test_the_space_that_a_tokenizer_puts_before_every_document_has_no_bytes(
+    remove_extra_whitespaces,
+):
     """The challenge's tokenizers add none, SentencePiece's defaults do."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -509,7 +585,10 @@ def test_each_piece_has_its_own_bytes():
     sp = processor(tiny_tokenizer())
     letter = sp.piece_to_id("a")
     for i in range(sp.vocab_size()):
-        piece, (after_text, after_bos) = sp.id_to_piece(i), (counted_bytes(sp, [before, i]) for before in (letter, BOS))
+        piece, (after_text, after_bos) = (
+            sp.id_to_piece(i),
+            (counted_bytes(sp, [before, i]) for before in (letter, BOS)),
+        )
         if i in (0, 1, 2, 3):
             assert (after_text, after_bos) == (0, 0)
         elif piece.startswith("<0x"):
@@ -539,10 +618,21 @@ def test_a_space_inside_a_piece_counts_one_byte():
 
 def test_operators_of_a_lossless_transform_stand_for_no_bytes():
     model = io.BytesIO()
-    options = {"pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3, "minloglevel": 2, "model_type": "bpe"}
+    options = {
+        "pad_id": 0,
+        "bos_id": 1,
+        "eos_id": 2,
+        "unk_id": 3,
+        "minloglevel": 2,
+        "model_type": "bpe",
+    }
     sentences, symbols = iter(["of the people by the people"] * 50), ["\ue001", "\ue002x"]
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=sentences, model_writer=model, vocab_size=25, user_defined_symbols=symbols, **options
+        sentence_iterator=sentences,
+        model_writer=model,
+        vocab_size=25,
+        user_defined_symbols=symbols,
+        **options,
     )
     sp = processor(model.getvalue())
     ids = sp.encode("\ue001the \ue002xpeople")
@@ -568,7 +658,9 @@ def test_operators_of_a_lossless_transform_stand_for_no_bytes():
 )
 def test_a_leading_space_counts_unless_it_follows_a_boundary_token(previous, target, expected):
     sp = processor(tiny_tokenizer())
-    ids = [sp.piece_to_id(piece) if isinstance(piece, str) else piece for piece in (previous, target)]
+    ids = [
+        sp.piece_to_id(piece) if isinstance(piece, str) else piece for piece in (previous, target)
+    ]
     assert counted_bytes(sp, ids) == expected
 
 

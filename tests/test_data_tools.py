@@ -35,7 +35,10 @@ COMPRESS = {
 
 def make_words(seed: int, count: int = 300) -> list[str]:
     rng = random.Random(seed)
-    return ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 9))) for _ in range(count)]
+    return [
+        "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 9)))
+        for _ in range(count)
+    ]
 
 
 def make_text(rng: random.Random, words: list[str], length: int) -> str:
@@ -64,7 +67,9 @@ def model_path(model, tmp_path) -> Path:
 
 
 def write_jsonl(path: Path, texts: list[str]) -> Path:
-    data = "".join(json.dumps({"text": text, "id": i}) + "\n" for i, text in enumerate(texts)).encode()
+    data = "".join(
+        json.dumps({"text": text, "id": i}) + "\n" for i, text in enumerate(texts)
+    ).encode()
     path.write_bytes(COMPRESS.get(path.suffix, bytes)(data))
     return path
 
@@ -75,8 +80,12 @@ def run(*argv: object) -> None:
 
 def final_files(folder: Path) -> list[Path]:
     """Files that a user or a trainer would take for results."""
-    names = (path for pattern in ("*.bin", "*.model", "manifest.json") for path in folder.rglob(pattern))
-    return [p for p in names if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
+    names = (
+        path for pattern in ("*.bin", "*.model", "manifest.json") for path in folder.rglob(pattern)
+    )
+    return [
+        p for p in names if not any(part.startswith(".") for part in p.relative_to(folder).parts)
+    ]
 
 
 def refused(capsys, output: Path, *argv: object) -> str:
@@ -106,10 +115,23 @@ def normalised(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", text).split())
 
 
-def test_shards_decode_to_the_normalised_documents_in_order(documents, model, model_path, tmp_path, capsys):
+def test_shards_decode_to_the_normalised_documents_in_order(
+    documents, model, model_path, tmp_path, capsys
+):
     train = write_jsonl(tmp_path / "train.jsonl", [*documents[10:], "", " \n "])
     val = write_jsonl(tmp_path / "val.jsonl", documents[:10])
-    run("--train", train, "--val", val, "--tokenizer", model_path, "--output", tmp_path / "out", "--name", "set")
+    run(
+        "--train",
+        train,
+        "--val",
+        val,
+        "--tokenizer",
+        model_path,
+        "--output",
+        tmp_path / "out",
+        "--name",
+        "set",
+    )
     tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model)
     folder = tmp_path / "out" / "datasets" / "set"
     for split, texts in (("val", documents[:10]), ("train", documents[10:])):
@@ -124,13 +146,31 @@ def test_shards_decode_to_the_normalised_documents_in_order(documents, model, mo
     assert f"{sum(len(text.encode()) for text in documents[:10]):,} bytes of text" in summary
 
 
-def test_manifest_has_the_challenge_keys_and_true_counts_and_keeps_other_datasets(documents, model_path, tmp_path):
+def test_manifest_has_the_challenge_keys_and_true_counts_and_keeps_other_datasets(
+    documents, model_path, tmp_path
+):
     train = write_jsonl(tmp_path / "train.jsonl", documents)
-    shared = ("--train", train, "--num-val-docs", 7, "--tokenizer", model_path, "--output", tmp_path / "out")
+    shared = (
+        "--train",
+        train,
+        "--num-val-docs",
+        7,
+        "--tokenizer",
+        model_path,
+        "--output",
+        tmp_path / "out",
+    )
     run(*shared, "--name", "one", "--shard-tokens", 500)
     run(*shared, "--name", "two")
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
-    assert {"version", "num_docs", "num_val_docs", "shuffle_seed", "shard_size", "append_eos"} <= manifest.keys()
+    assert {
+        "version",
+        "num_docs",
+        "num_val_docs",
+        "shuffle_seed",
+        "shard_size",
+        "append_eos",
+    } <= manifest.keys()
     assert {"docs_jsonl", "docs_meta", "tokenizer_specs"} <= manifest.keys()
     assert [entry["name"] for entry in manifest["datasets"]] == ["one", "two"]
     assert [entry["name"] for entry in manifest["tokenizers"]] == ["tiny"]
@@ -150,12 +190,17 @@ def test_manifest_has_the_challenge_keys_and_true_counts_and_keeps_other_dataset
 def test_all_input_forms_give_identical_shards(documents, model_path, tmp_path):
     texts = documents[:30]
     val = write_jsonl(tmp_path / "val.jsonl", documents[30:35])
-    inputs = {form: [write_jsonl(tmp_path / f"train.jsonl{form}", texts)] for form in ("", *COMPRESS)}
+    inputs = {
+        form: [write_jsonl(tmp_path / f"train.jsonl{form}", texts)] for form in ("", *COMPRESS)
+    }
     inputs["two files"] = [
         write_jsonl(tmp_path / "a.jsonl.xz", texts[:11]),
         write_jsonl(tmp_path / "b.jsonl", texts[11:]),
     ]
-    frames = [write_jsonl(tmp_path / "part.jsonl.gz", part).read_bytes() for part in (texts[:5], texts[5:])]
+    frames = [
+        write_jsonl(tmp_path / "part.jsonl.gz", part).read_bytes()
+        for part in (texts[:5], texts[5:])
+    ]
     inputs["two frames"] = [tmp_path / "frames.jsonl.gz"]
     inputs["two frames"][0].write_bytes(b"".join(frames))
     inputs["folder"] = [tmp_path / "folder"]
@@ -166,7 +211,18 @@ def test_all_input_forms_give_identical_shards(documents, model_path, tmp_path):
     shards = {}
     for form, paths in inputs.items():
         output = tmp_path / f"out {form}"
-        run("--train", *paths, "--val", val, "--tokenizer", model_path, "--output", output, "--name", "set")
+        run(
+            "--train",
+            *paths,
+            "--val",
+            val,
+            "--tokenizer",
+            model_path,
+            "--output",
+            output,
+            "--name",
+            "set",
+        )
         shards[form] = (output / "datasets" / "set" / "fineweb_train_000000.bin").read_bytes()
     assert len(shards[""]) > 1024 + 2 * len(texts)
     for form, data in shards.items():
@@ -180,7 +236,9 @@ def test_documents_straddle_shards_without_loss(documents, model_path, tmp_path)
     run(*shared, "--output", tmp_path / "tiny", "--name", "set", "--shard-tokens", 97)
     for split in ("train", "val"):
         shards = sorted((tmp_path / "tiny" / "datasets" / "set").glob(f"fineweb_{split}_*.bin"))
-        assert [path.name for path in shards] == [f"fineweb_{split}_{i:06d}.bin" for i in range(len(shards))]
+        assert [path.name for path in shards] == [
+            f"fineweb_{split}_{i:06d}.bin" for i in range(len(shards))
+        ]
         counts = [len(train_gpt.load_data_shard(path)) for path in shards]
         assert set(counts[:-1]) == {97}
         assert 0 < counts[-1] <= 97
@@ -193,17 +251,35 @@ def test_a_shard_that_is_exactly_full_is_not_followed_by_an_empty_one(model, tmp
     writer = tokenize_docs.ShardWriter(tmp_path, "train", 10)
     writer.add(np.arange(20, dtype="<u2"))
     writer.flush()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["fineweb_train_000000.bin", "fineweb_train_000001.bin"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "fineweb_train_000000.bin",
+        "fineweb_train_000001.bin",
+    ]
 
 
-def test_validation_is_the_first_documents_and_its_files_match_no_training_glob(documents, model_path, tmp_path):
+def test_validation_is_the_first_documents_and_its_files_match_no_training_glob(
+    documents, model_path, tmp_path
+):
     train = write_jsonl(tmp_path / "train.jsonl", documents)
-    run("--train", train, "--num-val-docs", 5, "--tokenizer", model_path, "--output", tmp_path, "--name", "set")
+    run(
+        "--train",
+        train,
+        "--num-val-docs",
+        5,
+        "--tokenizer",
+        model_path,
+        "--output",
+        tmp_path,
+        "--name",
+        "set",
+    )
     folder = tmp_path / "datasets" / "set"
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(model_path))
     decoded = [tokenizer.decode(ids) for ids in split_at_bos(tokens_of(folder, "val"))]
     assert decoded == [normalised(text) for text in documents[:5]]
-    train_files, val_files = (set(folder.glob(f"fineweb_{split}_*.bin")) for split in ("train", "val"))
+    train_files, val_files = (
+        set(folder.glob(f"fineweb_{split}_*.bin")) for split in ("train", "val")
+    )
     assert train_files
     assert val_files
     assert not train_files & val_files
@@ -215,12 +291,22 @@ def test_a_trained_tokenizer_knows_the_training_split_only(documents, tmp_path, 
     train_texts = [f"{text} \u00f6\u00f6\u00f6" for text in documents[20:]]
     val_texts = [f"{text} \u0416\u0416\u0416\u0416\u0416" for text in documents[:20]]
     if by_count:
-        inputs = ("--train", write_jsonl(tmp_path / "all.jsonl", val_texts + train_texts), "--num-val-docs", 20)
+        inputs = (
+            "--train",
+            write_jsonl(tmp_path / "all.jsonl", val_texts + train_texts),
+            "--num-val-docs",
+            20,
+        )
     else:
-        train, val = (write_jsonl(tmp_path / f"{i}.jsonl", texts) for i, texts in enumerate((train_texts, val_texts)))
+        train, val = (
+            write_jsonl(tmp_path / f"{i}.jsonl", texts)
+            for i, texts in enumerate((train_texts, val_texts))
+        )
         inputs = ("--train", train, "--val", val)
     run(*inputs, "--train-tokenizer", 400, "--output", tmp_path, "--name", "set")
-    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizers" / "set_bpe.model"))
+    tokenizer = sentencepiece.SentencePieceProcessor(
+        model_file=str(tmp_path / "tokenizers" / "set_bpe.model")
+    )
     pieces = "".join(tokenizer.id_to_piece(i) for i in range(tokenizer.vocab_size()))
     assert "\u00f6" in pieces
     assert "\u0416" not in pieces
@@ -233,15 +319,28 @@ def test_a_trained_tokenizer_has_the_challenge_settings(documents, model):
     assert tokenizer.vocab_size() == 400
     assert sum(map(tokenizer.is_byte, range(400))) == 256
     assert "".join(tokenizer.encode("1234 1234", out_type=str)) == "1234\u25811234"
-    assert all(len(piece.lstrip("\u2581")) <= 1 for piece in tokenizer.encode("1234 1234", out_type=str))
+    assert all(
+        len(piece.lstrip("\u2581")) <= 1 for piece in tokenizer.encode("1234 1234", out_type=str)
+    )
     assert not tokenizer.encode("tokens", out_type=str)[0].startswith("\u2581")
-    assert "xxxx" in "".join(tokenizer.id_to_piece(i) for i in range(400)), "a document over 4,192 bytes was dropped"
+    assert "xxxx" in "".join(tokenizer.id_to_piece(i) for i in range(400)), (
+        "a document over 4,192 bytes was dropped"
+    )
     assert tokenize_docs.train_tokenizer(documents, 400) == model
 
 
 def test_tokenizer_train_docs_limits_what_the_tokenizer_reads(documents, tmp_path):
     train = write_jsonl(tmp_path / "train.jsonl", documents)
-    limited = ("--train-tokenizer", 340, "--tokenizer-train-docs", 30, "--output", tmp_path, "--name", "set")
+    limited = (
+        "--train-tokenizer",
+        340,
+        "--tokenizer-train-docs",
+        30,
+        "--output",
+        tmp_path,
+        "--name",
+        "set",
+    )
     run("--train", train, "--num-val-docs", 5, *limited)
     expected = tokenize_docs.train_tokenizer(documents[5:35], 340)
     assert (tmp_path / "tokenizers" / "set_bpe.model").read_bytes() == expected
@@ -273,7 +372,9 @@ def test_bad_documents_are_refused_in_one_line(case, documents, model_path, tmp_
 
 
 @pytest.mark.parametrize("suffix", COMPRESS)
-def test_truncated_and_damaged_compressed_files_are_refused(suffix, documents, model_path, tmp_path, capsys):
+def test_truncated_and_damaged_compressed_files_are_refused(
+    suffix, documents, model_path, tmp_path, capsys
+):
     whole = write_jsonl(tmp_path / f"train.jsonl{suffix}", documents)
     data = whole.read_bytes()
     val = write_jsonl(tmp_path / "val.jsonl", documents[:5])
@@ -292,19 +393,39 @@ def test_missing_and_empty_inputs_are_refused(documents, model_path, tmp_path, c
     (tmp_path / "folder").mkdir()
     output, tokenizer = tmp_path / "out", ("--tokenizer", model_path)
     missing = tmp_path / "missing.jsonl"
-    assert "missing.jsonl" in refused(capsys, output, "--train", missing, "--num-val-docs", 1, *tokenizer)
-    assert "missing.jsonl" in refused(capsys, output, "--train", train, "--val", missing, *tokenizer)
+    assert "missing.jsonl" in refused(
+        capsys, output, "--train", missing, "--num-val-docs", 1, *tokenizer
+    )
+    assert "missing.jsonl" in refused(
+        capsys, output, "--train", train, "--val", missing, *tokenizer
+    )
     gone = ("--tokenizer", tmp_path / "gone.model")
     assert "gone.model" in refused(capsys, output, "--train", train, "--num-val-docs", 1, *gone)
-    assert "no .txt" in refused(capsys, output, "--train", tmp_path / "folder", "--num-val-docs", 1, *tokenizer)
-    assert "train split" in refused(capsys, output, "--train", train, "--num-val-docs", 120, *tokenizer)
+    assert "no .txt" in refused(
+        capsys, output, "--train", tmp_path / "folder", "--num-val-docs", 1, *tokenizer
+    )
+    assert "train split" in refused(
+        capsys, output, "--train", train, "--num-val-docs", 120, *tokenizer
+    )
     assert "one split" in refused(capsys, output, "--train", train, "--val", train, *tokenizer)
     many = ("--train-tokenizer", 30_000)
-    assert "Vocabulary size" in refused(capsys, output, "--train", train, "--num-val-docs", 1, *many)
+    assert "Vocabulary size" in refused(
+        capsys, output, "--train", train, "--num-val-docs", 1, *many
+    )
     (tmp_path / "folder" / "latin.txt").write_bytes(b"caf\xe9")
-    assert "latin.txt: invalid" in refused(capsys, output, "--train", train, "--val", tmp_path / "folder", *tokenizer)
+    assert "latin.txt: invalid" in refused(
+        capsys, output, "--train", train, "--val", tmp_path / "folder", *tokenizer
+    )
     assert "plain folder" in refused(
-        capsys, output, "--train", train, "--num-val-docs", 1, *tokenizer, "--tokenizer-name", "../up"
+        capsys,
+        output,
+        "--train",
+        train,
+        "--num-val-docs",
+        1,
+        *tokenizer,
+        "--tokenizer-name",
+        "../up",
     )
 
 
@@ -328,7 +449,9 @@ def model_with_other_ids(documents: list[str], folder: Path) -> bytes:
 
 def model_with_more_pieces(model: bytes, count: int) -> bytes:
     """Protobuf messages concatenate: every added field 1 is one more piece (string, score)."""
-    pieces = (b"\n\x07" + f"~{i:06d}".encode() + b"\x15" + struct.pack("<f", -1e6) for i in range(count))
+    pieces = (
+        b"\n\x07" + f"~{i:06d}".encode() + b"\x15" + struct.pack("<f", -1e6) for i in range(count)
+    )
     return model + b"".join(b"\n" + bytes([len(piece)]) + piece for piece in pieces)
 
 
@@ -345,7 +468,9 @@ def test_unfit_tokenizers_are_refused(case, documents, model, tmp_path, capsys):
     path = tmp_path / "unfit.model"
     path.write_bytes(data)
     train = write_jsonl(tmp_path / "train.jsonl", documents)
-    message = refused(capsys, tmp_path / "out", "--train", train, "--num-val-docs", 5, "--tokenizer", path)
+    message = refused(
+        capsys, tmp_path / "out", "--train", train, "--num-val-docs", 5, "--tokenizer", path
+    )
     assert expected in message
 
 
@@ -360,7 +485,9 @@ def test_full_disk_is_refused_in_one_line(documents, model_path, tmp_path, capsy
 
     train = write_jsonl(tmp_path / "train.jsonl", documents)
     monkeypatch.setattr(os, "fsync", no_space)
-    message = refused(capsys, tmp_path / "out", "--train", train, "--num-val-docs", 5, "--tokenizer", model_path)
+    message = refused(
+        capsys, tmp_path / "out", "--train", train, "--num-val-docs", 5, "--tokenizer", model_path
+    )
     assert "No space left" in message
 
 
@@ -368,7 +495,9 @@ def test_an_output_that_is_a_file_is_refused(documents, model_path, tmp_path, ca
     train = write_jsonl(tmp_path / "train.jsonl", documents)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "datasets").write_text("in the way")
-    refused(capsys, tmp_path / "out", "--train", train, "--num-val-docs", 5, "--tokenizer", model_path)
+    refused(
+        capsys, tmp_path / "out", "--train", train, "--num-val-docs", 5, "--tokenizer", model_path
+    )
 
 
 @pytest.mark.parametrize("writes_before", [0, 3])
@@ -376,7 +505,17 @@ def test_an_interrupted_run_leaves_nothing_new_and_keeps_the_old(
     writes_before, documents, model_path, tmp_path, monkeypatch
 ):
     train = write_jsonl(tmp_path / "train.jsonl", documents)
-    argv = ("--train", train, "--num-val-docs", 5, "--tokenizer", model_path, "--shard-tokens", 300, "--overwrite")
+    argv = (
+        "--train",
+        train,
+        "--num-val-docs",
+        5,
+        "--tokenizer",
+        model_path,
+        "--shard-tokens",
+        300,
+        "--overwrite",
+    )
     run(*argv, "--output", tmp_path / "old", "--name", "set")
     before = {path: path.read_bytes() for path in final_files(tmp_path / "old")}
     fsync = os.fsync
@@ -398,9 +537,22 @@ def test_an_interrupted_run_leaves_nothing_new_and_keeps_the_old(
     assert {path: path.read_bytes() for path in final_files(tmp_path / "old")} == before
 
 
-def test_existing_shards_are_refused_and_overwrite_leaves_none_of_them(documents, model_path, tmp_path, capsys):
+def test_existing_shards_are_refused_and_overwrite_leaves_none_of_them(
+    documents, model_path, tmp_path, capsys
+):
     train = write_jsonl(tmp_path / "train.jsonl", documents)
-    argv = ("--train", train, "--num-val-docs", 5, "--tokenizer", model_path, "--output", tmp_path, "--name", "set")
+    argv = (
+        "--train",
+        train,
+        "--num-val-docs",
+        5,
+        "--tokenizer",
+        model_path,
+        "--output",
+        tmp_path,
+        "--name",
+        "set",
+    )
     run(*argv, "--shard-tokens", 300)
     folder = tmp_path / "datasets" / "set"
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -410,14 +562,30 @@ def test_existing_shards_are_refused_and_overwrite_leaves_none_of_them(documents
     assert "--overwrite" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     run(*argv, "--overwrite")
-    assert sorted(path.name for path in folder.iterdir()) == ["fineweb_train_000000.bin", "fineweb_val_000000.bin"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "fineweb_train_000000.bin",
+        "fineweb_val_000000.bin",
+    ]
 
 
-def test_another_tokenizer_of_the_same_name_is_not_replaced_unasked(documents, model_path, tmp_path, capsys):
+def test_another_tokenizer_of_the_same_name_is_not_replaced_unasked(
+    documents, model_path, tmp_path, capsys
+):
     train = write_jsonl(tmp_path / "train.jsonl", documents)
     (tmp_path / "tokenizers").mkdir()
     (tmp_path / "tokenizers" / "tiny.model").write_bytes(b"precious")
-    argv = ("--train", train, "--num-val-docs", 5, "--tokenizer", model_path, "--output", tmp_path, "--name", "set")
+    argv = (
+        "--train",
+        train,
+        "--num-val-docs",
+        5,
+        "--tokenizer",
+        model_path,
+        "--output",
+        tmp_path,
+        "--name",
+        "set",
+    )
     with pytest.raises(SystemExit):
         run(*argv)
     assert "another tokenizer" in capsys.readouterr().err
@@ -428,33 +596,61 @@ def test_a_foreign_manifest_is_refused_before_any_work(documents, model_path, tm
     train = write_jsonl(tmp_path / "train.jsonl", documents)
     (tmp_path / "manifest.json").write_text("[]")
     with pytest.raises(SystemExit):
-        run("--train", train, "--num-val-docs", 5, "--tokenizer", model_path, "--output", tmp_path, "--name", "set")
+        run(
+            "--train",
+            train,
+            "--num-val-docs",
+            5,
+            "--tokenizer",
+            model_path,
+            "--output",
+            tmp_path,
+            "--name",
+            "set",
+        )
     assert "manifest.json" in capsys.readouterr().err
     assert not (tmp_path / "datasets").exists()
 
 
 def test_the_script_refuses_without_a_traceback_and_help_has_an_example(tmp_path):
     script = [sys.executable, ROOT / "data" / "tokenize_docs.py"]
-    argv = ["--train", tmp_path / "missing.jsonl", "--num-val-docs", "1", "--train-tokenizer", "300", "--name", "set"]
-    result = subprocess.run([*script, *argv, "--output", tmp_path], capture_output=True, text=True, check=False)
+    argv = [
+        "--train",
+        tmp_path / "missing.jsonl",
+        "--num-val-docs",
+        "1",
+        "--train-tokenizer",
+        "300",
+        "--name",
+        "set",
+    ]
+    result = subprocess.run(
+        [*script, *argv, "--output", tmp_path], capture_output=True, text=True, check=False
+    )
     assert result.returncode == 2
     assert result.stderr == f"error: {tmp_path / 'missing.jsonl'}: no such file or folder\n"
     result = subprocess.run([*script, "--help"], capture_output=True, text=True, check=True)
     assert "python data/tokenize_docs.py --train a.jsonl.xz" in result.stdout
 
 
-@pytest.mark.parametrize("path", sorted((SHARED / "tokenizers").glob("*.model")) or [None], ids=lambda p: p and p.stem)
+@pytest.mark.parametrize(
+    "path", sorted((SHARED / "tokenizers").glob("*.model")) or [None], ids=lambda p: p and p.stem
+)
 def test_real_tokenizers_encode_real_documents(path, tmp_path):
     if path is None or not (SHARED / "fineweb_val.jsonl.xz").exists():
         pytest.skip("no ../shared/data")
-    texts = list(itertools.islice(tokenize_docs.read_documents([SHARED / "fineweb_val.jsonl.xz"]), 8))
+    texts = list(
+        itertools.islice(tokenize_docs.read_documents([SHARED / "fineweb_val.jsonl.xz"]), 8)
+    )
     destination = tokenize_docs.Destination(tmp_path, "real", path.stem)
     tokenize_docs.write_dataset(destination, path.read_bytes(), texts[:2], texts[2:], 2)
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
     for split, expected in (("val", texts[:2]), ("train", texts[2:])):
         tokens = tokens_of(destination.folder, split)
         assert tokens.max() < tokenizer.vocab_size()
-        assert [tokenizer.decode(ids) for ids in split_at_bos(tokens)] == [normalised(text) for text in expected]
+        assert [tokenizer.decode(ids) for ids in split_at_bos(tokens)] == [
+            normalised(text) for text in expected
+        ]
 
 
 def write_package(root: Path) -> dict[str, str]:
@@ -465,17 +661,30 @@ def write_package(root: Path) -> dict[str, str]:
     val_names = [name for name in names if make_sample.is_validation(name)]
     train_names = [name for name in names if name not in val_names]
     clean, copied, partly = val_names[:3]
-    texts[copied] = [" ".join([*text.split()[:-2], "other", "end"]) for text in texts[train_names[4]]]
-    texts[partly][0] = " ".join([*texts[train_names[5]][0].split()[:20], *texts[partly][0].split()[20:]])
+    texts[copied] = [
+        " ".join([*text.split()[:-2], "other", "end"]) for text in texts[train_names[4]]
+    ]
+    texts[partly][0] = " ".join(
+        [*texts[train_names[5]][0].split()[:20], *texts[partly][0].split()[20:]]
+    )
     texts[train_names[7]] = [*texts[train_names[8]], "only here: " + make_text(rng, words, 30)]
     root.mkdir(parents=True)
     (root / "__init__.py").write_text("raise RuntimeError('the package was imported')\n")
     (root / "template.py").write_text("this is {{ not }} Python")
     for name in names:
         module, *functions = texts[name]
-        body = [f'"""{module}"""', *(f'def f{i}():\n    """{text}\n    """' for i, text in enumerate(functions))]
+        body = [
+            f'"""{module}"""',
+            *(f'def f{i}():\n    """{text}\n    """' for i, text in enumerate(functions)),
+        ]
         (root / f"{name.split('.')[1]}.py").write_text("\n".join(body) + "\n")
-    return {"clean": clean, "copied": copied, "partly": partly, "twin": train_names[7], "twin_of": train_names[8]}
+    return {
+        "clean": clean,
+        "copied": copied,
+        "partly": partly,
+        "twin": train_names[7],
+        "twin_of": train_names[8],
+    }
 
 
 @pytest.fixture
@@ -493,14 +702,21 @@ def test_no_validation_document_repeats_training_text(package):
     assert all(make_sample.is_validation(name) for name in validation)
     in_training = set().union(*map(make_sample.shingles, training.values()))
     for text in validation.values():
-        assert make_sample.share_within(make_sample.shingles(text), in_training) <= make_sample.MAX_SHARED_SHARE
+        assert (
+            make_sample.share_within(make_sample.shingles(text), in_training)
+            <= make_sample.MAX_SHARED_SHARE
+        )
     twins = [training[planted["twin"]], training[planted["twin_of"]]]
     assert make_sample.share_within(*map(make_sample.shingles, twins)) == 0
     assert "only here" in twins[0]
 
 
 def sample_files(output: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(output)): path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(output)): path.read_bytes()
+        for path in output.rglob("*")
+        if path.is_file()
+    }
 
 
 def test_sample_is_the_same_in_every_process_and_cached(package, tmp_path, capsys):
@@ -520,7 +736,9 @@ def test_sample_is_the_same_in_every_process_and_cached(package, tmp_path, capsy
         f"m.make_sample(pathlib.Path({str(tmp_path / 'second')!r}), "
         f"[m.Package('fakepkg', pathlib.Path({str(package.root)!r}), '1.0')], 1)"
     )
-    subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": "7"}, check=True)
+    subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": "7"}, check=True
+    )
     assert sample_files(tmp_path / "second") == files
 
     (package.root / "part000.py").write_text('"""Changed, but the version is the same."""')

@@ -15,13 +15,17 @@ from helpers_cli import CPU, VOCAB_SIZE, assert_refused, eval_env, run_in_proces
 
 import train_gpt
 
-needs_matplotlib = pytest.mark.skipif(not train_gpt.importlib.util.find_spec("matplotlib"), reason="no matplotlib")
+needs_matplotlib = pytest.mark.skipif(
+    not train_gpt.importlib.util.find_spec("matplotlib"), reason="no matplotlib"
+)
 N = 40  # targets: two whole windows of 16 and a half, so that there is padding
 
 
 def split(hp, targets: int = N, partial: bool = True) -> train_gpt.ValData:
     """Random targets of two bytes each, with few enough ids that most occur often."""
-    tokens = torch.randint(16, (targets + 1,), generator=torch.Generator().manual_seed(3), dtype=torch.int32)
+    tokens = torch.randint(
+        16, (targets + 1,), generator=torch.Generator().manual_seed(3), dtype=torch.int32
+    )
     return train_gpt.ValData(tokens, torch.full((targets,), 2, dtype=torch.int32), "", partial)
 
 
@@ -59,7 +63,9 @@ def table_choices(model, layer: int) -> list[list[int]]:
     for shift in range(passes):
         for token in split(hp).tokens[:-1].tolist():
             first = model.expert_table[layer - hp.routed_layers.start, token].tolist()
-            shares.append([(expert + shift * hp.routing_per_pass) % hp.num_experts for expert in first])
+            shares.append(
+                [(expert + shift * hp.routing_per_pass) % hp.num_experts for expert in first]
+            )
     return shares
 
 
@@ -84,10 +90,16 @@ def test_the_load_of_a_table_is_a_count_of_the_tokens(knobs):
 @pytest.mark.parametrize("routing", ["learned", "hybrid", "soft"])
 def test_the_load_of_a_router_is_what_it_chose_for_each_token(routing):
     model, hp = model_of(routing=routing, num_layers=2)
-    load, gates, val = diagnose.diagnose(model, split(hp), hp, "run").load, {0: [], 1: []}, split(hp)
+    load, gates, val = (
+        diagnose.diagnose(model, split(hp), hp, "run").load,
+        {0: [], 1: []},
+        split(hp),
+    )
     for layer, block in enumerate(model.blocks):
         record = gates[layer].append
-        block.mlp.register_forward_pre_hook(lambda mlp, args, record=record: record(mlp.choose(args[0], *args[1])[0]))
+        block.mlp.register_forward_pre_hook(
+            lambda mlp, args, record=record: record(mlp.choose(args[0], *args[1])[0])
+        )
     for start in range(0, N, 16):  # windows one by one and without padding
         model.features(val.tokens[start : min(start + 16, N)][None].long())
     for layer, shares in load.items():
@@ -126,7 +138,9 @@ def test_a_favourite_is_found_on_the_other_half_of_the_targets():
     probe.load[0, 0] = probe.on_table[0, 0] = 1
     probe.votes[0][7, 1] = 5  # even targets: token 7 chose expert 1; token 8 occurs only here
     probe.votes[0][8, 2] = 9
-    probe.votes[0][hp.vocab_size + 7, :2] = torch.tensor([3.0, 1.0])  # odd targets, whose favourite is expert 0
+    probe.votes[0][hp.vocab_size + 7, :2] = torch.tensor(
+        [3.0, 1.0]
+    )  # odd targets, whose favourite is expert 0
     assert probe.lexical(0)["keeps favourite"] == pytest.approx((0 + 1) / (5 + 4))
 
 
@@ -139,7 +153,9 @@ def test_exchanging_experts_costs_nothing_only_when_they_are_equal(routing):
 
     for row in found_for(equal, routing=routing).specialisation.values():
         assert row["shift nats"] == pytest.approx(0, abs=1e-6)
-        assert [row[f"{kind}cos {name}"] for kind in ("", "abs ") for name in ("up", "down")] == pytest.approx([1] * 4)
+        assert [
+            row[f"{kind}cos {name}"] for kind in ("", "abs ") for name in ("up", "down")
+        ] == pytest.approx([1] * 4)
     for row in found_for(routing=routing).specialisation.values():
         assert abs(row["shift nats"]) > 1e-5
 
@@ -194,7 +210,10 @@ def test_the_cost_of_a_branch_is_that_of_zeros_in_its_place(mu):
             loss = loss_of(model, hp)
             model.load_state_dict(weights)
             cost = found.costs[branch][layer]
-            assert cost.nats == pytest.approx(loss - found.score.val_loss, abs=1e-9), (branch, layer)
+            assert cost.nats == pytest.approx(loss - found.score.val_loss, abs=1e-9), (
+                branch,
+                layer,
+            )
             assert cost.bpb == pytest.approx(cost.nats / math.log(2) / 2, abs=1e-9)
 
 
@@ -240,25 +259,33 @@ def test_mu_ratios_are_those_of_a_hand_computation_and_zero_without_gains():
     val, seen, streams = split(hp), [], []
     found = diagnose.diagnose(model, val, hp, "run")
     for block in model.blocks:
-        block.attn.register_forward_pre_hook(lambda attn, args: seen.append((attn, args[0], args[1])))
+        block.attn.register_forward_pre_hook(
+            lambda attn, args: seen.append((attn, args[0], args[1]))
+        )
         block.register_forward_hook(lambda block, args, stream: streams.append(stream.velocity))
     parts = []
     with torch.no_grad():
         for start in range(0, N, 16):
             seen.clear(), streams.clear()
             model.features(val.tokens[start : min(start + 16, N)][None].long())
-            parts.append([(attn, x[0], mu[0], v[0]) for (attn, x, mu), v in zip(seen, streams, strict=True)])
+            parts.append(
+                [(attn, x[0], mu[0], v[0]) for (attn, x, mu), v in zip(seen, streams, strict=True)]
+            )
         for depth, row in enumerate(found.mu):
             attn = parts[0][depth][0]
             x, mu, velocity = (torch.cat([part[depth][i] for part in parts]) for i in (1, 2, 3))
             assert len(x) == N
-            for i, (name, matrix) in enumerate({"q": attn.c_q, "k": attn.c_k, "v": attn.c_v}.items()):
+            for i, (name, matrix) in enumerate(
+                {"q": attn.c_q, "k": attn.c_k, "v": attn.c_v}.items()
+            ):
                 bias = (attn.mu_gain[i] * mu) @ matrix.weight.T
                 assert row[name] == pytest.approx(rms(bias) / rms(x @ matrix.weight.T), rel=1e-4)
             assert row["rms mu"] == pytest.approx(1, abs=1e-3)
             assert row["rms velocity"] == pytest.approx(rms(velocity), rel=1e-5)
             if depth:
-                cosine = torch.cosine_similarity(mu, torch.cat([part[depth - 1][2] for part in parts]), dim=-1)
+                cosine = torch.cosine_similarity(
+                    mu, torch.cat([part[depth - 1][2] for part in parts]), dim=-1
+                )
                 assert row["cosine"] == pytest.approx(cosine.mean().item(), abs=1e-5)
     assert [row["layer"] for row in found.mu] == hp.execution_order(True)
     assert math.isnan(found.mu[0]["cosine"])
@@ -305,7 +332,9 @@ def run(dataset, artifact, *argv, **knobs):
         ("dense", "off", {}),
     ],
 )
-def test_every_kind_of_model_gets_its_text_and_its_picture(routing, mu, knobs, dataset, tmp_path, monkeypatch):
+def test_every_kind_of_model_gets_its_text_and_its_picture(
+    routing, mu, knobs, dataset, tmp_path, monkeypatch
+):
     monkeypatch.setattr(diagnose, "DPI", 150 if routing == "zipf" else 20)
     path = write_artifact(tmp_path, dataset, routing=routing, mu=mu, **knobs)
     result = run(dataset, path, path, "--targets", 50, "--out", tmp_path / "deep" / "er")
@@ -331,7 +360,9 @@ def test_every_kind_of_model_gets_its_text_and_its_picture(routing, mu, knobs, d
 def test_the_picture_draws_what_was_measured_and_names_what_is_absent(monkeypatch):
     monkeypatch.setattr(diagnose, "DPI", 20)
     figures, real = [], diagnose.import_figure()
-    monkeypatch.setattr(diagnose, "import_figure", lambda: lambda **kw: figures.append(real(**kw)) or figures[-1])
+    monkeypatch.setattr(
+        diagnose, "import_figure", lambda: lambda **kw: figures.append(real(**kw)) or figures[-1]
+    )
     found = found_for(mu="pid")
     assert diagnose.picture(found).startswith(b"\x89PNG")
     axes = {a.get_title(): a for a in figures[0].axes if a.get_title()}
@@ -346,17 +377,28 @@ def test_the_picture_draws_what_was_measured_and_names_what_is_absent(monkeypatc
     assert [bar.get_height() for bar in axes["Specialisation of experts"].patches] == [
         row["shift nats"] for row in found.specialisation.values()
     ]
-    drawn = [list(line.get_ydata()) for line in axes["Mu: RMS of what it adds over RMS of the projection"].lines]
+    drawn = [
+        list(line.get_ydata())
+        for line in axes["Mu: RMS of what it adds over RMS of the projection"].lines
+    ]
     assert drawn == [[row[name] for row in found.mu] for name in "qkv"]
     assert figures[0].get_suptitle() == found.title()
     diagnose.picture(found_for(mu="off", routing="dense"))
-    assert sorted(t.get_text() for a in figures[1].axes for t in a.texts) == ["no experts", "no experts", "no mu"]
+    assert sorted(t.get_text() for a in figures[1].axes for t in a.texts) == [
+        "no experts",
+        "no experts",
+        "no mu",
+    ]
 
 
 def test_the_numbers_of_the_text_are_those_of_the_structure():
     found = found_for(mu="pid", routing="hybrid")
     text = diagnose.report(found)
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in text.splitlines()
+        if line[:1] == "|"
+    ]
     bodies, rule = [], 0
     for row in rows:  # a table is its header, a rule and its rows
         rule = row[0] == "---"
@@ -364,7 +406,9 @@ def test_the_numbers_of_the_text_are_those_of_the_structure():
             bodies.append([])
         elif bodies:
             bodies[-1].append(row)
-    bodies = [body[:-1] for body in bodies[:-1]] + bodies[-1:]  # without the header of the table after it
+    bodies = [body[:-1] for body in bodies[:-1]] + bodies[
+        -1:
+    ]  # without the header of the table after it
     load, special, nats, bpb, mu = bodies
 
     def shown(*values) -> list[str]:
@@ -374,9 +418,12 @@ def test_the_numbers_of_the_text_are_those_of_the_structure():
     assert special == [[str(k), *shown(*v.values())] for k, v in found.specialisation.items()]
     for body, unit in ((nats, "nats"), (bpb, "bpb")):
         assert {k: v for k, *v in body} == {
-            k: shown(*(getattr(v[layer], unit) for layer in (None, 0, 1, 2))) for k, v in found.costs.items()
+            k: shown(*(getattr(v[layer], unit) for layer in (None, 0, 1, 2)))
+            for k, v in found.costs.items()
         }
-        assert [float(row[1]) for row in body] == sorted((float(row[1]) for row in body), reverse=True)
+        assert [float(row[1]) for row in body] == sorted(
+            (float(row[1]) for row in body), reverse=True
+        )
     for depth, (row, expected) in enumerate(zip(mu, found.mu, strict=True)):
         layer, *numbers = expected.values()
         assert row == [str(depth), str(layer), *shown(*numbers)]
@@ -384,18 +431,27 @@ def test_the_numbers_of_the_text_are_those_of_the_structure():
 
 def test_a_part_of_the_split_is_called_partial_and_the_whole_is_not():
     model, hp = model_of(num_layers=1)
-    part, whole = (diagnose.diagnose(model, split(hp, partial=partial), hp, "x") for partial in (True, False))
+    part, whole = (
+        diagnose.diagnose(model, split(hp, partial=partial), hp, "x") for partial in (True, False)
+    )
     assert part.title().startswith("x: PARTIAL loss, first 40 targets: ")
     assert whole.title().startswith("x: loss, all 40 targets of the split: ")
     assert part.score.val_loss == whole.score.val_loss == loss_of(model, hp)
 
 
 @needs_matplotlib
-def test_targets_and_window_are_those_of_command_line_and_artifact(artifact, dataset, tmp_path, monkeypatch):
+def test_targets_and_window_are_those_of_command_line_and_artifact(
+    artifact, dataset, tmp_path, monkeypatch
+):
     monkeypatch.setattr(diagnose, "picture", lambda found: b"")
     argv = (artifact, "--targets", 30, "--out", tmp_path)
     first = run(dataset, artifact, *argv).out
-    assert run(dataset, artifact, *argv, EVAL_SEQ_LEN=8, EVAL_STRIDE=4, VAL_MAX_TOKENS=7, NUM_LAYERS=12).out == first
+    assert (
+        run(
+            dataset, artifact, *argv, EVAL_SEQ_LEN=8, EVAL_STRIDE=4, VAL_MAX_TOKENS=7, NUM_LAYERS=12
+        ).out
+        == first
+    )
     assert "first 30 targets" in first
 
 
@@ -409,11 +465,17 @@ def test_targets_and_window_are_those_of_command_line_and_artifact(artifact, dat
         (["my.run.ptz", "--target", "5"], {}, r"usage: .*unrecognized arguments: --target 5"),
         (["my.run.ptz", "--targets", "-1"], {}, r"--targets -1: expected"),
         (["my.run.ptz", "--targets", "many"], {}, r"usage: .*invalid int value: 'many'"),
-        (["my.run.ptz", "--out", "my.run.ptz", "--targets", "5"], {}, r"--out my\.run\.ptz: not a folder"),
+        (
+            ["my.run.ptz", "--out", "my.run.ptz", "--targets", "5"],
+            {},
+            r"--out my\.run\.ptz: not a folder",
+        ),
         ([], {}, r"usage: .*required: ARTIFACT"),
     ],
 )
-def test_what_is_missing_or_foreign_is_refused_in_one_line(argv, knobs, expected, artifact, dataset):
+def test_what_is_missing_or_foreign_is_refused_in_one_line(
+    argv, knobs, expected, artifact, dataset
+):
     result = run(dataset, artifact, *argv, **knobs)
     assert_refused(result)
     assert re.search(expected, result.err), result.err
@@ -423,7 +485,9 @@ def test_what_is_missing_or_foreign_is_refused_in_one_line(argv, knobs, expected
 def test_without_matplotlib_one_line_says_so_before_any_work(monkeypatch, artifact, dataset):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     monkeypatch.setattr(diagnose, "load_artifact", lambda *args: pytest.fail("worked"))
-    assert_refused(run(dataset, artifact, artifact), "the picture needs matplotlib: pip install matplotlib")
+    assert_refused(
+        run(dataset, artifact, artifact), "the picture needs matplotlib: pip install matplotlib"
+    )
 
 
 def test_progress_is_one_line_that_ends_at_100_percent(monkeypatch):

@@ -26,7 +26,10 @@ FORMS = {
     "grouped": {"ROUTING": "zipf", "DISPATCH": "grouped"},
     "dense": {"ROUTING": "dense"},
 }
-FAULTS = ("rank_after", "rank_before")  # a gradient that depends on the rank, after and before the ranks' mean
+FAULTS = (
+    "rank_after",
+    "rank_before",
+)  # a gradient that depends on the rank, after and before the ranks' mean
 CASES = {**FORMS, **dict.fromkeys(FAULTS, FORMS["masked"])}
 TOLERANCE = 2e-5  # nats, of each loss; sums in another order differ by 1e-6 after 20 steps
 
@@ -75,7 +78,9 @@ def train_case(dist: train_gpt.Dist, case: str, folder: Path, env: dict[str, str
         write(path, data)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_gpt.Dist, "from_torchrun", lambda device: dist)  # a process joins a group only once
+        patch.setattr(
+            train_gpt.Dist, "from_torchrun", lambda device: dist
+        )  # a process joins a group only once
         patch.setattr(train_gpt, "train_step", record_step)
         patch.setattr(train_gpt, "train", record_train)
         patch.setattr(train_gpt, "write_atomically", record_write)
@@ -90,7 +95,9 @@ def train_case(dist: train_gpt.Dist, case: str, folder: Path, env: dict[str, str
 
 
 def digest(state: dict[str, torch.Tensor]) -> str:
-    return hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in state.values())).hexdigest()
+    return hashlib.sha256(
+        b"".join(tensor.numpy().tobytes() for tensor in state.values())
+    ).hexdigest()
 
 
 def be_rank(rank: int, world_size: int, port: int, folder: Path, dataset: Dataset) -> None:
@@ -107,7 +114,9 @@ def be_rank(rank: int, world_size: int, port: int, folder: Path, dataset: Datase
         found[case] = train_case(dist, case, work, env)
     (folder / f"rank{rank}.json").write_text(json.dumps(found))
     dist.all_max(0.0)  # none leaves while another still needs it
-    os._exit(0)  # as run_entry_point() of train_gpt.py does: gloo's threads may abort an interpreter that shuts down
+    os._exit(
+        0
+    )  # as run_entry_point() of train_gpt.py does: gloo's threads may abort an interpreter that shuts down
 
 
 def free_port() -> int:
@@ -119,7 +128,10 @@ def free_port() -> int:
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory) -> dict[int, list[dict]]:
     """What every rank of every world found, by world size and rank; rank 0 also has the `folder` of its world."""
-    dataset, context = write_dataset(tmp_path_factory.mktemp("data") / "set"), multiprocessing.get_context("forkserver")
+    dataset, context = (
+        write_dataset(tmp_path_factory.mktemp("data") / "set"),
+        multiprocessing.get_context("forkserver"),
+    )
     context.set_forkserver_preload(["torch._dynamo", "pytest", "sentencepiece"])
     found = {}
     for world_size in WORLDS:
@@ -131,7 +143,9 @@ def worlds(tmp_path_factory) -> dict[int, list[dict]]:
         for process in ranks:
             process.join(timeout=100)
         assert [process.exitcode for process in ranks] == [0] * world_size
-        found[world_size] = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(world_size)]
+        found[world_size] = [
+            json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(world_size)
+        ]
         found[world_size][0]["folder"] = str(folder)
     return found
 
@@ -165,8 +179,13 @@ def test_losses_do_not_depend_on_the_number_of_ranks(worlds, form, world_size):
 
 
 @pytest.mark.parametrize("world_size", WORLDS[1:])
-def test_the_gradients_of_a_rank_that_are_lost_before_the_mean_show_in_the_losses(worlds, world_size):
-    alone, together = worlds[1][0]["masked"]["losses"], worlds[world_size][0]["rank_before"]["losses"]
+def test_the_gradients_of_a_rank_that_are_lost_before_the_mean_show_in_the_losses(
+    worlds, world_size
+):
+    alone, together = (
+        worlds[1][0]["masked"]["losses"],
+        worlds[world_size][0]["rank_before"]["losses"],
+    )
     assert worst(alone, together) > 100 * TOLERANCE
     assert len({rank["rank_before"]["weights"] for rank in worlds[world_size]}) == 1
 

@@ -32,7 +32,9 @@ PAGE = 4  # entries in one page of a listing, so that every listing has several
 
 def shard_bytes(tmp_path: Path, seed: int, tokens: int = 500, **broken) -> bytes:
     rng = np.random.default_rng(seed)
-    return write_shard(tmp_path / "made.bin", rng.integers(1024, size=tokens), **broken).read_bytes()
+    return write_shard(
+        tmp_path / "made.bin", rng.integers(1024, size=tokens), **broken
+    ).read_bytes()
 
 
 def digest_of(path: str, data: bytes) -> str:
@@ -55,13 +57,29 @@ class Repository:
 
     def tree(self) -> list[dict]:
         """Folders and files as /api/datasets/<repo>/tree/<revision> lists them."""
-        folders = {str(parent) for path in self.files for parent in Path(path).parents if str(parent) != "."}
-        entries = [{"type": "directory", "path": path, "oid": "0" * 40, "size": 0} for path in folders]
+        folders = {
+            str(parent)
+            for path in self.files
+            for parent in Path(path).parents
+            if str(parent) != "."
+        }
+        entries = [
+            {"type": "directory", "path": path, "oid": "0" * 40, "size": 0} for path in folders
+        ]
         for path in self.files:
             data = self.announced.get(path, self.files[path])
-            entry = {"type": "file", "path": path, "size": self.sizes.get(path, len(data)), "oid": "1" * 40}
+            entry = {
+                "type": "file",
+                "path": path,
+                "size": self.sizes.get(path, len(data)),
+                "oid": "1" * 40,
+            }
             if path.endswith(".bin"):
-                entry["lfs"] = {"oid": digest_of(path, data), "size": entry["size"], "pointerSize": 130}
+                entry["lfs"] = {
+                    "oid": digest_of(path, data),
+                    "size": entry["size"],
+                    "pointerSize": 130,
+                }
             else:
                 entry["oid"] = digest_of(path, data)
             entries.append(entry)
@@ -74,12 +92,18 @@ class Hub(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.repositories: dict[str, Repository] = {}
-        self.errors = collections.defaultdict(list)  # path -> statuses to answer with, one a request
+        self.errors = collections.defaultdict(
+            list
+        )  # path -> statuses to answer with, one a request
         self.cut: dict[str, int] = {}  # path -> bytes after which the connection breaks
         self.token, self.meet, self.ranges, self.error_code = None, None, True, None
-        self.downloads: list[tuple[str, int]] = []  # path and first byte of every file that was sent
+        self.downloads: list[
+            tuple[str, int]
+        ] = []  # path and first byte of every file that was sent
         self.sent, self.tokens_elsewhere, self.met = collections.Counter(), [], []
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        threading.Thread(
+            target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+        ).start()
 
     @property
     def url(self) -> str:
@@ -108,7 +132,9 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         address = urlsplit(self.path)
         path, query = unquote(address.path), parse_qs(address.query)
-        pattern = r"/(api/datasets|datasets|storage)/(\w+/\w+)/(revision|tree|resolve)/(\w+)(?:/(.*))?"
+        pattern = (
+            r"/(api/datasets|datasets|storage)/(\w+/\w+)/(revision|tree|resolve)/(\w+)(?:/(.*))?"
+        )
         place, repo_id, kind, revision, name = re.fullmatch(pattern, path).groups()
         repository = self.server.repositories.get(repo_id)
         errors = self.server.errors[name or kind]
@@ -135,7 +161,9 @@ class Handler(BaseHTTPRequestHandler):
         headers = {}
         if start + PAGE < len(entries):
             here = urlsplit(self.path).path
-            headers["Link"] = f'<{self.server.url}{here}?recursive=true&cursor={start + PAGE}>; rel="next"'
+            headers["Link"] = (
+                f'<{self.server.url}{here}?recursive=true&cursor={start + PAGE}>; rel="next"'
+            )
         self.answer(200, json.dumps(entries[start : start + PAGE]).encode(), **headers)
 
     def answer_file(self, name: str, data: bytes) -> None:
@@ -143,7 +171,10 @@ class Handler(BaseHTTPRequestHandler):
             with contextlib.suppress(threading.BrokenBarrierError):
                 self.server.meet.wait(timeout=5)
                 self.server.met.append(name)
-        start = int(re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "bytes=0-"))[1]) * self.server.ranges
+        start = (
+            int(re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "bytes=0-"))[1])
+            * self.server.ranges
+        )
         self.server.downloads.append((name, start))
         body = data[start:]
         self.send_response(206 if self.server.ranges else 200)
@@ -157,8 +188,13 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
 
-def manifest_bytes(variant: str = "sp1024", files_train: int = 5, note: str = "", **tokenizer_paths: str) -> bytes:
-    paths = tokenizer_paths or {"model_path": f"tokenizers/{MODEL}.model", "vocab_path": f"tokenizers/{MODEL}.vocab"}
+def manifest_bytes(
+    variant: str = "sp1024", files_train: int = 5, note: str = "", **tokenizer_paths: str
+) -> bytes:
+    paths = tokenizer_paths or {
+        "model_path": f"tokenizers/{MODEL}.model",
+        "vocab_path": f"tokenizers/{MODEL}.vocab",
+    }
     stats = {"files_val": 2, "files_train": files_train, "tokens_val": 1000}
     manifest = {
         "version": note,
@@ -174,12 +210,17 @@ def content(tmp_path) -> dict[str, bytes]:
     files = {VAL % i: shard_bytes(tmp_path, i) for i in range(2)}
     files |= {TRAIN % i: shard_bytes(tmp_path, 10 + i) for i in range(5)}
     files |= {f"tokenizers/{MODEL}.model": b"a model", f"tokenizers/{MODEL}.vocab": b"a\nb\n"}
-    files |= {"docs_selected.jsonl": b'{"text": "a"}\n', "docs_selected.source_manifest.json": b"{}\n"}
+    files |= {
+        "docs_selected.jsonl": b'{"text": "a"}\n',
+        "docs_selected.source_manifest.json": b"{}\n",
+    }
     return files | {"manifest.json": manifest_bytes(), "tokenizers/unwanted.model": b"another"}
 
 
 def repository(content: dict[str, bytes], prefix: str = "datasets/") -> Repository:
-    return Repository({prefix + path: data for path, data in content.items()} | {"README.md": b"hello"})
+    return Repository(
+        {prefix + path: data for path, data in content.items()} | {"README.md": b"hello"}
+    )
 
 
 @pytest.fixture
@@ -197,8 +238,14 @@ def run(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(downloader, "RETRY_SECONDS", (0, 0))
 
     def run(*argv: object, output: str = "out", **env: str) -> Result:
-        env = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "MATCHED_FINEWEB_REPO_ID": REPO} | env
-        result = run_in_process(downloader.main, env, tmp_path, *argv, "--output", tmp_path / output)
+        env = {
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(tmp_path / "home"),
+            "MATCHED_FINEWEB_REPO_ID": REPO,
+        } | env
+        result = run_in_process(
+            downloader.main, env, tmp_path, *argv, "--output", tmp_path / output
+        )
         assert not list(tmp_path.rglob("home/hub/*")), "nothing goes through the library's cache"
         return result
 
@@ -212,8 +259,16 @@ def files_below(folder: Path) -> dict[str, bytes]:
 
 
 def expected(content: dict[str, bytes], train_shards: int, *extra: str) -> dict[str, bytes]:
-    paths = ["manifest.json", *(VAL % i for i in range(2)), *(TRAIN % i for i in range(train_shards)), *extra]
-    return {path: content[path] for path in [*paths, f"tokenizers/{MODEL}.model", f"tokenizers/{MODEL}.vocab"]}
+    paths = [
+        "manifest.json",
+        *(VAL % i for i in range(2)),
+        *(TRAIN % i for i in range(train_shards)),
+        *extra,
+    ]
+    return {
+        path: content[path]
+        for path in [*paths, f"tokenizers/{MODEL}.model", f"tokenizers/{MODEL}.vocab"]
+    }
 
 
 def ok(result: Result) -> Result:
@@ -221,7 +276,9 @@ def ok(result: Result) -> Result:
     return result
 
 
-def test_the_layout_is_the_challenge_s_and_a_second_run_fetches_nothing(run, hub, content, tmp_path):
+def test_the_layout_is_the_challenge_s_and_a_second_run_fetches_nothing(
+    run, hub, content, tmp_path
+):
     result = ok(run(3))
     assert files_below(tmp_path / "out") == expected(content, 3)
     assert "fetched 7 of 7 files" in result.out
@@ -244,7 +301,9 @@ def test_only_what_is_missing_is_fetched_when_the_number_grows(run, hub, content
     assert files_below(tmp_path / "out") == expected(content, 4)
 
 
-def test_the_positional_number_wins_and_0_fetches_the_validation_split_alone(run, content, tmp_path):
+def test_the_positional_number_wins_and_0_fetches_the_validation_split_alone(
+    run, content, tmp_path
+):
     ok(run(0, "--train-shards", 4))
     assert files_below(tmp_path / "out") == expected(content, 0)
 
@@ -275,7 +334,10 @@ def test_with_docs_fetches_the_documents_and_their_source(run, hub, content, tmp
 
 
 def test_byte_sidecars_of_the_validation_split_come_along(run, hub, content, tmp_path):
-    sidecars = {f"datasets/{NAME}/fineweb_val_bytes_{i:06d}.bin": shard_bytes(tmp_path, 20 + i) for i in range(2)}
+    sidecars = {
+        f"datasets/{NAME}/fineweb_val_bytes_{i:06d}.bin": shard_bytes(tmp_path, 20 + i)
+        for i in range(2)
+    }
     hub.repositories[REPO] = repository(content | sidecars)
     assert "holds 2 validation" in ok(run(1)).out
     assert files_below(tmp_path / "out") == expected(content | sidecars, 1, *sidecars)
@@ -292,7 +354,9 @@ def test_the_prefix_may_be_empty_or_another_and_a_wrong_one_is_answered_with_the
     assert_refused(run(1), "no datasets/manifest.json", "some/where/manifest.json", variable)
 
 
-def test_byte260_and_suffixed_variants_are_accepted_and_others_refused_by_name(run, hub, content, tmp_path):
+def test_byte260_and_suffixed_variants_are_accepted_and_others_refused_by_name(
+    run, hub, content, tmp_path
+):
     for variant in ("byte260", "sp8192_caseops"):
         name = f"fineweb10B_{variant}"
         files = {path.replace(NAME, name): data for path, data in content.items()} | {
@@ -311,7 +375,11 @@ def test_byte260_and_suffixed_variants_are_accepted_and_others_refused_by_name(r
 
 def test_an_unknown_variant_is_answered_with_what_there_is_and_who_has_more(run, tmp_path):
     command = "MATCHED_FINEWEB_REPO_ID=kevclark/parameter-golf python data/cached_challenge_fineweb.py --variant sp8192"
-    others = ("romeerp/parameter-golf-caseops-v1", "sproos/parameter-golf-tokenizers", "LightSpeedUp/parameter-golf-")
+    others = (
+        "romeerp/parameter-golf-caseops-v1",
+        "sproos/parameter-golf-tokenizers",
+        "LightSpeedUp/parameter-golf-",
+    )
     fragments = (f"{REPO} has no fineweb10B_sp8192, only {NAME}", command, "first 50,000")
     assert_refused(run(1, "--variant", "sp8192"), *fragments, *others)
     assert files_below(tmp_path / "out") == {}
@@ -324,10 +392,14 @@ def test_a_changed_manifest_is_refreshed_without_fetching_shards_again(run, hub,
     result = ok(run(1))
     assert f"manifest.json is now that of {REPO}" in result.out
     assert hub.downloads == [("datasets/manifest.json", 0)]
-    assert files_below(tmp_path / "out") == expected(content, 1) | {"manifest.json": manifest_bytes(note="newer")}
+    assert files_below(tmp_path / "out") == expected(content, 1) | {
+        "manifest.json": manifest_bytes(note="newer")
+    }
 
 
-def test_another_repository_replaces_what_the_first_gave_and_keeps_what_is_equal(run, hub, content, tmp_path):
+def test_another_repository_replaces_what_the_first_gave_and_keeps_what_is_equal(
+    run, hub, content, tmp_path
+):
     ok(run(4))
     changed = {TRAIN % i: shard_bytes(tmp_path, 30 + i) for i in range(5)}
     changed["manifest.json"] = manifest_bytes(note="mirror")
@@ -345,7 +417,9 @@ def test_another_repository_replaces_what_the_first_gave_and_keeps_what_is_equal
 
 def test_stale_shards_are_gone_before_the_first_new_one_arrives(run, hub, content, tmp_path):
     ok(run(3))
-    hub.repositories[REPO].files |= {f"datasets/{TRAIN % i}": shard_bytes(tmp_path, 40 + i) for i in range(3)}
+    hub.repositories[REPO].files |= {
+        f"datasets/{TRAIN % i}": shard_bytes(tmp_path, 40 + i) for i in range(3)
+    }
     hub.errors[f"datasets/{TRAIN % 0}"] = [500] * 3
     assert_refused(run(3), "HTTP 500", TRAIN % 0)
     for path, data in files_below(tmp_path / "out").items():
@@ -355,7 +429,9 @@ def test_stale_shards_are_gone_before_the_first_new_one_arrives(run, hub, conten
 
 
 @pytest.mark.parametrize("path", [TRAIN % 0, TRAIN % 7, f"tokenizers/{MODEL}.model"])
-def test_files_that_this_tool_did_not_fetch_are_neither_replaced_nor_trained_on(path, run, hub, content, tmp_path):
+def test_files_that_this_tool_did_not_fetch_are_neither_replaced_nor_trained_on(
+    path, run, hub, content, tmp_path
+):
     local = tmp_path / "out" / path
     local.parent.mkdir(parents=True)
     local.write_bytes(shard_bytes(tmp_path, 50))
@@ -368,7 +444,9 @@ def test_files_that_this_tool_did_not_fetch_are_neither_replaced_nor_trained_on(
     assert_refused(run(1), f"{local};", "not fetched by this tool")
 
 
-def test_equal_files_of_another_tool_are_adopted_and_hashed_once(run, hub, content, tmp_path, monkeypatch):
+def test_equal_files_of_another_tool_are_adopted_and_hashed_once(
+    run, hub, content, tmp_path, monkeypatch
+):
     for path, data in expected(content, 2).items():
         (tmp_path / "out" / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "out" / path).write_bytes(data)
@@ -376,7 +454,9 @@ def test_equal_files_of_another_tool_are_adopted_and_hashed_once(run, hub, conte
     assert hub.downloads == []
     hashed, digest_of = [], downloader.RemoteFile.digest_of
     monkeypatch.setattr(
-        downloader.RemoteFile, "digest_of", lambda file, local: hashed.append(local.name) or digest_of(file, local)
+        downloader.RemoteFile,
+        "digest_of",
+        lambda file, local: hashed.append(local.name) or digest_of(file, local),
     )
     ok(run(2))
     assert hashed == ["manifest.json"]
@@ -385,7 +465,9 @@ def test_equal_files_of_another_tool_are_adopted_and_hashed_once(run, hub, conte
     assert hashed[1:] == ["manifest.json", "fineweb_train_000000.bin"]
 
 
-@pytest.mark.parametrize("damage", [lambda data: data[:-3], lambda data: b"\0" * len(data), lambda data: b""])
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[:-3], lambda data: b"\0" * len(data), lambda data: b""]
+)
 def test_a_local_shard_that_is_damaged_is_fetched_again(damage, run, hub, content, tmp_path):
     ok(run(2))
     local = tmp_path / "out" / (TRAIN % 1)
@@ -443,7 +525,9 @@ def test_a_partial_file_of_other_content_is_not_continued(run, hub, content, tmp
     assert files_below(tmp_path / "out") == expected(content | {TRAIN % 0: changed}, 1)
 
 
-def test_a_partial_file_that_was_damaged_is_thrown_away_and_fetched_whole(run, hub, content, tmp_path):
+def test_a_partial_file_that_was_damaged_is_thrown_away_and_fetched_whole(
+    run, hub, content, tmp_path
+):
     hub.cut[f"datasets/{TRAIN % 0}"] = 300
     assert_refused(run(1), "connection failed")
     (partial,) = (tmp_path / "out").rglob("*.partial")
@@ -453,7 +537,9 @@ def test_a_partial_file_that_was_damaged_is_thrown_away_and_fetched_whole(run, h
     assert files_below(tmp_path / "out") == expected(content, 1)
 
 
-def test_content_that_is_not_what_was_announced_never_gets_a_final_name(run, hub, content, tmp_path):
+def test_content_that_is_not_what_was_announced_never_gets_a_final_name(
+    run, hub, content, tmp_path
+):
     path, truth = f"datasets/{TRAIN % 0}", content[TRAIN % 0]
     for served, flaw in ((truth[:-100], "1,924 bytes instead of 2,024"), (truth[::-1], "checksum")):
         hub.repositories[REPO].announced[path] = truth
@@ -465,9 +551,18 @@ def test_content_that_is_not_what_was_announced_never_gets_a_final_name(run, hub
     assert files_below(tmp_path / "out") == expected(content, 1)
 
 
-def test_a_server_that_sends_more_than_it_announced_is_cut_off(run, hub, content, tmp_path, monkeypatch):
-    path, truth, received, add = f"datasets/{TRAIN % 0}", content[TRAIN % 0], [], downloader.Meter.add
-    monkeypatch.setattr(downloader.Meter, "add", lambda meter, count: add(meter, count) or received.append(count))
+def test_a_server_that_sends_more_than_it_announced_is_cut_off(
+    run, hub, content, tmp_path, monkeypatch
+):
+    path, truth, received, add = (
+        f"datasets/{TRAIN % 0}",
+        content[TRAIN % 0],
+        [],
+        downloader.Meter.add,
+    )
+    monkeypatch.setattr(
+        downloader.Meter, "add", lambda meter, count: add(meter, count) or received.append(count)
+    )
     hub.repositories[REPO].announced[path] = truth
     hub.repositories[REPO].files[path] = truth + bytes(2_000_000)
     assert_refused(run(1), TRAIN % 0, "damaged", "instead of 2,024")
@@ -477,7 +572,11 @@ def test_a_server_that_sends_more_than_it_announced_is_cut_off(run, hub, content
 
 @pytest.mark.parametrize(
     ("broken", "flaw"),
-    [({"magic": 7}, "magic is 7"), ({"version": 2}, "shard version 2"), ({"count": 501}, "501 tokens do not make")],
+    [
+        ({"magic": 7}, "magic is 7"),
+        ({"version": 2}, "shard version 2"),
+        ({"count": 501}, "501 tokens do not make"),
+    ],
 )
 def test_a_shard_with_a_wrong_header_is_refused(broken, flaw, run, hub, tmp_path):
     hub.repositories[REPO].files[f"datasets/{VAL % 1}"] = shard_bytes(tmp_path, 1, **broken)
@@ -508,7 +607,9 @@ def test_a_full_disk_is_refused_before_the_first_shard(run, hub, content, tmp_pa
     assert [path for path, _ in hub.downloads] == ["datasets/manifest.json"]
     assert not list((tmp_path / "out").rglob("*.bin"))
     hub.repositories[REPO].sizes.clear()
-    needed = sum(len(data) for path, data in expected(content, 1).items() if path != "manifest.json")
+    needed = sum(
+        len(data) for path, data in expected(content, 1).items() if path != "manifest.json"
+    )
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=needed - 1))
     assert_refused(run(1), "GB are free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=needed))
@@ -552,8 +653,12 @@ def test_skip_manifest_uses_the_local_one(run, hub, content, tmp_path):
     assert files_below(tmp_path / "out") == expected(content, 3)
 
 
-@pytest.mark.parametrize("data", [b"{", b"[]", b'{"datasets": [{}]}', b'{"datasets": 1}', b"\xff", b"[" * 99_999])
-def test_a_manifest_that_is_none_is_one_line_and_the_old_one_stays(data, run, hub, content, tmp_path):
+@pytest.mark.parametrize(
+    "data", [b"{", b"[]", b'{"datasets": [{}]}', b'{"datasets": 1}', b"\xff", b"[" * 99_999]
+)
+def test_a_manifest_that_is_none_is_one_line_and_the_old_one_stays(
+    data, run, hub, content, tmp_path
+):
     ok(run(1))
     hub.repositories[REPO].files["datasets/manifest.json"] = data
     assert_refused(run(1), f"{REPO} datasets/manifest.json: not a manifest")
@@ -568,7 +673,9 @@ def test_an_incomplete_manifest_entry_is_one_line(key, run, hub):
     assert_refused(run(1), "incomplete manifest entry", key)
 
 
-@pytest.mark.parametrize("path", ["../../x", "tokenizers/../../x", "/etc/x", "tokenizers/.x", "datasets/x", "x", 7])
+@pytest.mark.parametrize(
+    "path", ["../../x", "tokenizers/../../x", "/etc/x", "tokenizers/.x", "datasets/x", "x", 7]
+)
 def test_a_manifest_cannot_place_files_elsewhere(path, run, hub, content, tmp_path):
     extra = {"manifest.json": manifest_bytes(model_path=path), str(path): b"evil"}
     hub.repositories[REPO] = repository(content | extra)
@@ -610,7 +717,9 @@ def test_the_first_failure_ends_the_other_downloads(run, hub, monkeypatch):
         meter.add(1)
 
 
-def test_a_private_repository_needs_the_token_which_goes_to_the_hub_alone(run, hub, content, tmp_path):
+def test_a_private_repository_needs_the_token_which_goes_to_the_hub_alone(
+    run, hub, content, tmp_path
+):
     hub.token = "hf_secret"
     assert_refused(run(1), REPO, "HTTP 401", "HF_TOKEN")
     assert_refused(run(1, HF_TOKEN="hf_wrong"), "HTTP 401")
@@ -628,9 +737,17 @@ def test_no_access_is_one_line_and_not_tried_again(status, run, hub):
 
 
 def test_a_repository_that_does_not_exist_or_cannot_is_one_line(run):
-    assert_refused(run(1, MATCHED_FINEWEB_REPO_ID="no/body"), "no/body", "HTTP 404", "no such dataset repository")
+    assert_refused(
+        run(1, MATCHED_FINEWEB_REPO_ID="no/body"),
+        "no/body",
+        "HTTP 404",
+        "no such dataset repository",
+    )
     for name in ("nobody", "a/b/c", "", "a b/c"):
-        assert_refused(run(1, MATCHED_FINEWEB_REPO_ID=name), f"MATCHED_FINEWEB_REPO_ID={name}: expected owner/name")
+        assert_refused(
+            run(1, MATCHED_FINEWEB_REPO_ID=name),
+            f"MATCHED_FINEWEB_REPO_ID={name}: expected owner/name",
+        )
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
@@ -657,16 +774,24 @@ def test_waits_grow_between_attempts(hub, monkeypatch):
 
 def test_no_network_and_something_that_is_no_hub_are_one_line(run, hub, monkeypatch):
     assert_refused(run(1, HF_ENDPOINT="http://127.0.0.1:9"), REPO, "connection failed")
-    monkeypatch.setattr(Handler, "answer", lambda self, *a, **k: type(self).__base__.send_error(self, 200))
+    monkeypatch.setattr(
+        Handler, "answer", lambda self, *a, **k: type(self).__base__.send_error(self, 200)
+    )
     assert_refused(run(1), REPO, "HF_ENDPOINT")
 
 
-def test_an_interruption_is_one_line_and_keeps_what_arrived(run, hub, content, tmp_path, monkeypatch):
+def test_an_interruption_is_one_line_and_keeps_what_arrived(
+    run, hub, content, tmp_path, monkeypatch
+):
     def interrupted(*args):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(downloader.Ledger, "add", lambda self, files, source: interrupted() if list(files) else None)
+        patch.setattr(
+            downloader.Ledger,
+            "add",
+            lambda self, files, source: interrupted() if list(files) else None,
+        )
         assert_refused(run(1), "interrupted", "goes on")
     hub.downloads.clear()
     assert len(files_below(tmp_path / "out")) >= 1
@@ -690,7 +815,11 @@ def test_a_terminal_gets_one_line_that_redraws_itself(hub, run, tmp_path, monkey
     meter.add(400)
     meter.add(600)
     lines = terminal.getvalue().split("\r")
-    assert [re.search(r" \d+%| ETA \d+s", line) is not None for line in lines] == [False, True, True]
+    assert [re.search(r" \d+%| ETA \d+s", line) is not None for line in lines] == [
+        False,
+        True,
+        True,
+    ]
     assert "downloading  40% ETA 0s 0.00 of 0.00 GB" in lines[1]
     assert terminal.getvalue().count("\n") == 1
 
@@ -709,7 +838,11 @@ def test_without_the_library_help_works_and_anything_else_is_one_line(tmp_path, 
 
 def test_the_script_runs_from_any_directory_in_its_own_process(hub, content, tmp_path):
     (tmp_path / "elsewhere").mkdir()
-    env = {"HF_ENDPOINT": hub.url, "MATCHED_FINEWEB_REPO_ID": REPO, "HF_HOME": str(tmp_path / "home")}
+    env = {
+        "HF_ENDPOINT": hub.url,
+        "MATCHED_FINEWEB_REPO_ID": REPO,
+        "HF_HOME": str(tmp_path / "home"),
+    }
     argv = (1, "--variant", "sp1024", "--output", "out")
     result = run_command("data/cached_challenge_fineweb.py", env, tmp_path / "elsewhere", *argv)
     assert (result.code, result.err) == (0, "")

@@ -14,7 +14,16 @@ from hypothesis import strategies as st
 
 import eval_sliding
 import train_gpt
-from train_gpt import Dist, Hyperparameters, Refusal, Score, Scorer, ValData, evaluate, scoring_windows
+from train_gpt import (
+    Dist,
+    Hyperparameters,
+    Refusal,
+    Score,
+    Scorer,
+    ValData,
+    evaluate,
+    scoring_windows,
+)
 
 V = 61
 HP = Hyperparameters(
@@ -32,7 +41,16 @@ HP = Hyperparameters(
     shared_dim=16,
     eval_stride=16,
 )
-CASES = [(1, 16, 16), (7, 16, 3), (15, 16, 5), (16, 16, 5), (17, 16, 5), (17, 16, 16), (48, 16, 16), (53, 16, 1)]
+CASES = [
+    (1, 16, 16),
+    (7, 16, 3),
+    (15, 16, 5),
+    (16, 16, 5),
+    (17, 16, 5),
+    (17, 16, 16),
+    (48, 16, 16),
+    (53, 16, 1),
+]
 CASES += [(53, 7, 4)]
 
 
@@ -52,7 +70,9 @@ def make_val(num_targets: int, partial: bool = False) -> ValData:
     """Random tokens that stand for random numbers of bytes."""
     rng = np.random.default_rng(num_targets)
     tokens, sizes = rng.integers(0, V, num_targets + 1), rng.integers(0, 9, num_targets)
-    return ValData(*(torch.from_numpy(array.astype(np.int32)) for array in (tokens, sizes)), "", partial)
+    return ValData(
+        *(torch.from_numpy(array.astype(np.int32)) for array in (tokens, sizes)), "", partial
+    )
 
 
 def with_window(seq_len: int, **changes) -> Hyperparameters:
@@ -67,11 +87,17 @@ def naive_loss(model: torch.nn.Module, val: ValData, seq_len: int, stride: int) 
         with torch.no_grad():
             logits = model(tokens[None, start : target + 1])[0, -1].tolist()
         top = max(logits)
-        total += top + math.log(sum(math.exp(logit - top) for logit in logits)) - logits[tokens[target + 1]]
+        total += (
+            top
+            + math.log(sum(math.exp(logit - top) for logit in logits))
+            - logits[tokens[target + 1]]
+        )
     return total / (len(tokens) - 1)
 
 
-def loss_of_every_target(model: torch.nn.Module, val: ValData, seq_len: int, stride: int) -> np.ndarray:
+def loss_of_every_target(
+    model: torch.nn.Module, val: ValData, seq_len: int, stride: int
+) -> np.ndarray:
     """(targets,) losses by one forward pass per window over all of its positions. After the last input come BOS, which
     a causal model does not see, since rotations depend on the length of the input."""
     tokens, losses = val.tokens.long(), []
@@ -98,7 +124,9 @@ def score_all(model: torch.nn.Module, val: ValData, hp: Hyperparameters, stride:
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(
     num_targets=st.integers(1, 400),
-    lengths=st.integers(1, 64).flatmap(lambda seq_len: st.tuples(st.just(seq_len), st.integers(1, seq_len))),
+    lengths=st.integers(1, 64).flatmap(
+        lambda seq_len: st.tuples(st.just(seq_len), st.integers(1, seq_len))
+    ),
 )
 @example(num_targets=10_007, lengths=(2048, 64))
 @example(num_targets=10_007, lengths=(1024, 1024))
@@ -127,7 +155,10 @@ def test_windows_of_the_usual_strides_are_those_of_the_challenge(stride):
     seq_len, num_targets = 16, 60
     theirs = {(0, target) for target in range(seq_len)}
     for start in range(stride, num_targets - seq_len + stride, stride):
-        theirs |= {(start, target) for target in range(start + seq_len - stride, min(start + seq_len, num_targets))}
+        theirs |= {
+            (start, target)
+            for target in range(start + seq_len - stride, min(start + seq_len, num_targets))
+        }
     ours = scoring_windows(num_targets, seq_len, stride).tolist()
     assert {(start, target) for start, first, end in ours for target in range(first, end)} == theirs
 
@@ -143,7 +174,11 @@ def test_the_score_equals_one_forward_pass_per_target(model, num_targets, seq_le
     assert score.val_loss == pytest.approx(expected, abs=1e-6)
     scored_bytes = sum(val.target_bytes.tolist())
     assert score.bpb == pytest.approx(expected * num_targets / math.log(2) / scored_bytes, rel=1e-6)
-    assert (score.target_tokens, score.scored_bytes, score.partial) == (num_targets, scored_bytes, False)
+    assert (score.target_tokens, score.scored_bytes, score.partial) == (
+        num_targets,
+        scored_bytes,
+        False,
+    )
 
 
 LONG_CASES = [(255, 256, 64, 256), (256, 256, 64, 256), (257, 256, 64, 256), (10_007, 256, 64, 256)]
@@ -154,7 +189,9 @@ LONG_CASES += [(1_001, 256, 256, 512), (1_001, 64, 24, 64), (1_001, 96, 40, 32),
 def test_the_score_equals_one_forward_pass_per_window(model, num_targets, seq_len, stride, trained):
     """For windows longer and shorter than the trained one, and the losses of all targets beside their sum."""
     model, val = copy.deepcopy(model), make_val(num_targets)
-    model.hp = hp = replace(HP, train_seq_len=trained, eval_seq_len=seq_len, micro_batch_tokens=7 * seq_len)
+    model.hp = hp = replace(
+        HP, train_seq_len=trained, eval_seq_len=seq_len, micro_batch_tokens=7 * seq_len
+    )
     expected = loss_of_every_target(model, val, seq_len, stride)
     scorer = score_all(model, val, hp, stride)
     assert np.abs(scorer.sums[0, :-1].numpy() - expected).max() < 1e-4
@@ -177,7 +214,10 @@ def test_the_trained_length_matters_beyond_it_and_only_there(model):
 
 def test_a_longer_context_and_another_stride_change_the_score(model):
     """Without this, the equality with the naive loss could hold for a model that ignores its context."""
-    losses = {naive_loss(model, make_val(53), seq_len, stride) for seq_len, stride in [(16, 16), (16, 1), (7, 4)]}
+    losses = {
+        naive_loss(model, make_val(53), seq_len, stride)
+        for seq_len, stride in [(16, 16), (16, 1), (7, 4)]
+    }
     assert max(losses) - min(losses) > 1e-3
     assert len(losses) == 3
 
@@ -188,7 +228,11 @@ def test_a_stride_of_a_whole_window_is_plain_validation(model):
     for start in range(0, 16 * 6 + 5, seq_len):
         chunk = val.tokens[start : start + seq_len + 1].long()
         with torch.no_grad():
-            total += float(torch.nn.functional.cross_entropy(model(chunk[None, :-1])[0], chunk[1:], reduction="sum"))
+            total += float(
+                torch.nn.functional.cross_entropy(
+                    model(chunk[None, :-1])[0], chunk[1:], reduction="sum"
+                )
+            )
     score = evaluate(model, val, with_window(seq_len), ALONE, seq_len, "test")
     assert score.val_loss == pytest.approx(total / (16 * 6 + 5), abs=1e-6)
     assert evaluate(model, val, HP, ALONE, seq_len, "test").bpb == score.bpb
@@ -198,7 +242,10 @@ def test_a_stride_of_a_whole_window_is_plain_validation(model):
 def test_the_score_does_not_depend_on_the_batch_size(model, stride):
     val = make_val(203)
     sizes = (1, 16, 48, 112, 5_000)
-    scores = [evaluate(model, val, replace(HP, micro_batch_tokens=size), ALONE, stride, "test") for size in sizes]
+    scores = [
+        evaluate(model, val, replace(HP, micro_batch_tokens=size), ALONE, stride, "test")
+        for size in sizes
+    ]
     for score in scores:
         assert score.val_loss == pytest.approx(scores[0].val_loss, abs=1e-6)
         assert score.scored_bytes == int(val.target_bytes.sum())
@@ -221,7 +268,9 @@ class SimulatedRank(Dist):
         return tensor.copy_(sum(self.parts.values()))
 
 
-def score_by_ranks(model: torch.nn.Module, val: ValData, world_size: int, stride: int) -> list[Score]:
+def score_by_ranks(
+    model: torch.nn.Module, val: ValData, world_size: int, stride: int
+) -> list[Score]:
     """The score that every rank reports."""
     ranks = [SimulatedRank(rank, world_size, CPU) for rank in range(world_size)]
     ranks = [replace(rank, parts=ranks[0].parts) for rank in ranks]
@@ -238,7 +287,10 @@ def test_every_rank_reports_the_score_of_one_process(model, world_size, num_targ
     alone = evaluate(model, val, HP, ALONE, stride, "test")
     for score in score_by_ranks(model, val, world_size, stride):
         assert (score.val_loss, score.bpb) == (alone.val_loss, alone.bpb)
-        assert (score.target_tokens, score.scored_bytes) == (num_targets, int(val.target_bytes.sum()))
+        assert (score.target_tokens, score.scored_bytes) == (
+            num_targets,
+            int(val.target_bytes.sum()),
+        )
 
 
 def test_evaluation_leaves_no_trace_and_repeats_exactly(model):
@@ -317,9 +369,13 @@ class RecordingModel(torch.nn.Module):
 
 
 @pytest.mark.parametrize(("num_targets", "seq_len", "stride"), CASES)
-def test_a_batch_holds_its_windows_and_nothing_beyond_their_last_targets(num_targets, seq_len, stride):
+def test_a_batch_holds_its_windows_and_nothing_beyond_their_last_targets(
+    num_targets, seq_len, stride
+):
     val, outside = make_val(num_targets), 10 * V
-    for index, (start, first, end) in enumerate(scoring_windows(num_targets, seq_len, stride).tolist()):
+    for index, (start, first, end) in enumerate(
+        scoring_windows(num_targets, seq_len, stride).tolist()
+    ):
         for last_known in (end, end - 1):
             planted = replace(val, tokens=val.tokens.clone())
             planted.tokens[last_known + 1 :] = outside
@@ -330,7 +386,9 @@ def test_a_batch_holds_its_windows_and_nothing_beyond_their_last_targets(num_tar
             assert (target_ids.max() == outside) == (last_known < end)  # so the plant would be seen
         assert torch.equal(input_ids[0, : end - start], val.tokens[start:end].long())
         assert torch.equal(target_ids[0, : end - first - 1], val.tokens[first + 1 : end].long())
-        assert column[0].tolist() == list(range(first, end)) + [num_targets] * (stride - (end - first))
+        assert column[0].tolist() == list(range(first, end)) + [num_targets] * (
+            stride - (end - first)
+        )
         assert column[1:].eq(num_targets).all()
         if scored is None:
             assert stride == seq_len
@@ -341,7 +399,9 @@ def test_a_batch_holds_its_windows_and_nothing_beyond_their_last_targets(num_tar
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
-@pytest.mark.parametrize(("num_targets", "seq_len", "stride"), [*CASES, (203, 16, 5), (203, 16, 16)])
+@pytest.mark.parametrize(
+    ("num_targets", "seq_len", "stride"), [*CASES, (203, 16, 5), (203, 16, 16)]
+)
 def test_all_batches_have_one_layout_so_that_nothing_is_compiled_twice(
     num_targets, seq_len, stride, batch_size, world_size
 ):
@@ -351,7 +411,10 @@ def test_all_batches_have_one_layout_so_that_nothing_is_compiled_twice(
         scorer = Scorer(model, val, hp, Dist(rank, world_size, CPU), stride, "test")
         scorer.score(scorer.share)
         calls += len(model.calls) * bool(len(scorer.share))  # a rank without windows runs padding
-        layouts |= {tuple(t is not None and (t.shape, t.stride(), t.dtype) for t in call) for call in model.calls}
+        layouts |= {
+            tuple(t is not None and (t.shape, t.stride(), t.dtype) for t in call)
+            for call in model.calls
+        }
     assert len(layouts) == 1
     input_layout, target_layout, scored_layout = layouts.pop()
     assert input_layout == ((batch_size, seq_len), (seq_len, 1), torch.int64)
@@ -389,12 +452,21 @@ def test_targets_scored_twice_or_not_at_all_stop_the_score_with_their_number(mod
 
 def test_an_unfinished_score_is_that_of_the_targets_scored_and_says_so(model):
     val = make_val(203)
-    scorer, losses = Scorer(model, val, HP, ALONE, 5, "test"), loss_of_every_target(model, val, 16, 5)
+    scorer, losses = (
+        Scorer(model, val, HP, ALONE, 5, "test"),
+        loss_of_every_target(model, val, 16, 5),
+    )
     scorer.score(scorer.windows[3:7])
     score, sizes = scorer.total(finished=False), val.target_bytes.numpy()
-    assert (score.partial, score.target_tokens, score.scored_bytes) == (True, 20, int(sizes[15:35].sum()))
+    assert (score.partial, score.target_tokens, score.scored_bytes) == (
+        True,
+        20,
+        int(sizes[15:35].sum()),
+    )
     assert score.val_loss == pytest.approx(losses[15:35].mean(), abs=1e-6)
-    assert score.bpb == pytest.approx(losses[15:35].sum() / math.log(2) / sizes[15:35].sum(), abs=1e-6)
+    assert score.bpb == pytest.approx(
+        losses[15:35].sum() / math.log(2) / sizes[15:35].sum(), abs=1e-6
+    )
     assert str(score).startswith("PARTIAL_loss:")
     scorer.score(torch.cat([scorer.windows[:3], scorer.windows[7:]]))
     assert scorer.total(finished=False).partial
@@ -406,7 +478,9 @@ def test_an_unfinished_score_is_that_of_the_targets_scored_and_says_so(model):
 # ---- Partial scores
 
 
-@pytest.mark.parametrize(("val_max_tokens", "partial"), [(0, 0), (1, 1), (99, 1), (100, 0), (10**9, 0)])
+@pytest.mark.parametrize(
+    ("val_max_tokens", "partial"), [(0, 0), (1, 1), (99, 1), (100, 0), (10**9, 0)]
+)
 def test_a_score_is_partial_exactly_if_targets_are_left_out(tmp_path, val_max_tokens, partial):
     dataset = write_dataset(tmp_path / "set")
     write_shard(dataset.folder / "fineweb_val_0.bin", [5] * 101)
@@ -418,8 +492,12 @@ def test_a_score_is_partial_exactly_if_targets_are_left_out(tmp_path, val_max_to
 
 def test_partial_scores_are_never_called_val_bpb(tmp_path):
     dataset = write_dataset(tmp_path / "set")
-    trained = run_in_process(train_gpt.main, cli_env(dataset, VAL_MAX_TOKENS=50, VAL_LOSS_EVERY=4), tmp_path)
-    scored = run_in_process(eval_sliding.main, eval_env(dataset, VAL_MAX_TOKENS=50), tmp_path, "logs/run.ptz")
+    trained = run_in_process(
+        train_gpt.main, cli_env(dataset, VAL_MAX_TOKENS=50, VAL_LOSS_EVERY=4), tmp_path
+    )
+    scored = run_in_process(
+        eval_sliding.main, eval_env(dataset, VAL_MAX_TOKENS=50), tmp_path, "logs/run.ptz"
+    )
     for result in (trained, scored):
         assert result.code == 0, result.err
         *lines, last = result.out.splitlines()

@@ -47,7 +47,10 @@ def trained(dataset, tmp_path_factory) -> Path:
 
 
 def losses(text: str) -> dict[int, str]:
-    return {int(step): loss for step, loss in re.findall(r"^step:(\d+)/\d+ train_loss:(\S+)", text, re.MULTILINE)}
+    return {
+        int(step): loss
+        for step, loss in re.findall(r"^step:(\d+)/\d+ train_loss:(\S+)", text, re.MULTILINE)
+    }
 
 
 def assert_lost(outcome: Outcome, killed: int) -> None:
@@ -92,7 +95,9 @@ def test_a_rank_killed_in_training_ends_the_others(stage, where, rank, dataset, 
 
 @pytest.mark.parametrize("where", ["train_gpt.os.fsync 3", "train_gpt.os.replace 3"])
 def test_a_rank_killed_while_it_writes_the_artifact_leaves_none(where, dataset, trained, tmp_path):
-    outcome = run_ranks("train_gpt", cli_env(dataset, **{**SAVED, "ITERATIONS": 4}), tmp_path, f"kill {where} 0")
+    outcome = run_ranks(
+        "train_gpt", cli_env(dataset, **{**SAVED, "ITERATIONS": 4}), tmp_path, f"kill {where} 0"
+    )
     note("rank 0 killed (SIGKILL)", f"writing the artifact, {where.split()[0][10:]}", outcome)
     assert_lost(outcome, 0)
     steps = ["run.step00000003.npz", "run.step00000004.npz"]
@@ -106,7 +111,9 @@ def test_a_rank_killed_in_sliding_evaluation_ends_the_others(rank, dataset, trai
     shutil.copytree(trained / "logs", tmp_path / "logs")
     before = {path.name: path.read_bytes() for path in (tmp_path / "logs").iterdir()}
     env = eval_env(dataset, MICRO_BATCH_TOKENS=128)
-    outcome = run_ranks("eval_sliding", env, tmp_path, f"kill train_gpt.Scorer.batch 3 {rank}", "logs/run.ptz")
+    outcome = run_ranks(
+        "eval_sliding", env, tmp_path, f"kill train_gpt.Scorer.batch 3 {rank}", "logs/run.ptz"
+    )
     note(f"rank {rank} killed (SIGKILL)", "sliding evaluation", outcome)
     assert_lost(outcome, rank)
     after = {path.name: path.read_bytes() for path in (tmp_path / "logs").iterdir()}
@@ -116,7 +123,9 @@ def test_a_rank_killed_in_sliding_evaluation_ends_the_others(rank, dataset, trai
 
 def test_without_a_fault_both_ranks_finish(dataset, trained, tmp_path):
     """Control of the harness."""
-    outcome = run_ranks("train_gpt", cli_env(dataset, **SAVED), tmp_path, "none train_gpt.train_step 5 1")
+    outcome = run_ranks(
+        "train_gpt", cli_env(dataset, **SAVED), tmp_path, "none train_gpt.train_step 5 1"
+    )
     assert (outcome.codes, outcome.err) == ([0, 0], ["", ""])
     assert files_in(tmp_path / "logs") == files_in(trained / "logs")
 
@@ -126,24 +135,41 @@ def test_without_a_fault_both_ranks_finish(dataset, trained, tmp_path):
 
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize(("name", "code"), [("term", 143), ("int", 130)])
-def test_a_signal_to_one_rank_lets_all_end_the_step_save_and_leave(name, code, rank, dataset, trained, tmp_path):
-    outcome = run_ranks("train_gpt", cli_env(dataset, **SAVED), tmp_path, f"{name} train_gpt.train_step 5 {rank}")
+def test_a_signal_to_one_rank_lets_all_end_the_step_save_and_leave(
+    name, code, rank, dataset, trained, tmp_path
+):
+    outcome = run_ranks(
+        "train_gpt", cli_env(dataset, **SAVED), tmp_path, f"{name} train_gpt.train_step 5 {rank}"
+    )
     note(f"SIG{name.upper()} to rank {rank}", "a step", outcome)
     assert outcome.codes == [code, code]
     assert outcome.err == [f"error: interrupted by signal {code - 128}\n"] * 2
     assert outcome.files == ["run.step00000003.npz", "run.step00000005.npz", "run.txt"]
     saved = "checkpoint:logs/run.step00000005.npz train_time:"
-    assert re.search(rf"^{re.escape(saved)}.* \(to go on: RUN_ID=run RESUME=auto\)$", outcome.out[0], re.MULTILINE)
+    assert re.search(
+        rf"^{re.escape(saved)}.* \(to go on: RUN_ID=run RESUME=auto\)$",
+        outcome.out[0],
+        re.MULTILINE,
+    )
     assert outcome.out[0].endswith("interrupted after step 5, CHECKPOINT_EVERY=3\n")
     assert_readable(tmp_path / "logs")
 
 
 @pytest.mark.parametrize(("name", "code"), [("term", 143), ("int", 130)])
-@pytest.mark.parametrize("where", ["train_gpt.TokenLoader.sample", "train_gpt.evaluate", "train_gpt.fit"])
-def test_a_signal_outside_of_the_steps_ends_the_run_at_once(name, code, where, dataset, trained, tmp_path):
-    outcome = run_ranks("train_gpt", cli_env(dataset, **SAVED), tmp_path, f"{name} {where} 1 0", world_size=1)
+@pytest.mark.parametrize(
+    "where", ["train_gpt.TokenLoader.sample", "train_gpt.evaluate", "train_gpt.fit"]
+)
+def test_a_signal_outside_of_the_steps_ends_the_run_at_once(
+    name, code, where, dataset, trained, tmp_path
+):
+    outcome = run_ranks(
+        "train_gpt", cli_env(dataset, **SAVED), tmp_path, f"{name} {where} 1 0", world_size=1
+    )
     note(f"SIG{name.upper()}", where, outcome)
-    assert (outcome.codes, outcome.err) == ([code], [f"error: interrupted by signal {code - 128}\n"])
+    assert (outcome.codes, outcome.err) == (
+        [code],
+        [f"error: interrupted by signal {code - 128}\n"],
+    )
     late = ["run.step00000006.npz", "run.step00000008.npz"]
     assert outcome.files == [*late * (where == "train_gpt.evaluate"), "run.txt"]
     assert_readable(tmp_path / "logs")
@@ -176,7 +202,12 @@ def small_disk(tmp_path):
 @pytest.mark.parametrize(
     ("stage", "where", "name", "left"),
     [
-        ("a checkpoint", "train_gpt.write_atomically 2", "run.step00000006.npz", ["run.step00000003.npz"]),
+        (
+            "a checkpoint",
+            "train_gpt.write_atomically 2",
+            "run.step00000006.npz",
+            ["run.step00000003.npz"],
+        ),
         (
             "the artifact",
             "train_gpt.write_atomically 4",
@@ -200,7 +231,9 @@ def test_a_full_disk_is_named_with_the_file(stage, where, name, left, dataset, s
 
 
 def test_a_full_disk_is_named_with_the_log(dataset, small_disk):
-    env = cli_env(dataset, ITERATIONS=100, TRAIN_LOG_EVERY=1)  # more lines than fit the last page of the file
+    env = cli_env(
+        dataset, ITERATIONS=100, TRAIN_LOG_EVERY=1
+    )  # more lines than fit the last page of the file
     outcome = run_ranks("train_gpt", env, small_disk, "fill_disk train_gpt.train_step 5 0")
     note("disk full (tmpfs)", "at the write of the log", outcome)
     assert outcome.codes == [2, 2], outcome.err
@@ -212,18 +245,24 @@ def test_a_full_disk_is_named_with_the_log(dataset, small_disk):
 def test_a_full_disk_in_evaluation_is_named_with_the_log(dataset, trained, small_disk):
     shutil.copy(trained / "logs" / "run.ptz", small_disk / "logs")
     fault = "fill_disk eval_sliding.load_artifact 1 0"
-    outcome = run_ranks("eval_sliding", eval_env(dataset), small_disk, fault, "logs/run.ptz", world_size=1)
+    outcome = run_ranks(
+        "eval_sliding", eval_env(dataset), small_disk, fault, "logs/run.ptz", world_size=1
+    )
     note("disk full (tmpfs)", "at the write of the evaluation's log", outcome)
     assert outcome.codes == [2]
     assert outcome.err == ["error: cannot write logs/run.txt: No space left on device\n"]
-    assert (small_disk / "logs" / "run.ptz").read_bytes() == (trained / "logs" / "run.ptz").read_bytes()
+    assert (small_disk / "logs" / "run.ptz").read_bytes() == (
+        trained / "logs" / "run.ptz"
+    ).read_bytes()
 
 
 # ---- The loss, the data, the clock, the memory
 
 
 def test_a_loss_that_is_nan_on_one_rank_ends_both_and_is_never_saved(dataset, trained, tmp_path):
-    outcome = run_ranks("train_gpt", cli_env(dataset, **SAVED), tmp_path, "poison train_gpt.train_step 5 1")
+    outcome = run_ranks(
+        "train_gpt", cli_env(dataset, **SAVED), tmp_path, "poison train_gpt.train_step 5 1"
+    )
     note("NaN on rank 1 only", "weights before a step", outcome)
     assert outcome.codes == [2, 2]
     assert outcome.err == ["error: training loss is nan at step 5: stopped, nothing exported\n"] * 2
@@ -234,17 +273,31 @@ def test_a_loss_that_is_nan_on_one_rank_ends_both_and_is_never_saved(dataset, tr
 @pytest.mark.parametrize(
     ("action", "said"),
     [
-        ("cut_shards", r"error: .*fineweb_train_\d\.bin: has become shorter since the start of the run"),
-        ("remove_shards", r"error: \[Errno 2\] No such file or directory: '.*fineweb_train_\d\.bin'"),
+        (
+            "cut_shards",
+            r"error: .*fineweb_train_\d\.bin: has become shorter since the start of the run",
+        ),
+        (
+            "remove_shards",
+            r"error: \[Errno 2\] No such file or directory: '.*fineweb_train_\d\.bin'",
+        ),
     ],
 )
 def test_a_shard_that_vanishes_or_shrinks_is_named(action, said, tmp_path):
     own = write_dataset(tmp_path / "set")
-    outcome = run_ranks("train_gpt", cli_env(own, **SAVED), tmp_path, f"{action} train_gpt.train_step 5 0")
-    note({"cut_shards": "shards cut to 1,100 bytes"}.get(action, "shards removed"), "between two steps", outcome)
+    outcome = run_ranks(
+        "train_gpt", cli_env(own, **SAVED), tmp_path, f"{action} train_gpt.train_step 5 0"
+    )
+    note(
+        {"cut_shards": "shards cut to 1,100 bytes"}.get(action, "shards removed"),
+        "between two steps",
+        outcome,
+    )
     assert outcome.codes == [2, 2]
     lines = [outcome.errors(rank)[0] for rank in (0, 1)]
-    assert all(re.fullmatch(said + r"|error: rank \d lost another rank: .*", line) for line in lines)
+    assert all(
+        re.fullmatch(said + r"|error: rank \d lost another rank: .*", line) for line in lines
+    )
     assert any(re.fullmatch(said, line) for line in lines)
     assert outcome.files == ["run.step00000003.npz", "run.txt"]
 
@@ -254,7 +307,9 @@ def test_a_clock_that_goes_back_ends_the_run(dataset, tmp_path):
     outcome = run_ranks("train_gpt", cli_env(dataset, **SAVED), tmp_path, fault, world_size=1)
     note("monotonic clock goes back 10,000 s", "a step", outcome)
     assert outcome.codes == [2]
-    assert re.fullmatch(r"error: the clock went back by \d+\.\d s at step 5: stopped\n", outcome.err[0])
+    assert re.fullmatch(
+        r"error: the clock went back by \d+\.\d s at step 5: stopped\n", outcome.err[0]
+    )
     assert outcome.files == ["run.step00000003.npz", "run.txt"]
 
 
@@ -263,7 +318,11 @@ def test_a_clock_that_jumps_ahead_ends_a_timed_run_as_its_cap_does(dataset, tmp_
     outcome = run_ranks("train_gpt", env, tmp_path, "clock_ahead train_gpt.train_step 5 1")
     note("monotonic clock of rank 1 jumps 10,000 s ahead", "a step", outcome)
     assert (outcome.codes, outcome.err) == ([0, 0], ["", ""])
-    assert re.search(r"^stopping_early: wallclock_cap train_time:10000\d\d\dms step:5/8$", outcome.out[0], re.MULTILINE)
+    assert re.search(
+        r"^stopping_early: wallclock_cap train_time:10000\d\d\dms step:5/8$",
+        outcome.out[0],
+        re.MULTILINE,
+    )
     assert outcome.files == ["run.ptz", "run.step00000003.npz", "run.step00000005.npz", "run.txt"]
     assert_readable(tmp_path / "logs")
 
@@ -274,7 +333,9 @@ def test_a_date_that_is_set_back_changes_nothing(dataset, trained, tmp_path):
     note("date set back by 30 years", "a step", outcome)
     assert (outcome.codes, outcome.err) == ([0], [""])
     assert outcome.files == files_in(trained / "logs")
-    assert (tmp_path / "logs" / "run.ptz").read_bytes() == (trained / "logs" / "run.ptz").read_bytes()
+    assert (tmp_path / "logs" / "run.ptz").read_bytes() == (
+        trained / "logs" / "run.ptz"
+    ).read_bytes()
 
 
 def test_an_exporter_that_runs_out_of_memory_says_so(dataset, tmp_path):
@@ -299,13 +360,17 @@ def wait_for(path: Path, seconds: float = 60) -> None:
 
 
 @contextlib.contextmanager
-def faulty(env: dict[str, str], fault: str, folder: Path, *launcher: str) -> Iterator[subprocess.Popen]:
+def faulty(
+    env: dict[str, str], fault: str, folder: Path, *launcher: str
+) -> Iterator[subprocess.Popen]:
     """A training with a fault in its own process, or under a launcher; killed in the end if it is not over."""
     command = [sys.executable, *launcher, str(ROOT / "tests" / "helpers_faults.py"), "train_gpt"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     paths = os.pathsep.join(str(ROOT / name) for name in ("", "data", "tests"))
     environment = full_environment(env) | {"FAULT": fault, "PYTHONPATH": paths}
-    process = subprocess.Popen(command, env=environment, cwd=folder, start_new_session=True, **pipes)
+    process = subprocess.Popen(
+        command, env=environment, cwd=folder, start_new_session=True, **pipes
+    )
     try:
         yield process
     finally:
@@ -325,8 +390,14 @@ def test_two_runs_in_one_folder_leave_each_others_files_alone(dataset, trained, 
         wait_for(tmp_path / "reached")
         before = contents(logs)
         for knobs in ({}, {"RESUME": "auto"}, {"RUN_ID": "run.step"}):
-            second = run_ranks("train_gpt", {**env, **knobs}, tmp_path, "none train_gpt.fit 1 0", world_size=1)
-            note("a second run in the folder", f"while the first steps, {knobs or 'same RUN_ID'}", second)
+            second = run_ranks(
+                "train_gpt", {**env, **knobs}, tmp_path, "none train_gpt.fit 1 0", world_size=1
+            )
+            note(
+                "a second run in the folder",
+                f"while the first steps, {knobs or 'same RUN_ID'}",
+                second,
+            )
             if "RUN_ID" in knobs:
                 assert second.codes == [0]
             else:
@@ -351,7 +422,9 @@ def test_an_evaluation_of_what_a_run_is_about_to_replace_is_refused(dataset, tra
     with faulty(cli_env(dataset, ITERATIONS=8), "wait train_gpt.train_step 5 0", tmp_path) as first:
         wait_for(tmp_path / "reached")
         none = "none train_gpt.fit 1 0"
-        outcome = run_ranks("eval_sliding", eval_env(dataset), tmp_path, none, "logs/run.ptz", world_size=1)
+        outcome = run_ranks(
+            "eval_sliding", eval_env(dataset), tmp_path, none, "logs/run.ptz", world_size=1
+        )
         assert (outcome.codes, outcome.out) == ([2], [""])
         (tmp_path / "go").touch()
         first.communicate(timeout=60)
@@ -361,7 +434,9 @@ def test_an_evaluation_of_what_a_run_is_about_to_replace_is_refused(dataset, tra
 def test_runs_without_a_name_that_start_together_get_names_of_their_own(dataset, tmp_path):
     env = cli_env(dataset, ITERATIONS=2, RUN_ID=None)
     with contextlib.ExitStack() as stack:
-        runs = [stack.enter_context(faulty(env, "none train_gpt.fit 1 0", tmp_path)) for _ in range(3)]
+        runs = [
+            stack.enter_context(faulty(env, "none train_gpt.fit 1 0", tmp_path)) for _ in range(3)
+        ]
         assert [(run.communicate(timeout=100)[1], run.returncode) for run in runs] == [("", 0)] * 3
     names = files_in(tmp_path / "logs")
     assert len(names) == 6
@@ -369,10 +444,14 @@ def test_runs_without_a_name_that_start_together_get_names_of_their_own(dataset,
 
 
 @pytest.mark.parametrize("obstacle", ["a file", "a read-only disk"])
-def test_a_log_folder_that_cannot_be_written_is_named_before_anything_is_done(obstacle, dataset, tmp_path):
+def test_a_log_folder_that_cannot_be_written_is_named_before_anything_is_done(
+    obstacle, dataset, tmp_path
+):
     if obstacle == "a file":
         (tmp_path / "logs").touch()
-    with mounted_logs(tmp_path, "ro") if obstacle == "a read-only disk" else contextlib.nullcontext():
+    with (
+        mounted_logs(tmp_path, "ro") if obstacle == "a read-only disk" else contextlib.nullcontext()
+    ):
         outcome = run_ranks("train_gpt", cli_env(dataset), tmp_path, "none train_gpt.fit 1 0")
     note("log folder not writable", obstacle, outcome)
     assert outcome.codes == [2, 2]
@@ -390,19 +469,27 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
 def test_under_torchrun_a_killed_rank_ends_all_in_a_minute(dataset, tmp_path):
     started = time.perf_counter()
-    with faulty(cli_env(dataset, **SAVED), "kill train_gpt.train_step 5 1", tmp_path, *TORCHRUN) as run:
+    with faulty(
+        cli_env(dataset, **SAVED), "kill train_gpt.train_step 5 1", tmp_path, *TORCHRUN
+    ) as run:
         out, err = run.communicate(timeout=60)
-    outcome = Outcome([run.returncode], [out], [err], time.perf_counter() - started, files_in(tmp_path / "logs"))
+    outcome = Outcome(
+        [run.returncode], [out], [err], time.perf_counter() - started, files_in(tmp_path / "logs")
+    )
     note("rank 1 killed (SIGKILL)", "a step, under torchrun", outcome)
     assert run.returncode == 1
-    assert re.search(r"^error: (rank 0 lost another rank: .*|interrupted by signal 15)$", err, re.MULTILINE)
+    assert re.search(
+        r"^error: (rank 0 lost another rank: .*|interrupted by signal 15)$", err, re.MULTILINE
+    )
     assert "Signal 9 (SIGKILL)" in err
     assert {"run.step00000003.npz", "run.txt"} <= set(outcome.files)
     assert_readable(tmp_path / "logs")
 
 
 def test_sigterm_to_torchrun_lets_the_ranks_save(dataset, tmp_path):
-    with faulty(cli_env(dataset, **SAVED), "wait train_gpt.train_step 5 0", tmp_path, *TORCHRUN) as run:
+    with faulty(
+        cli_env(dataset, **SAVED), "wait train_gpt.train_step 5 0", tmp_path, *TORCHRUN
+    ) as run:
         wait_for(tmp_path / "reached")
         run.terminate()
         threading.Timer(1.0, (tmp_path / "go").touch).start()

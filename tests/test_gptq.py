@@ -60,7 +60,9 @@ def moments(columns: int, seed: int = 0, samples: int = 2000, correlation: float
     """X^T X of inputs of unequal activity that share `correlation` times a few common causes."""
     generator = torch.Generator().manual_seed(seed)
     causes = torch.randn(samples, max(columns // 4, 1), generator=generator)
-    mixed = causes @ torch.randn(causes.shape[1], columns, generator=generator) / causes.shape[1] ** 0.5
+    mixed = (
+        causes @ torch.randn(causes.shape[1], columns, generator=generator) / causes.shape[1] ** 0.5
+    )
     x = correlation * mixed + 0.3 * torch.randn(samples, columns, generator=generator)
     x = x * (0.5 * torch.randn(columns, generator=generator)).exp()
     return x.mT @ x
@@ -80,7 +82,9 @@ def error_of(weight: Tensor, restored: Tensor, hessian: Tensor) -> float:
     return torch.einsum("rc,cd,rd->", off, hessian.double(), off).item()
 
 
-def plain_gptq(weight: Tensor, step: Tensor, bits: int, hessian: Tensor, damping: float, sort: bool = True) -> Tensor:
+def plain_gptq(
+    weight: Tensor, step: Tensor, bits: int, hessian: Tensor, damping: float, sort: bool = True
+) -> Tensor:
     """Algorithm of the papers without blocks or factorizations: round a column, move its error to the columns left
     (OBQ), and take it out of the inverse Hessian by Gaussian elimination. float64."""
     H, w, s = (t.double().numpy().copy() for t in (hessian, weight, step))
@@ -107,7 +111,9 @@ def test_symbols_are_those_of_the_plain_algorithm(columns, bits, clip, damping):
     assert all(itertools.starmap(torch.equal, zip((weight, step, hessian), before, strict=True)))
     expected = plain_gptq(weight, step, bits, hessian, damping)
     same_rows = (symbols == expected).all(-1)
-    assert same_rows.sum() >= len(weight) - 1  # a tie that rounds differently changes the rest of its row
+    assert (
+        same_rows.sum() >= len(weight) - 1
+    )  # a tie that rounds differently changes the rest of its row
     if columns > 100:
         unsorted = plain_gptq(weight, step, bits, hessian, damping, sort=False)
         assert (unsorted == expected).double().mean() < 0.9
@@ -115,7 +121,11 @@ def test_symbols_are_those_of_the_plain_algorithm(columns, bits, clip, damping):
 
 @pytest.mark.parametrize("columns", [64, 300])
 def test_a_step_per_weight_is_used_in_its_place(columns):
-    weight, hessian, generator = matrix(8, columns), moments(columns), torch.Generator().manual_seed(3)
+    weight, hessian, generator = (
+        matrix(8, columns),
+        moments(columns),
+        torch.Generator().manual_seed(3),
+    )
     step = 0.01 * torch.exp2(torch.randint(-4, 4, weight.shape, generator=generator) / 2)
     symbols = gptq(weight, step, 6, hessian, DAMPING)
     assert (symbols == plain_gptq(weight, step, 6, hessian, DAMPING)).all(-1).sum() >= 7
@@ -128,7 +138,9 @@ def test_outputs_are_much_closer_than_those_of_rounding_to_nearest(columns):
     symbols, near = gptq(weight, step, 6, hessian, DAMPING), round_to_nearest(weight, step, 6)
     errors = [error_of(weight, s * step, hessian) for s in (symbols, near)]
     assert 0 < errors[0] < 0.35 * errors[1]
-    assert error_of(weight, symbols * step, torch.eye(columns)) > error_of(weight, near * step, torch.eye(columns))
+    assert error_of(weight, symbols * step, torch.eye(columns)) > error_of(
+        weight, near * step, torch.eye(columns)
+    )
 
 
 @pytest.mark.parametrize("columns", [5, 300])
@@ -165,11 +177,22 @@ def spoiled(kind: str, columns: int = 40) -> Tensor:
         hessian[3, 3] = 0.0
     else:
         hessian[3, 3 + ("off" in kind)] = float(kind.split("_")[0])
-        hessian = hessian.maximum(hessian.mT) if kind.split("_")[0] == "inf" else hessian + 0 * hessian.mT
+        hessian = (
+            hessian.maximum(hessian.mT) if kind.split("_")[0] == "inf" else hessian + 0 * hessian.mT
+        )
     return hessian
 
 
-SPOILED = ["nan", "nan_off", "inf", "inf_off", "-inf", "negative", "indefinite", "dead_but_correlated"]
+SPOILED = [
+    "nan",
+    "nan_off",
+    "inf",
+    "inf_off",
+    "-inf",
+    "negative",
+    "indefinite",
+    "dead_but_correlated",
+]
 
 
 @pytest.mark.parametrize("kind", SPOILED)
@@ -182,7 +205,10 @@ def test_a_hessian_of_no_use_gives_none(kind):
 @pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
 @pytest.mark.parametrize("rank", [1, 3])
 def test_damping_makes_few_samples_enough(rank, scale):
-    weight, samples = matrix(8, 200), torch.randn(rank, 200, generator=torch.Generator().manual_seed(5))
+    weight, samples = (
+        matrix(8, 200),
+        torch.randn(rank, 200, generator=torch.Generator().manual_seed(5)),
+    )
     step, hessian = steps_for(weight), scale * samples.mT @ samples
     symbols = gptq(weight, step, 6, hessian, DAMPING)
     assert symbols.isfinite().all()
@@ -193,7 +219,11 @@ def test_damping_makes_few_samples_enough(rank, scale):
 
 @pytest.mark.parametrize("seed", range(10))
 def test_without_damping_a_hessian_works_or_gives_none(seed):
-    weight, hessian, generator = matrix(8, 64), moments(64, seed), torch.Generator().manual_seed(seed)
+    weight, hessian, generator = (
+        matrix(8, 64),
+        moments(64, seed),
+        torch.Generator().manual_seed(seed),
+    )
     assert gptq(weight, steps_for(weight), 6, hessian, 0.0) is not None
     samples = torch.randn(200, 64, generator=generator)
     samples[:, 1] = samples[:, 0]  # singular but for rounding
@@ -207,7 +237,9 @@ def test_symbols_stay_within_their_bits(bits):
     symbols = gptq(weight, steps_for(weight, bits, 0.5), bits, base, DAMPING)
     assert 0.97 * levels <= symbols.abs().max() <= levels
     assert torch.equal(symbols, symbols.round())
-    coarse = gptq(weight, steps_for(weight, bits, 0.5) / 4, bits, base, DAMPING)  # most weights do not fit
+    coarse = gptq(
+        weight, steps_for(weight, bits, 0.5) / 4, bits, base, DAMPING
+    )  # most weights do not fit
     assert coarse.abs().max() == levels
     assert coarse.isfinite().all()
 
@@ -229,7 +261,9 @@ def test_active_inputs_of_the_embedding_get_finer_steps_by_the_fourth_root():
     assert torch.equal(column_codes(torch.zeros(40, 40), weight), plain)
     gains = steps_of(column_codes(torch.diag(activity), weight))
     torch.testing.assert_close(gains, activity**-0.25, rtol=0.05, atol=0)
-    extreme = steps_of(column_codes(torch.diag(torch.tensor([1e30, *[1.0] * 38, 0.0])), weight[:, :40]))
+    extreme = steps_of(
+        column_codes(torch.diag(torch.tensor([1e30, *[1.0] * 38, 0.0])), weight[:, :40])
+    )
     assert 1 / 16 <= extreme.min() < extreme.max() <= 8
 
 
@@ -240,7 +274,9 @@ def test_a_dominant_input_of_the_head_no_longer_dominates_the_error():
     features[:, 5] = 30 + features[:, 5]
     hessian, weight = features.T @ features, state["tok_emb.weight"]
     near, parts, _ = nearest_and_gptq(hp, state, {"tok_emb.weight": hessian})
-    errors = [error_of(weight, dequantize(*some["tok_emb.weight"]), hessian) for some in (near, parts)]
+    errors = [
+        error_of(weight, dequantize(*some["tok_emb.weight"]), hessian) for some in (near, parts)
+    ]
     assert errors[1] < 0.2 * errors[0]
     sizes = [entropy_bytes(*some["tok_emb.weight"]) for some in (near, parts)]
     assert sizes[1] < 1.05 * sizes[0]
@@ -258,9 +294,15 @@ def test_only_tensors_with_a_hessian_change_and_steps_only_the_embeddings():
         assert len(part) == 1 or torch.equal(part[1], near[name][1]) or name == "tok_emb.weight"
     for name, hessian in hessians.items():
         bits, clip = quant_rule(hp, name)
-        gains = steps_of(column_codes(hessian, state[name])) if name == "tok_emb.weight" else torch.ones(32)
+        gains = (
+            steps_of(column_codes(hessian, state[name]))
+            if name == "tok_emb.weight"
+            else torch.ones(32)
+        )
         steps = steps_for(state[name] / gains, bits, clip) * gains
-        assert torch.equal(parts[name][0].float(), gptq(state[name], steps, bits, hessian, hp.gptq_damping))
+        assert torch.equal(
+            parts[name][0].float(), gptq(state[name], steps, bits, hessian, hp.gptq_damping)
+        )
     damped = quantize(replace(hp, gptq_damping=0.5), state, hessians=hessians)[0]
     coarser = quantize(hp, state, 2.0, hessians)[0]
     for name in hessians:
@@ -284,7 +326,11 @@ def test_experts_are_quantized_each_by_its_own_hessian():
 def test_a_tensor_whose_hessian_is_of_no_use_is_rounded_to_nearest_and_named(kind):
     hp, bad = tiny_hp(), "blocks.1.attn.c_k.weight"
     state = make_model(hp).state_dict()
-    hessians = {"blocks.0.attn.c_k.weight": moments(32), bad: spoiled(kind, 32), "tok_emb.weight": moments(32)}
+    hessians = {
+        "blocks.0.attn.c_k.weight": moments(32),
+        bad: spoiled(kind, 32),
+        "tok_emb.weight": moments(32),
+    }
     near, parts, unusable = nearest_and_gptq(hp, state, hessians)
     assert unusable == [bad]
     assert {n for n in parts if not torch.equal(parts[n][0], near[n][0])} == set(hessians) - {bad}
@@ -312,7 +358,9 @@ def test_matrices_that_share_a_hessian():
     }.items():
         found = matrices_of(state, name)
         assert [len(job) for job in found] == [len(job) for job in expected]
-        assert all(itertools.starmap(torch.equal, zip(chain(*found), chain(*expected), strict=True))), name
+        assert all(
+            itertools.starmap(torch.equal, zip(chain(*found), chain(*expected), strict=True))
+        ), name
 
 
 def joint_moments(hp: Hyperparameters, layer: int = 0, tokens: int = 4000) -> Tensor:
@@ -320,7 +368,9 @@ def joint_moments(hp: Hyperparameters, layer: int = 0, tokens: int = 4000) -> Te
     generator = torch.Generator().manual_seed(layer)
     causes = torch.randn(tokens, 12, generator=generator)
     shared = causes @ torch.randn(12, hp.shared_dim, generator=generator)
-    routed = (causes @ torch.randn(12, hp.num_experts * hp.expert_dim, generator=generator)).unflatten(1, (-1, 8))
+    routed = (
+        causes @ torch.randn(12, hp.num_experts * hp.expert_dim, generator=generator)
+    ).unflatten(1, (-1, 8))
     chosen = torch.randint(hp.num_experts, (tokens,), generator=generator)
     routed = routed * F.one_hot(chosen, hp.num_experts)[..., None]
     x = torch.cat([shared, routed.flatten(1)], 1)
@@ -330,7 +380,9 @@ def joint_moments(hp: Hyperparameters, layer: int = 0, tokens: int = 4000) -> Te
 
 def joined(parts: dict, layer: int = 0) -> Tensor:
     """The down projections of a layer side by side, dequantized: (D, shared and routed hidden units)."""
-    shared, experts = (dequantize(*parts[f"blocks.{layer}.mlp.{n}"]) for n in ("down.weight", "expert_down"))
+    shared, experts = (
+        dequantize(*parts[f"blocks.{layer}.mlp.{n}"]) for n in ("down.weight", "expert_down")
+    )
     return torch.cat([shared, *experts], -1)
 
 
@@ -352,16 +404,26 @@ def test_down_projections_of_a_layer_make_up_for_each_others_errors():
         block = slice(start, start + piece.size(-1))
         alone = gptq(piece, step[:, block], 6, hessian[block, block], hp.gptq_damping)
         separate, start = [*separate, alone * step[:, block]], block.stop
-    errors = [error_of(weight, w, hessian) for w in (joined(parts), torch.cat(separate, -1), joined(near))]
+    errors = [
+        error_of(weight, w, hessian) for w in (joined(parts), torch.cat(separate, -1), joined(near))
+    ]
     assert errors[0] < 0.75 * errors[1] < 0.5 * errors[2]
 
 
 def test_fit_with_hessians_meets_the_target_as_well():
     hp = tiny_hp(
-        vocab_size=1024, model_dim=96, rope_dims=8, shared_dim=256, expert_dim=32, num_layers=2, target_bytes=0
+        vocab_size=1024,
+        model_dim=96,
+        rope_dims=8,
+        shared_dim=256,
+        expert_dim=32,
+        num_layers=2,
+        target_bytes=0,
     )
     state = make_model(hp).state_dict()
-    hessians = {n: moments(t.size(-1)) for n, t in state.items() if role_of(n) in ("embedding", "matrix")}
+    hessians = {
+        n: moments(t.size(-1)) for n, t in state.items() if role_of(n) in ("embedding", "matrix")
+    }
     hessians |= {f"blocks.{layer}.mlp.down.weight": moments(256 + 4 * 32) for layer in range(2)}
     hessians["tok_emb.weight"] = torch.full((96, 96), math.nan)
     plain = fit(hp, state, SHA, "zstd", hessians)
@@ -380,14 +442,32 @@ def test_fit_with_hessians_meets_the_target_as_well():
 # ---- Hessians --------------------------------------------------------------------------------------------------------
 
 
-MODES = [{"mu": mu, "dispatch": dispatch} for mu in CHOICES["mu"].split() for dispatch in CHOICES["dispatch"].split()]
-MODES += [{"activation": a, "dispatch": "grouped"} for a in ("relu2", "swiglu")] + [{"moe_start_layer": 2}]
-MODES += [{"routing": "dense"}, {"routing": "dense", "mu": "lowrank", "activation": "swiglu"}, {"loop_passes": 3}]
-MODES += [{"routing_per_pass": False}, {"num_experts": 3, "routing": "hash"}, {"routing": "cluster"}]
+MODES = [
+    {"mu": mu, "dispatch": dispatch}
+    for mu in CHOICES["mu"].split()
+    for dispatch in CHOICES["dispatch"].split()
+]
+MODES += [{"activation": a, "dispatch": "grouped"} for a in ("relu2", "swiglu")] + [
+    {"moe_start_layer": 2}
+]
+MODES += [
+    {"routing": "dense"},
+    {"routing": "dense", "mu": "lowrank", "activation": "swiglu"},
+    {"loop_passes": 3},
+]
+MODES += [
+    {"routing_per_pass": False},
+    {"num_experts": 3, "routing": "hash"},
+    {"routing": "cluster"},
+]
 MODES += [{"routing": routing} for routing in TABLE_SCORE] + [
     {"routing": "learned", "mu": "pid", "activation": "swiglu"}
 ]
-MODES += [{"top_k": 2}, {"top_k": 2, "dispatch": "grouped"}, {"top_k": 2, "num_experts": 2, "routing": "learned"}]
+MODES += [
+    {"top_k": 2},
+    {"top_k": 2, "dispatch": "grouped"},
+    {"top_k": 2, "num_experts": 2, "routing": "learned"},
+]
 MODES += [{"top_k": 2, "routing": routing} for routing in ("cluster", "hybrid", "soft")]
 
 
@@ -417,7 +497,9 @@ class Observed:
 
     def __init__(self, hp: Hyperparameters, model: GPT, batches: int):
         self.hp, self.model, self.inputs, loader = hp, model, {}, TokenLoader(hp, ALONE)
-        hooks = [m.register_forward_pre_hook(self.hook(name, m)) for name, m in model.named_modules()]
+        hooks = [
+            m.register_forward_pre_hook(self.hook(name, m)) for name, m in model.named_modules()
+        ]
         with torch.no_grad():
             for _ in range(batches):
                 self.ids, self.passes = loader.next_batch()[0], Counter()
@@ -441,7 +523,9 @@ class Observed:
             self.passes[layer] += 1
             table = self.model.expert_table[layer - self.hp.moe_start_layer].long()
             named = (table[self.ids.flatten()] + shift) % E
-            factors = self.factors(module, x, torch.stack([(named == e).any(-1) for e in range(E)], -1).float())
+            factors = self.factors(
+                module, x, torch.stack([(named == e).any(-1) for e in range(E)], -1).float()
+            )
             hidden = [activate(x @ module.up.weight.T, self.hp.activation)]
             for e in range(E):
                 mine = factors[:, e, None]
@@ -455,7 +539,10 @@ class Observed:
         if isinstance(module, TokenRoutedMLP) and module.routed:
             return routed
         theirs = any(part in name for part in (".c_q", ".c_k", ".c_v"))
-        mine = name.endswith((".up", ".down")) and self.model.get_submodule(name.rpartition(".")[0]).routed
+        mine = (
+            name.endswith((".up", ".down"))
+            and self.model.get_submodule(name.rpartition(".")[0]).routed
+        )
         if isinstance(module, CastedLinear) and not theirs and not mine:
             return lambda module, args: self.add(f"{name}.weight", args[0])
         return lambda module, args: None
@@ -465,7 +552,9 @@ class Observed:
         routing, E, K = self.hp.routing, self.hp.num_experts, self.hp.top_k
         if routing not in ("learned", "hybrid", "soft"):
             return named
-        scores = x @ module.router.T + {"learned": 1e-3, "hybrid": 2.0, "soft": 0.0}[routing] * named
+        scores = (
+            x @ module.router.T + {"learned": 1e-3, "hybrid": 2.0, "soft": 0.0}[routing] * named
+        )
         if routing == "soft":
             return E * scores.exp() / scores.exp().sum(-1, keepdim=True)
         return (scores >= scores.kthvalue(E - K + 1, dim=-1, keepdim=True).values).float()
@@ -477,14 +566,18 @@ class Observed:
     def hessians(self) -> dict[str, Tensor]:
         result = {name: self.moments(name) for name in self.inputs if "expert_up" not in name}
         for name in {name.rpartition(".")[0] for name in self.inputs if "expert_up" in name}:
-            result[name] = torch.stack([self.moments(f"{name}.{e}") for e in range(self.hp.num_experts)])
+            result[name] = torch.stack(
+                [self.moments(f"{name}.{e}") for e in range(self.hp.num_experts)]
+            )
         return result
 
 
 def assert_same_hessians(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert set(found) == set(expected)
     for name, hessian in expected.items():
-        torch.testing.assert_close(found[name], hessian, rtol=1e-3, atol=1e-4 * hessian.abs().max().item(), msg=name)
+        torch.testing.assert_close(
+            found[name], hessian, rtol=1e-3, atol=1e-4 * hessian.abs().max().item(), msg=name
+        )
 
 
 @pytest.mark.parametrize("mode", MODES, ids=label)
@@ -493,11 +586,17 @@ def test_hessians_are_the_moments_of_the_inputs(folder, mode):
     model = make_model(hp)
     expected, found = Observed(hp, model, 3).hessians(), collected(hp, model)
     assert_same_hessians(found, expected)
-    quantizable = {n for n in model.state_dict() if role_of(n) in ("matrix", "expert", "mu_matrix", "embedding")}
+    quantizable = {
+        n
+        for n in model.state_dict()
+        if role_of(n) in ("matrix", "expert", "mu_matrix", "embedding")
+    }
     assert set(found) == {name for name in quantizable if not name.endswith("expert_down")}
     for name, hessian in found.items():
         assert torch.allclose(hessian, hessian.mT, rtol=1e-5), name
-        assert hessian.shape[-1] == sum(m.size(-1) for m in matrices_of(model.state_dict(), name)[0])
+        assert hessian.shape[-1] == sum(
+            m.size(-1) for m in matrices_of(model.state_dict(), name)[0]
+        )
         assert (hessian.diagonal(dim1=-2, dim2=-1) > 0).any(), name
 
 
@@ -506,7 +605,12 @@ def test_q_k_and_v_read_different_inputs_where_mu_is_added_to_these(folder):
         hp = data_hp(folder, mu=mu)
         hessians = collected(hp, make_model(hp))
         q, k, v = (hessians[f"blocks.1.attn.c_{part}.weight"] for part in "qkv")
-        assert torch.equal(q, k) == torch.equal(k, v) == torch.equal(q, v) == (mu not in ("vector", "pid"))
+        assert (
+            torch.equal(q, k)
+            == torch.equal(k, v)
+            == torch.equal(q, v)
+            == (mu not in ("vector", "pid"))
+        )
 
 
 DISPATCHED = [{}, {"mu": "lowrank", "activation": "swiglu"}, {"num_experts": 3}, {"top_k": 2}]
@@ -514,8 +618,12 @@ DISPATCHED = [{}, {"mu": "lowrank", "activation": "swiglu"}, {"num_experts": 3},
 
 @pytest.mark.parametrize("mode", DISPATCHED, ids=label)
 def test_both_dispatches_have_the_same_hessians(folder, mode):
-    masked, grouped = (data_hp(folder, **mode, dispatch=dispatch) for dispatch in ("masked", "grouped"))
-    assert_same_hessians(collected(grouped, make_model(grouped)), collected(masked, make_model(masked)))
+    masked, grouped = (
+        data_hp(folder, **mode, dispatch=dispatch) for dispatch in ("masked", "grouped")
+    )
+    assert_same_hessians(
+        collected(grouped, make_model(grouped)), collected(masked, make_model(masked))
+    )
 
 
 @pytest.mark.parametrize("routing", ["zipf", "learned"])
@@ -533,9 +641,17 @@ def test_hidden_units_of_two_experts_of_a_token_meet(folder):
     hp = data_hp(folder, gptq_batches=4, top_k=2, routing_per_pass=False)
     model = make_model(hp)
     table, tokens = model.expert_table[1].long(), TokenLoader(hp, ALONE)
-    pairs = {tuple(sorted(pair)) for _ in range(4) for pair in table[tokens.next_batch()[0].flatten()].tolist()}
+    pairs = {
+        tuple(sorted(pair))
+        for _ in range(4)
+        for pair in table[tokens.next_batch()[0].flatten()].tolist()
+    }
     routed = collected(hp, model)["blocks.1.mlp.down.weight"][32:, 32:].view(4, 8, 4, 8)
-    met = {pair for pair in itertools.combinations(range(4), 2) if (routed[pair[0], :, pair[1]] != 0).all()}
+    met = {
+        pair
+        for pair in itertools.combinations(range(4), 2)
+        if (routed[pair[0], :, pair[1]] != 0).all()
+    }
     assert met == pairs
     assert met
 
@@ -546,9 +662,14 @@ def test_the_moments_of_the_experts_inputs_sum_to_those_of_all(folder, routing, 
     hp = data_hp(folder, routing=routing, top_k=top_k)
     hessians, reach = collected(hp, make_model(hp)), hp.num_experts if routing == "soft" else top_k
     for layer in range(hp.num_layers):
-        total, each = hessians[f"blocks.{layer}.mlp.up.weight"], hessians[f"blocks.{layer}.mlp.expert_up"]
+        total, each = (
+            hessians[f"blocks.{layer}.mlp.up.weight"],
+            hessians[f"blocks.{layer}.mlp.expert_up"],
+        )
         torch.testing.assert_close(each.sum(0), reach * total, rtol=1e-3, atol=1e-3)
-        assert torch.allclose(each[0], each[1], rtol=0.1) == (routing == "soft")  # where all tokens reach all experts
+        assert torch.allclose(each[0], each[1], rtol=0.1) == (
+            routing == "soft"
+        )  # where all tokens reach all experts
 
 
 def test_an_expert_that_no_token_reaches_is_rounded_to_nearest(folder, tmp_path):
@@ -563,24 +684,37 @@ def test_an_expert_that_no_token_reaches_is_rounded_to_nearest(folder, tmp_path)
         assert (hessians[name][1:] == 0).all()
         assert (hessians[name][0].diagonal() > 0).all()
         for tensor in (name, f"blocks.{layer}.mlp.expert_down"):
-            same = [torch.equal(new, old) for new, old in zip(parts[tensor][0], near[tensor][0], strict=True)]
+            same = [
+                torch.equal(new, old)
+                for new, old in zip(parts[tensor][0], near[tensor][0], strict=True)
+            ]
             assert same == [False, True, True, True], tensor
     export(hp, ALONE, silent, model, hessians, SHA, tmp_path / "a.ptz")
     loaded = load_artifact(tmp_path / "a.ptz", hp, torch.device("cpu"))[0].state_dict()
-    assert all(torch.equal(loaded[name], dequantize(*part)) for name, part in parts.items() if len(part) > 1)
+    assert all(
+        torch.equal(loaded[name], dequantize(*part))
+        for name, part in parts.items()
+        if len(part) > 1
+    )
 
 
-@pytest.mark.parametrize("mode", [{}, {"routing": "learned", "top_k": 2, "mu": "pid"}, {"routing": "soft"}], ids=label)
+@pytest.mark.parametrize(
+    "mode", [{}, {"routing": "learned", "top_k": 2, "mu": "pid"}, {"routing": "soft"}], ids=label
+)
 def test_real_hessians_lower_the_output_error_of_every_matrix(folder, mode):
     hp = data_hp(folder, gptq_batches=8, **mode)
     model = make_model(hp)
     hessians, state = collected(hp, model), model.state_dict()
     near, parts, unusable = nearest_and_gptq(hp, state, hessians)
     assert unusable == []
-    restored = [{n: dequantize(*p) for n, p in some.items() if len(p) > 1} for some in (near, parts)]
+    restored = [
+        {n: dequantize(*p) for n, p in some.items() if len(p) > 1} for some in (near, parts)
+    ]
     for name, hessian in hessians.items():
         matrices = [matrices_of(tensors, name) for tensors in (state, *restored)]
-        for H, exact, old, new in zip(hessian.view(-1, *hessian.shape[-2:]), *matrices, strict=True):
+        for H, exact, old, new in zip(
+            hessian.view(-1, *hessian.shape[-2:]), *matrices, strict=True
+        ):
             exact, old, new = (torch.cat(pieces, -1) for pieces in (exact, old, new))
             assert error_of(exact, new, H) < 0.9 * error_of(exact, old, H), name
 
@@ -594,24 +728,37 @@ def test_collecting_leaves_the_model_as_it_was(folder):
     assert model.training
     assert not any(module._forward_pre_hooks for module in model.modules())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    assert all(p.requires_grad and p.grad is None and p.device.type == "cpu" for p in model.parameters())
+    assert all(
+        p.requires_grad and p.grad is None and p.device.type == "cpu" for p in model.parameters()
+    )
     model(ids, ids).backward()
 
 
 @pytest.mark.parametrize("batches", [1, 2, 5])
 def test_the_knob_bounds_the_tokens(folder, batches):
-    hp, lines = data_hp(folder, gptq_batches=batches, max_wallclock_seconds=0.0, gptq_reserve_seconds=0.001), []
+    hp, lines = (
+        data_hp(
+            folder, gptq_batches=batches, max_wallclock_seconds=0.0, gptq_reserve_seconds=0.001
+        ),
+        [],
+    )
     model, loader = make_model(hp), TokenLoader(hp, ALONE)
     hessians, seconds = collect_hessians(hp, ALONE, lines.append, model, loader)
     assert 0 < seconds < 60
     assert loader.position * hp.train_seq_len == batches * 64
     assert_same_hessians(hessians, Observed(hp, model, batches).hessians())
     assert len(lines) == 1
-    assert lines[0].startswith(f"gptq: {len(hessians)} Hessians over {batches * 64} training tokens in ")
-    assert hessians["tok_emb.weight"].trace().item() == pytest.approx(batches * 64 * hp.model_dim, rel=1e-4)
+    assert lines[0].startswith(
+        f"gptq: {len(hessians)} Hessians over {batches * 64} training tokens in "
+    )
+    assert hessians["tok_emb.weight"].trace().item() == pytest.approx(
+        batches * 64 * hp.model_dim, rel=1e-4
+    )
 
 
-@pytest.mark.parametrize(("reserve", "batches"), [(0.5, 1), (1.5, 1), (2.5, 2), (5.5, 5), (20.0, 9)])
+@pytest.mark.parametrize(
+    ("reserve", "batches"), [(0.5, 1), (1.5, 1), (2.5, 2), (5.5, 5), (20.0, 9)]
+)
 def test_the_reserve_ends_the_collection_before_it_is_over(folder, monkeypatch, reserve, batches):
     """A batch takes a second; 9 were asked for."""
     hp = data_hp(folder, gptq_batches=9, max_wallclock_seconds=100.0, gptq_reserve_seconds=reserve)
@@ -633,7 +780,9 @@ class OneOfTwo(Dist):
 def test_two_ranks_see_together_what_one_sees_alone(folder):
     hp = data_hp(folder, micro_batch_tokens=16, gptq_batches=6)
     model, cpu = make_model(hp), torch.device("cpu")
-    alone, first, second = (collected(hp, model, d) for d in (ALONE, OneOfTwo(0, 2, cpu), OneOfTwo(1, 2, cpu)))
+    alone, first, second = (
+        collected(hp, model, d) for d in (ALONE, OneOfTwo(0, 2, cpu), OneOfTwo(1, 2, cpu))
+    )
     assert_same_hessians({name: hessian + second[name] for name, hessian in first.items()}, alone)
     assert first["tok_emb.weight"].trace().item() == pytest.approx(3 * 16 * hp.model_dim, rel=1e-4)
     assert not torch.allclose(first["tok_emb.weight"], second["tok_emb.weight"], rtol=0.1)
@@ -656,7 +805,11 @@ def test_export_writes_what_gptq_made_and_leaves_the_model_alone(folder, tmp_pat
     lines = export_lines(hp, model, hessians, path)
     _, parts, _ = nearest_and_gptq(hp, state, hessians)
     loaded = load_artifact(path, hp, torch.device("cpu"))[0].state_dict()
-    assert all(torch.equal(loaded[name], dequantize(*part)) for name, part in parts.items() if len(part) > 1)
+    assert all(
+        torch.equal(loaded[name], dequantize(*part))
+        for name, part in parts.items()
+        if len(part) > 1
+    )
     assert any("blocks.0.attn.proj.weight" in line and line.startswith("warning") for line in lines)
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
     assert f"Total submission size quantized+zstd: {CODE + path.stat().st_size} bytes" in lines

@@ -24,7 +24,16 @@ import tokenize_docs
 import torch
 import zstandard
 from conftest import tiny_hp
-from helpers_cli import CPU, ROOT, assert_refused, cli_env, eval_env, run_in_process, write_dataset, write_shard
+from helpers_cli import (
+    CPU,
+    ROOT,
+    assert_refused,
+    cli_env,
+    eval_env,
+    run_in_process,
+    write_dataset,
+    write_shard,
+)
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -45,7 +54,10 @@ CASE_SECONDS = 20
 READER_BYTES = 2 * GIB  # that reading any artifact may take, beside what the process has
 SMALL_BYTES = 100 * MIB  # that refusing one may take, and any manifest
 cases = settings(
-    max_examples=200, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=200,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 steering = st.binary(min_size=8, max_size=100)
 
@@ -118,7 +130,10 @@ def test_a_manifest_or_ledger_with_any_edits_is_refused_or_names_known_files_alo
 
 
 @cases
-@given(head=st.sampled_from([b"", train_gpt.ARTIFACT_MAGIC, train_gpt.ARTIFACT_MAGIC + b"\3\0"]), tail=st.binary())
+@given(
+    head=st.sampled_from([b"", train_gpt.ARTIFACT_MAGIC, train_gpt.ARTIFACT_MAGIC + b"\3\0"]),
+    tail=st.binary(),
+)
 @example(head=b"", tail=b"PK\3\4" * 20)
 def test_any_other_bytes_are_no_artifact(tmp_path, head, tail):
     refused_artifact(tmp_path / "a.ptz", head + tail)
@@ -184,7 +199,9 @@ def test_a_reader_that_leaks_or_returns_what_is_not_there_is_noticed(tmp_path, m
     target, module, name, replacement = LEAKS[leak]
     run_all(target, tmp_path)
     monkeypatch.setattr(module, name, replacement)
-    with pytest.raises((AssertionError, LookupError, ValueError, MemoryError, RecursionError, zstandard.ZstdError)):
+    with pytest.raises(
+        (AssertionError, LookupError, ValueError, MemoryError, RecursionError, zstandard.ZstdError)
+    ):
         run_all(target, tmp_path)
 
 
@@ -216,7 +233,9 @@ def with_knobs(**knobs: object) -> bytes:
 
 def consistent(**knobs: object) -> bytes:
     """An artifact without a fault but its size: two experts a token, and symbols and steps of 0 and 1."""
-    hp = tiny_hp(**{**NARROW, "expert_dim": 1, "shared_dim": 1, "train_batch_tokens": 65_536, **knobs})
+    hp = tiny_hp(
+        **{**NARROW, "expert_dim": 1, "shared_dim": 1, "train_batch_tokens": 65_536, **knobs}
+    )
     header, streams = hostile.consistent(hp, lambda size: (b"\0\1" * (size // 2 + 1))[:size])
     return hostile.seal(json.dumps(header, separators=(",", ":")).encode(), b"".join(streams))
 
@@ -225,14 +244,20 @@ def repeated(unit: bytes, size: int) -> bytes:
     return b'{"model":[' + unit * (size // len(unit)) + b"0]}"
 
 
-LIMITS = {knob: RANGES[knob][1] for knob in train_gpt.MODEL_KNOBS if knob in {*RANGES} - {"moe_start_layer"}}
+LIMITS = {
+    knob: RANGES[knob][1]
+    for knob in train_gpt.MODEL_KNOBS
+    if knob in {*RANGES} - {"moe_start_layer"}
+}
 NEST = b"[" * 900 + b"]" * 900 + b","
 BOMBS = {
     "zstd": lambda: with_stream("table", 1, zstandard.compress(bytes(1 << 29))),
     "brotli": lambda: with_stream("table", 2, brotli.compress(bytes(1 << 29), quality=1)),
     "zstd_window": lambda: with_stream("table", 1, b"\x28\xb5\x2f\xfd\x00\xa8" + b"\1\0\0"),
     "zstd_empty_frames": lambda: with_stream("table", 1, zstandard.compress(b"") * 1_000_000),
-    "zstd_empty_blocks": lambda: with_stream("table", 1, b"\x28\xb5\x2f\xfd\x00\x58" + b"\0\0\0" * 5_000_000),
+    "zstd_empty_blocks": lambda: with_stream(
+        "table", 1, b"\x28\xb5\x2f\xfd\x00\x58" + b"\0\0\0" * 5_000_000
+    ),
     "zstd_skippable": lambda: with_stream("table", 1, b"\x50\x2a\x4d\x18\0\0\0\0" * 1_500_000),
     "brotli_empty_blocks": lambda: with_stream("table", 2, b"\x0c" + b"\x06" * 15_000_000 + b"\3"),
     "lists": lambda: hostile.seal(repeated(b"[],", 15_000_000), b""),
@@ -243,17 +268,29 @@ BOMBS = {
     "lists_within_the_limit": lambda: hostile.seal(repeated(NEST, MAX_HEADER_BYTES - 20), b""),
     "brackets_within_the_limit": lambda: hostile.seal(b"[" * MAX_HEADER_BYTES, b""),
     "digits_within_the_limit": lambda: hostile.seal(repeated(b"9", MAX_HEADER_BYTES - 20), b""),
-    "all_limits": lambda: with_knobs(**{**LIMITS, **NARROW, "loop_start": 0, "loop_end": 255, "model_dim": 65_536}),
-    "layers_and_passes": lambda: with_knobs(num_layers=256, loop_passes=16, loop_start=0, loop_end=255),
-    "experts": lambda: with_knobs(num_experts=256, expert_dim=65_536, model_dim=65_536, activation="swiglu"),
-    "routers": lambda: with_knobs(routing="soft", num_experts=256, model_dim=65_536, vocab_size=65_536),
-    "guidance": lambda: with_knobs(mu="lowrank", mu_rank=65_536, model_dim=65_536, num_heads=65_536),
+    "all_limits": lambda: with_knobs(
+        **{**LIMITS, **NARROW, "loop_start": 0, "loop_end": 255, "model_dim": 65_536}
+    ),
+    "layers_and_passes": lambda: with_knobs(
+        num_layers=256, loop_passes=16, loop_start=0, loop_end=255
+    ),
+    "experts": lambda: with_knobs(
+        num_experts=256, expert_dim=65_536, model_dim=65_536, activation="swiglu"
+    ),
+    "routers": lambda: with_knobs(
+        routing="soft", num_experts=256, model_dim=65_536, vocab_size=65_536
+    ),
+    "guidance": lambda: with_knobs(
+        mu="lowrank", mu_rank=65_536, model_dim=65_536, num_heads=65_536
+    ),
 }
 
 
 FLAT = {"num_layers": 1, "loop_passes": 1, "routing": "dense", "mu": "off"}
 VALID = {
-    "deepest": lambda: consistent(num_layers=256, num_experts=2, top_k=2, vocab_size=4, mu="lowrank", mu_rank=1),
+    "deepest": lambda: consistent(
+        num_layers=256, num_experts=2, top_k=2, vocab_size=4, mu="lowrank", mu_rank=1
+    ),
     "largest_matrix": lambda: consistent(**FLAT, vocab_size=65_536, model_dim=1_800),
 }
 
@@ -279,7 +316,12 @@ def read_bomb(name: str, folder: Path) -> tuple[str, int, float, int]:
     read = functools.partial(hostile.refusal_of, lambda: load_artifact(path, hp, CPU), path)
     (loaded, message), seconds, growth = measured(read)
     path.unlink()
-    return message, sum(t.numel() for t in loaded[0].state_dict().values()) if loaded else 0, seconds, growth
+    return (
+        message,
+        sum(t.numel() for t in loaded[0].state_dict().values()) if loaded else 0,
+        seconds,
+        growth,
+    )
 
 
 def read_manifests(folder: Path, content: bytes) -> tuple[list[str], float, int]:
@@ -292,7 +334,12 @@ def read_manifests(folder: Path, content: bytes) -> tuple[list[str], float, int]
     def read() -> list[str]:
         kept = hostile.refusal_of(lambda: tokenize_docs.read_manifest(path), path)[1]
         assert downloader.Ledger(folder).entries == {}
-        return [kept, hostile.refusal_of(lambda: downloader.parse_manifest(path.read_bytes(), "here"), "here")[1]]
+        return [
+            kept,
+            hostile.refusal_of(
+                lambda: downloader.parse_manifest(path.read_bytes(), "here"), "here"
+            )[1],
+        ]
 
     return measured(read)
 
@@ -304,7 +351,9 @@ def hog(size: int) -> int:
 def limit_memory() -> None:
     torch.set_num_threads(1)
     mapped = int(re.search(r"VmSize:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) << 10
-    resource.setrlimit(resource.RLIMIT_AS, (mapped + 2 * READER_BYTES,) * 2)  # a failed test, not a machine without any
+    resource.setrlimit(
+        resource.RLIMIT_AS, (mapped + 2 * READER_BYTES,) * 2
+    )  # a failed test, not a machine without any
 
 
 @pytest.fixture(scope="module")
@@ -362,7 +411,9 @@ def sparse(path: Path, size: int) -> Path:
 
 
 @pytest.mark.parametrize("size", [0, 1, train_gpt.PREFIX.size - 1, MAX_SUBMISSION_BYTES, 64 * GIB])
-def test_a_file_that_cannot_be_an_artifact_is_refused_before_it_is_read(tmp_path, monkeypatch, size):
+def test_a_file_that_cannot_be_an_artifact_is_refused_before_it_is_read(
+    tmp_path, monkeypatch, size
+):
     hp, data = hostile.good_artifact()
     path = sparse(tmp_path / "a.ptz", size)
     with monkeypatch.context() as patch:
@@ -375,7 +426,9 @@ def test_a_file_that_cannot_be_an_artifact_is_refused_before_it_is_read(tmp_path
 
 def irregular(folder: Path) -> dict[str, Path]:
     """Paths with something else than a file, all but the first two readable without end or not at all."""
-    paths = {name: folder / name for name in ("folder", "absent", "fifo", "device", "zeros", "loop")}
+    paths = {
+        name: folder / name for name in ("folder", "absent", "fifo", "device", "zeros", "loop")
+    }
     paths["folder"].mkdir()
     os.mkfifo(paths["fifo"])
     paths["zeros"].symlink_to("/dev/zero")
@@ -423,7 +476,9 @@ def test_what_is_no_regular_file_is_no_shard_and_nobody_waits_for_it(tmp_path, n
     path.symlink_to(irregular(tmp_path)[name])
     if split == "val_bytes":
         for val in dataset.folder.glob("fineweb_val_0.bin"):
-            write_shard(dataset.folder / "fineweb_val_bytes_0.bin", [1] * (val.stat().st_size // 2 - 512))
+            write_shard(
+                dataset.folder / "fineweb_val_bytes_0.bin", [1] * (val.stat().st_size // 2 - 512)
+            )
         write_shard(dataset.folder / "fineweb_val_9.bin", [5] * 9)
     with time_limit(CASE_SECONDS):
         result = run_in_process(train_gpt.main, cli_env(dataset), tmp_path)
@@ -438,7 +493,9 @@ def test_what_is_no_regular_file_is_no_shard_and_nobody_waits_for_it(tmp_path, n
 @pytest.mark.parametrize("window", [65_537, 2**31, 2**62, 2**63 - 1])
 def test_a_window_without_bound_is_refused_before_anybody_scores_with_it(tmp_path, window):
     data = with_knobs(train_seq_len=window)
-    assert f"TRAIN_SEQ_LEN={window}" in refused_artifact(tmp_path / "a.ptz", data).replace("TRAIN_BATCH_TOKENS", "")
+    assert f"TRAIN_SEQ_LEN={window}" in refused_artifact(tmp_path / "a.ptz", data).replace(
+        "TRAIN_BATCH_TOKENS", ""
+    )
     with pytest.raises(Refusal, match=f"EVAL_SEQ_LEN={window}: expected"):
         Hyperparameters.from_env({"EVAL_SEQ_LEN": str(window)})
 
@@ -454,7 +511,10 @@ def test_the_longest_window_is_read_and_scored_in_the_environment_s(tmp_path):
 
 def test_a_model_that_could_not_be_read_again_is_not_written():
     hp = tiny_hp(vocab_size=65_536, model_dim=2_100, num_heads=1, num_kv_heads=1, rope_dims=0)
-    parts = {name: (torch.empty(s, device="meta", dtype=torch.int8),) for name, s in hostile.shapes_of(hp).items()}
+    parts = {
+        name: (torch.empty(s, device="meta", dtype=torch.int8),)
+        for name, s in hostile.shapes_of(hp).items()
+    }
     assert "too large a model" in refusal(train_gpt.pack, hp, parts, hostile.SHA, "zstd")
 
 
@@ -462,7 +522,9 @@ def test_scoring_a_hostile_artifact_is_one_line(tmp_path):
     dataset = write_dataset(tmp_path / "data")
     for name in ("zstd_skippable", "lists", "experts"):
         (tmp_path / f"{name}.ptz").write_bytes(BOMBS[name]())
-        result = run_in_process(eval_sliding.main, eval_env(dataset), tmp_path, tmp_path / f"{name}.ptz")
+        result = run_in_process(
+            eval_sliding.main, eval_env(dataset), tmp_path, tmp_path / f"{name}.ptz"
+        )
         assert_refused(result, f"{name}.ptz")
 
 
@@ -471,7 +533,10 @@ def test_scoring_a_hostile_artifact_is_one_line(tmp_path):
 
 def test_without_atheris_fuzzing_is_refused_in_one_line(tmp_path):
     (tmp_path / "atheris.py").write_text("raise ImportError")
-    env, command = {"PYTHONPATH": str(tmp_path)}, [sys.executable, str(ROOT / "tests" / "fuzz.py"), "shard"]
+    env, command = (
+        {"PYTHONPATH": str(tmp_path)},
+        [sys.executable, str(ROOT / "tests" / "fuzz.py"), "shard"],
+    )
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | env, timeout=60)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "error: fuzzing needs the package atheris: pip install atheris\n"

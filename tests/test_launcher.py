@@ -24,22 +24,34 @@ def workplace(tmp_path_factory) -> Path:
     for name in SCRIPTS:
         shutil.copy(ROOT / name, folder)
     for tools in ("records", "data"):
-        shutil.copytree(ROOT / tools, folder / tools, ignore=shutil.ignore_patterns("track_*", "datasets"))
+        shutil.copytree(
+            ROOT / tools, folder / tools, ignore=shutil.ignore_patterns("track_*", "datasets")
+        )
     (folder / "tests").mkdir()
     shutil.copy(ROOT / "tests" / "requirements.txt", folder / "tests")
-    data = write_dataset(folder / "corpus" / "datasets" / f"fineweb10B_sp{TINY_MODEL['VOCAB_SIZE']}")
+    data = write_dataset(
+        folder / "corpus" / "datasets" / f"fineweb10B_sp{TINY_MODEL['VOCAB_SIZE']}"
+    )
     (folder / "corpus" / "tokenizers").mkdir()
-    shutil.move(data.tokenizer, folder / "corpus" / "tokenizers" / f"fineweb_{TINY_MODEL['VOCAB_SIZE']}_bpe.model")
+    shutil.move(
+        data.tokenizer,
+        folder / "corpus" / "tokenizers" / f"fineweb_{TINY_MODEL['VOCAB_SIZE']}_bpe.model",
+    )
     return folder
 
 
 def start(folder: Path, *arguments: str, **env: object) -> subprocess.Popen:
     """`bash run_8xh100.sh` with this Python first on PATH and DATA_PATH relative to the folder."""
     data = f"corpus/datasets/fineweb10B_sp{TINY_MODEL['VOCAB_SIZE']}"
-    base = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "DATA_PATH": data}
+    base = {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "DATA_PATH": data,
+    }
     environment = full_environment(base | {name: str(value) for name, value in env.items()})
     command, pipe = ["bash", "run_8xh100.sh", *arguments], subprocess.PIPE
-    return subprocess.Popen(command, cwd=folder, env=environment, stdout=pipe, stderr=pipe, text=True)
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=pipe, stderr=pipe, text=True
+    )
 
 
 def launch(folder: Path, *arguments: str, **env: object) -> Result:
@@ -57,7 +69,12 @@ def test_one_command_trains_exports_scores_and_sums_up(workplace):
     assert events[0]["steps"] == 3, "the user's ITERATIONS beats the profile's"
     assert events[0]["bytes_model"] == (workplace / "logs" / "smoke.ptz").stat().st_size
     summary = result.out.splitlines()[-6:]
-    assert summary[0].split() == ["val_bpb", "before", "quantization", f"{events[0]['val_bpb_float']:.4f}"]
+    assert summary[0].split() == [
+        "val_bpb",
+        "before",
+        "quantization",
+        f"{events[0]['val_bpb_float']:.4f}",
+    ]
     assert f"{events[1]['val_bpb']:.4f}" in summary[2]
     assert f"= {events[0]['bytes_total']:,} of 16,000,000 bytes" in summary[3]
 
@@ -90,7 +107,13 @@ def test_two_nodes_train_one_model_through_torchruns_own_arguments(workplace):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    tiny = {"PROFILE": "smoke", "ITERATIONS": 3, "RUN_ID": "nodes", "GPTQ_BATCHES": 2, "DEVICE": "cpu"}
+    tiny = {
+        "PROFILE": "smoke",
+        "ITERATIONS": 3,
+        "RUN_ID": "nodes",
+        "GPTQ_BATCHES": 2,
+        "DEVICE": "cpu",
+    }
     shared = ["--nnodes=2", "--master_addr=127.0.0.1", f"--master_port={port}"]
     nodes = [start(workplace, f"--node_rank={rank}", *shared, **tiny) for rank in (0, 1)]
     outputs = [node.communicate() for node in nodes]
@@ -103,10 +126,21 @@ def test_two_nodes_train_one_model_through_torchruns_own_arguments(workplace):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_to_the_launcher_lets_the_training_save_and_the_same_command_goes_on(workplace, number, code):
+def test_a_signal_to_the_launcher_lets_the_training_save_and_the_same_command_goes_on(
+    workplace, number, code
+):
     run_id = f"signal{int(number)}"
-    knobs = {"PROFILE": "smoke", "RUN_ID": run_id, "CHECKPOINT_EVERY": 1000, "RESUME": "auto", "GPTQ_BATCHES": 1}
-    process, log = start(workplace, ITERATIONS=100_000, **knobs), workplace / "logs" / f"{run_id}.txt"
+    knobs = {
+        "PROFILE": "smoke",
+        "RUN_ID": run_id,
+        "CHECKPOINT_EVERY": 1000,
+        "RESUME": "auto",
+        "GPTQ_BATCHES": 1,
+    }
+    process, log = (
+        start(workplace, ITERATIONS=100_000, **knobs),
+        workplace / "logs" / f"{run_id}.txt",
+    )
     until = time.perf_counter() + 60
     while not (log.exists() and "\nstep:3/" in log.read_text()):
         assert time.perf_counter() < until
@@ -136,7 +170,10 @@ ROUTINGS = "zipf cluster hash modulo learned hybrid soft dense"
     ("env", "message"),
     [
         ({"PROFILE": "fast"}, "error: PROFILE=fast: expected record, 1gpu, cpu or smoke"),
-        ({"PROFILE": "smoke", "ROUTING": "zpif"}, f"error: ROUTING='zpif': expected one of {ROUTINGS}"),
+        (
+            {"PROFILE": "smoke", "ROUTING": "zpif"},
+            f"error: ROUTING='zpif': expected one of {ROUTINGS}",
+        ),
         ({"PROFILE": "smoke", "DATA_PATH": "nowhere"}, "error: DATA_PATH=nowhere: no such folder"),
     ],
 )

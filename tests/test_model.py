@@ -30,25 +30,63 @@ from train_gpt import (
     train_step,
 )
 
-ROUTING, DISPATCH, MU, ACTIVATION = (CHOICES[knob].split() for knob in ("routing", "dispatch", "mu", "activation"))
+ROUTING, DISPATCH, MU, ACTIVATION = (
+    CHOICES[knob].split() for knob in ("routing", "dispatch", "mu", "activation")
+)
 ROUTED = [routing for routing in ROUTING if routing != "dense"]
-ROUTERS = ["learned", "hybrid", "soft"]  # read the stream, and all experts learn from it: DISPATCH=masked alone
+ROUTERS = [
+    "learned",
+    "hybrid",
+    "soft",
+]  # read the stream, and all experts learn from it: DISPATCH=masked alone
 TABLES = [routing for routing in ROUTED if routing not in ROUTERS]
-OLD = ["zipf", "hash", "modulo", "dense"]  # with every MU; the others with those that read the stream by gains
-WAYS = [{"routing": r, "dispatch": d} for r in TABLES for d in DISPATCH] + [{"routing": r} for r in (*ROUTERS, "dense")]
-MODES = [{**way, "mu": mu} for way in WAYS for mu in MU if mu in ("vector", "pid") or way["routing"] in OLD]
-MODES += [{**way, "top_k": 2} for way in WAYS if way["routing"] not in ("dense", "hash", "modulo", "soft")]
-VARIANTS = [{"activation": a, "dispatch": d, "xsa": x} for a in ACTIVATION for d in DISPATCH for x in (True, False)]
+OLD = [
+    "zipf",
+    "hash",
+    "modulo",
+    "dense",
+]  # with every MU; the others with those that read the stream by gains
+WAYS = [{"routing": r, "dispatch": d} for r in TABLES for d in DISPATCH] + [
+    {"routing": r} for r in (*ROUTERS, "dense")
+]
+MODES = [
+    {**way, "mu": mu}
+    for way in WAYS
+    for mu in MU
+    if mu in ("vector", "pid") or way["routing"] in OLD
+]
+MODES += [
+    {**way, "top_k": 2} for way in WAYS if way["routing"] not in ("dense", "hash", "modulo", "soft")
+]
+VARIANTS = [
+    {"activation": a, "dispatch": d, "xsa": x}
+    for a in ACTIVATION
+    for d in DISPATCH
+    for x in (True, False)
+]
 SWITCHES = [{"loop_passes": passes, "dispatch": d} for passes in (1, 3) for d in DISPATCH]
 SWITCHES += [{"routing_per_pass": False}, {"loop_end": 3}, {"loop_start": 0, "moe_start_layer": 2}]
-SWITCHES += [{"parallel_start_layer": 0}, {"parallel_start_layer": 99}, {"ln_scale": False}, {"skip_gates": False}]
-SWITCHES += [{"routing": "dense", "dispatch": "grouped"}, {"attn_gate": False}, {"smear_gate": False}]
+SWITCHES += [
+    {"parallel_start_layer": 0},
+    {"parallel_start_layer": 99},
+    {"ln_scale": False},
+    {"skip_gates": False},
+]
+SWITCHES += [
+    {"routing": "dense", "dispatch": "grouped"},
+    {"attn_gate": False},
+    {"smear_gate": False},
+]
 SWITCHES += [{"routing": "learned", "loop_end": 3, "mu": "pid"}]
-SCORED = torch.tensor([[15, 0, 7, 7, 3], [0, 15, 2, 1, 14], [4, 9, 4, 0, 12]])  # of 16: any order, repeats, both ends
+SCORED = torch.tensor(
+    [[15, 0, 7, 7, 3], [0, 15, 2, 1, 14], [4, 9, 4, 0, 12]]
+)  # of 16: any order, repeats, both ends
 
 
 def label(mode: dict) -> str:
-    return "-".join(f"{value}" if isinstance(value, str) else f"{name}={value}" for name, value in mode.items())
+    return "-".join(
+        f"{value}" if isinstance(value, str) else f"{name}={value}" for name, value in mode.items()
+    )
 
 
 def assert_same(actual: torch.Tensor, expected: torch.Tensor, hp) -> None:
@@ -113,13 +151,20 @@ def test_scored_positions_get_the_logits_and_losses_of_the_full_forward_there(mo
     ids = make_ids(model.hp, 3, 17)
     inputs, targets = ids[:, :-1], ids[:, 1:]
     for looped in (True, False):
-        logits, losses = model(inputs, looped=looped), model(inputs, targets, reduction="none", looped=looped)
+        logits, losses = (
+            model(inputs, looped=looped),
+            model(inputs, targets, reduction="none", looped=looped),
+        )
         chosen, there = model(inputs, looped=looped, scored=SCORED), at(SCORED, targets)
         torch.testing.assert_close(chosen, at(SCORED, logits), rtol=0, atol=1e-5)
         few = model(inputs, there, reduction="none", looped=looped, scored=SCORED)
         torch.testing.assert_close(few, at(SCORED, losses), rtol=0, atol=1e-5)
-        torch.testing.assert_close(model(inputs, there, looped=looped, scored=SCORED), few.mean(), rtol=1e-5, atol=0)
-        assert ((model(inputs, looped=looped, scored=(SCORED + 1) % 16) - chosen).abs().amax(-1) > 1e-3).all()
+        torch.testing.assert_close(
+            model(inputs, there, looped=looped, scored=SCORED), few.mean(), rtol=1e-5, atol=0
+        )
+        assert (
+            (model(inputs, looped=looped, scored=(SCORED + 1) % 16) - chosen).abs().amax(-1) > 1e-3
+        ).all()
 
 
 @pytest.mark.parametrize("mode", MODES + SWITCHES, ids=label)
@@ -141,10 +186,16 @@ def test_scored_positions_send_the_gradients_of_the_full_forward(mode):
         assert (elsewhere - full).norm() > 1e-2 * full.norm(), name
 
 
-@pytest.mark.parametrize("mode", [{}, {"dispatch": "grouped"}, {"loop_end": 3}, {"routing": "dense"}], ids=label)
+@pytest.mark.parametrize(
+    "mode", [{}, {"dispatch": "grouped"}, {"loop_end": 3}, {"routing": "dense"}], ids=label
+)
 @torch.no_grad()
 def test_the_last_layer_and_the_head_work_at_the_scored_positions_alone(mode, monkeypatch):
-    model, linear, widths = make_model(tiny_hp(**mode)), F.linear, {"head": [], "mlp": [], "query": [], "key": []}
+    model, linear, widths = (
+        make_model(tiny_hp(**mode)),
+        F.linear,
+        {"head": [], "mlp": [], "query": [], "key": []},
+    )
 
     def observed(x, weight):
         if weight is model.tok_emb.weight:
@@ -153,12 +204,22 @@ def test_the_last_layer_and_the_head_work_at_the_scored_positions_alone(mode, mo
 
     monkeypatch.setattr(F, "linear", observed)
     for block in model.blocks:
-        for name, module in {"mlp": block.mlp, "query": block.attn.c_q, "key": block.attn.c_k}.items():
-            module.register_forward_pre_hook(lambda module, args, name=name: widths[name].append(args[0].size(1)))
+        for name, module in {
+            "mlp": block.mlp,
+            "query": block.attn.c_q,
+            "key": block.attn.c_k,
+        }.items():
+            module.register_forward_pre_hook(
+                lambda module, args, name=name: widths[name].append(args[0].size(1))
+            )
     ids, depth = make_ids(model.hp, 3, 16), len(model.hp.execution_order(True))
     for positions, size in ((SCORED, 5), (None, 16)):
         model(ids, scored=positions)
-        last = {"head": [size], "mlp": [16] * (depth - 1) + [size], "query": [16] * (depth - 1) + [size]}
+        last = {
+            "head": [size],
+            "mlp": [16] * (depth - 1) + [size],
+            "query": [16] * (depth - 1) + [size],
+        }
         assert widths == {**last, "key": [16] * depth}
         for seen in widths.values():
             seen.clear()
@@ -197,10 +258,16 @@ def test_beyond_the_trained_length_the_slowest_rotation_turns_as_far_as_it_did_t
 
 @pytest.mark.parametrize(("dims", "stretched"), [(0, False), (2, False), (4, True), (8, True)])
 @torch.no_grad()
-def test_a_window_twice_the_trained_one_changes_only_rotations_that_have_a_slower_one(dims, stretched):
+def test_a_window_twice_the_trained_one_changes_only_rotations_that_have_a_slower_one(
+    dims, stretched
+):
     """And it does so for every input, however short: a padded window and a bare one must agree."""
     hp = tiny_hp(rope_dims=dims)
-    ids, model, longer = make_ids(hp, 2, 16), make_model(hp), make_model(replace(hp, eval_seq_len=32))
+    ids, model, longer = (
+        make_ids(hp, 2, 16),
+        make_model(hp),
+        make_model(replace(hp, eval_seq_len=32)),
+    )
     change = (model(ids) - longer(ids)).abs().amax()
     assert (change > 1e-4) == stretched
     assert change > 1e-4 or change == 0
@@ -230,12 +297,16 @@ def test_xsa_removes_the_component_along_the_own_value():
     for xsa in (True, False):
         hp = tiny_hp(xsa=xsa, mu="off")
         attention = make_model(hp).blocks[1].attn
-        attention.proj.register_forward_pre_hook(lambda module, args, xsa=xsa: seen.update({xsa: args[0]}))
+        attention.proj.register_forward_pre_hook(
+            lambda module, args, xsa=xsa: seen.update({xsa: args[0]})
+        )
         x = torch.randn(2, 16, hp.model_dim, generator=torch.Generator().manual_seed(0))
         rotary = (torch.ones(16, 1, 2), torch.zeros(16, 1, 2))
         attention(x, None, rotary)
         own = attention.c_v(x).view(2, 16, hp.num_kv_heads, hp.head_dim).repeat_interleave(2, dim=2)
-        along = (seen[xsa].view(2, 16, hp.num_heads, hp.head_dim) * F.normalize(own, dim=-1)).sum(-1)
+        along = (seen[xsa].view(2, 16, hp.num_heads, hp.head_dim) * F.normalize(own, dim=-1)).sum(
+            -1
+        )
         assert (along.abs().max() < 1e-5) == xsa
 
 
@@ -246,13 +317,19 @@ def unrolled(model: GPT) -> GPT:
     new = {name: tensor for name, tensor in state.items() if not name.startswith("blocks.")}
     for step, layer in enumerate(order):
         prefix = f"blocks.{layer}."
-        new |= {name.replace(prefix, f"blocks.{step}."): t for name, t in state.items() if name.startswith(prefix)}
+        new |= {
+            name.replace(prefix, f"blocks.{step}."): t
+            for name, t in state.items()
+            if name.startswith(prefix)
+        }
     passes = torch.tensor([order[:step].count(layer) for step, layer in enumerate(order)])
     shifts = (passes if hp.routing_per_pass else 0 * passes)[:, None, None].to(torch.uint8)
     new["expert_table"] = (state["expert_table"][order] + shifts) % hp.num_experts
     missing = deep.load_state_dict(new, strict=False)
     assert not missing.missing_keys
-    assert all("mu_" in name for name in missing.unexpected_keys)  # the last layer's, which nobody reads
+    assert all(
+        "mu_" in name for name in missing.unexpected_keys
+    )  # the last layer's, which nobody reads
     return deep
 
 
@@ -261,7 +338,9 @@ RECURRENT += [{"routing": routing} for routing in ("cluster", *ROUTERS)]
 RECURRENT += [{"top_k": 2, "dispatch": "grouped"}, {"top_k": 2, "routing": "hybrid", "mu": "pid"}]
 
 
-@pytest.mark.parametrize("looping", [(1, 2, 2), (1, 2, 3), (0, 0, 2), (3, 3, 2), (0, 3, 2), (2, 3, 3)], ids=str)
+@pytest.mark.parametrize(
+    "looping", [(1, 2, 2), (1, 2, 3), (0, 0, 2), (3, 3, 2), (0, 3, 2), (2, 3, 3)], ids=str
+)
 @pytest.mark.parametrize("mode", RECURRENT, ids=label)
 @torch.no_grad()
 def test_recurrence_is_the_unrolled_network(mode, looping):
@@ -275,10 +354,15 @@ def test_recurrence_is_the_unrolled_network(mode, looping):
 @pytest.mark.parametrize("mu", MU)
 @torch.no_grad()
 def test_one_pass_is_no_recurrence(mu):
-    once, thrice = make_model(tiny_hp(loop_passes=1, mu=mu)), make_model(tiny_hp(loop_passes=3, mu=mu))
+    once, thrice = (
+        make_model(tiny_hp(loop_passes=1, mu=mu)),
+        make_model(tiny_hp(loop_passes=3, mu=mu)),
+    )
     ids, state = make_ids(once.hp, 2, 16), thrice.state_dict()
     assert torch.equal(once(ids), once(ids, looped=False))
-    once.load_state_dict({n: t[: once.skip_weights.size(0)] if "skip_" in n else t for n, t in state.items()})
+    once.load_state_dict(
+        {n: t[: once.skip_weights.size(0)] if "skip_" in n else t for n, t in state.items()}
+    )
     assert torch.equal(once(ids), thrice(ids, looped=False))
     assert (once(ids) - thrice(ids)).abs().max() > 1e-2
 
@@ -295,13 +379,27 @@ def test_execution_order_of_the_record_is_that_of_upstream():
 def test_every_pass_has_experts_of_its_own_and_the_same_load(dispatch, top_k):
     for own in (True, False):
         hp = tiny_hp(loop_passes=3, routing_per_pass=own, dispatch=dispatch, top_k=top_k)
-        model, ids, order = make_model(hp), torch.arange(hp.vocab_size).view(4, 16), hp.execution_order(True)
-        routes = [route for route, layer in zip(model.routes(ids, order), order, strict=True) if layer == 1]
+        model, ids, order = (
+            make_model(hp),
+            torch.arange(hp.vocab_size).view(4, 16),
+            hp.execution_order(True),
+        )
+        routes = [
+            route
+            for route, layer in zip(model.routes(ids, order), order, strict=True)
+            if layer == 1
+        ]
         if dispatch == "masked":
             chosen = [mask.flatten(0, 1).long() for (mask,) in routes]
         else:
-            ranges = [torch.bucketize(torch.arange(64 * top_k), offsets, right=True) for _, _, offsets in routes]
-            experts = [r[inverse].view(64, top_k) for r, (_, inverse, _) in zip(ranges, routes, strict=True)]
+            ranges = [
+                torch.bucketize(torch.arange(64 * top_k), offsets, right=True)
+                for _, _, offsets in routes
+            ]
+            experts = [
+                r[inverse].view(64, top_k)
+                for r, (_, inverse, _) in zip(ranges, routes, strict=True)
+            ]
             chosen = [F.one_hot(each, 4).sum(1) for each in experts]
         assert torch.equal(chosen[0], F.one_hot(model.expert_table[1].long(), 4).sum(1))
         for number, each in enumerate(chosen):
@@ -314,7 +412,11 @@ def test_every_pass_has_experts_of_its_own_and_the_same_load(dispatch, top_k):
 def test_gates_are_neutral_at_the_start_and_matter_later(switch):
     on, off = make_model(tiny_hp(), noise=0.0), make_model(tiny_hp(**{switch: False}), noise=0.0)
     for p in on.parameters():
-        p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) * (p != 0).any())
+        p.add_(
+            0.1
+            * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+            * (p != 0).any()
+        )
     off.load_state_dict({n: t for n, t in on.state_dict().items() if n in off.state_dict()})
     ids = make_ids(on.hp, 2, 16)
     torch.testing.assert_close(on(ids), off(ids), rtol=0, atol=1e-5)
@@ -335,7 +437,9 @@ def test_previous_token_never_reaches_across_the_start_of_a_document():
         return model.smear(x, ids) - x
 
     change = (added(other_tokens(ids, model.hp)[:, :6].clamp(min=2)) - added(ids[:, :6])).abs()
-    assert (change[:, 1:].amax(-1) > 1e-5).all()  # within a document it depends on the tokens before
+    assert (
+        change[:, 1:].amax(-1) > 1e-5
+    ).all()  # within a document it depends on the tokens before
     before = ids.clone()
     before[:, 5] = before[1, 8] = 3
     same = (added(before) == added(ids)).all(-1)
@@ -348,15 +452,22 @@ def test_previous_token_never_reaches_across_the_start_of_a_document():
 
 @torch.no_grad()
 def test_layer_scale_and_parallel_residual_change_what_the_branches_read():
-    for knobs, parallel, scaled in (({}, True, True), ({"parallel_start_layer": 99, "ln_scale": False}, False, False)):
+    for knobs, parallel, scaled in (
+        ({}, True, True),
+        ({"parallel_start_layer": 99, "ln_scale": False}, False, False),
+    ):
         model, reads = make_model(tiny_hp(**knobs)), {}
         block = model.blocks[3]
-        block.attn.register_forward_pre_hook(lambda m, args, reads=reads: reads.update(attn=args[0]))
+        block.attn.register_forward_pre_hook(
+            lambda m, args, reads=reads: reads.update(attn=args[0])
+        )
         block.mlp.register_forward_pre_hook(lambda m, args, reads=reads: reads.update(mlp=args[0]))
         model(make_ids(model.hp, 2, 16))
         assert torch.equal(reads["attn"], reads["mlp"]) == parallel
         rms = reads["attn"].square().mean(-1).sqrt()
-        torch.testing.assert_close(rms, torch.full_like(rms, 0.5 if scaled else 1.0), rtol=1e-3, atol=0)
+        torch.testing.assert_close(
+            rms, torch.full_like(rms, 0.5 if scaled else 1.0), rtol=1e-3, atol=0
+        )
 
 
 @pytest.fixture
@@ -397,14 +508,19 @@ def test_attention_ladder_takes_the_first_kernel_that_runs_and_says_so(sdpa_flag
         assert causal
         return attention_kernel("flash")(q, k, v)
 
-    monkeypatch.setitem(sys.modules, "flash_attn_interface", SimpleNamespace(flash_attn_func=flash_attn_func))
+    monkeypatch.setitem(
+        sys.modules, "flash_attn_interface", SimpleNamespace(flash_attn_func=flash_attn_func)
+    )
     assert choose("auto") == ("fa3", "attention:fa3")
     assert calls == [(1, 128, 4, 8)] + [(2, 16, 4, 8)] * 6
 
 
 def test_attention_kernels_agree(sdpa_flags):
     heads_first = [(2, 16, heads, 8) for heads in (4, 2, 2)]
-    q, k, v = (torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i, shape in enumerate(heads_first))
+    q, k, v = (
+        torch.randn(shape, generator=torch.Generator().manual_seed(i))
+        for i, shape in enumerate(heads_first)
+    )
     scores = torch.einsum("bthk,bshk->bhts", q, k.repeat_interleave(2, 2)) / math.sqrt(8)
     scores = scores.masked_fill(~torch.ones(16, 16, dtype=torch.bool).tril(), -math.inf)
     expected = torch.einsum("bhts,bshk->bthk", scores.softmax(-1), v.repeat_interleave(2, 2))
@@ -424,7 +540,10 @@ def per_token_loop(mlp: TokenRoutedMLP, x: torch.Tensor, experts_of: torch.Tenso
     """What the routed MLP is defined to be, one token at a time; x (B, T, D) and the experts (B, T, K) of each."""
     rows, kind = [], mlp.hp.activation
     for token, experts in zip(x.flatten(0, 1), experts_of.flatten(0, 1).tolist(), strict=True):
-        routed = (mlp.expert_down[expert] @ activate(mlp.expert_up[expert] @ token, kind) for expert in experts)
+        routed = (
+            mlp.expert_down[expert] @ activate(mlp.expert_up[expert] @ token, kind)
+            for expert in experts
+        )
         rows.append(mlp.down.weight @ activate(mlp.up.weight @ token, kind) + sum(routed))
     return torch.stack(rows).view_as(x)
 
@@ -496,11 +615,21 @@ def test_output_follows_the_table(mode):
     for layer in range(hp.num_layers):
         model.expert_table.copy_(table)
         model.expert_table[layer] = (table[layer] + 1) % hp.num_experts
-        assert (model(ids) - logits).abs().max() > 1e-3, f"layer {layer} ignores its row of the table"
+        assert (model(ids) - logits).abs().max() > 1e-3, (
+            f"layer {layer} ignores its row of the table"
+        )
 
 
-ALL_CHOSEN = [{"routing": "modulo", "dispatch": d, "num_experts": k, "top_k": k} for d in DISPATCH for k in (1, 2)]
-ALL_CHOSEN += [{"routing": r, "num_experts": k, "top_k": k} for r in ("cluster", "learned", "hybrid") for k in (1, 2)]
+ALL_CHOSEN = [
+    {"routing": "modulo", "dispatch": d, "num_experts": k, "top_k": k}
+    for d in DISPATCH
+    for k in (1, 2)
+]
+ALL_CHOSEN += [
+    {"routing": r, "num_experts": k, "top_k": k}
+    for r in ("cluster", "learned", "hybrid")
+    for k in (1, 2)
+]
 ALL_CHOSEN += [{"routing": "soft", "num_experts": experts} for experts in (1, 4)]
 
 
@@ -510,7 +639,10 @@ ALL_CHOSEN += [{"routing": "soft", "num_experts": experts} for experts in (1, 4)
 def test_experts_that_all_are_chosen_are_the_dense_mlp_of_the_joint_width(mode, activation):
     """For soft that is so as long as its router is undecided, which it is at the start."""
     knobs = {**mode, "activation": activation}
-    routed, dense = make_model(tiny_hp(**knobs)), make_model(tiny_hp(**knobs | {"routing": "dense"}))
+    routed, dense = (
+        make_model(tiny_hp(**knobs)),
+        make_model(tiny_hp(**knobs | {"routing": "dense"})),
+    )
     for block in routed.blocks:
         if mode["routing"] == "soft":
             block.mlp.router.zero_()
@@ -536,7 +668,9 @@ def router_inputs(model: GPT, ids: torch.Tensor, looped: bool = True) -> list[tu
     """(MLP, its input, its dispatch) of every layer run."""
     seen, hooks = [], []
     for block in model.blocks:
-        hooks.append(block.mlp.register_forward_pre_hook(lambda mlp, args: seen.append((mlp, *args))))
+        hooks.append(
+            block.mlp.register_forward_pre_hook(lambda mlp, args: seen.append((mlp, *args)))
+        )
     model.features(ids, looped)
     for hook in hooks:
         hook.remove()
@@ -566,7 +700,9 @@ def test_factors_have_the_gradient_of_the_softmax(routing):
     hp = tiny_hp(routing=routing)
     mlp, x, (table_BTE,) = router_inputs(make_model(hp), make_ids(hp, 2, 16))[0]
     weights = torch.randn(table_BTE.shape, generator=torch.Generator().manual_seed(0))
-    scores = F.linear(x, mlp.router) + {"learned": 1e-3, "hybrid": 2.0, "soft": 0.0}[routing] * table_BTE
+    scores = (
+        F.linear(x, mlp.router) + {"learned": 1e-3, "hybrid": 2.0, "soft": 0.0}[routing] * table_BTE
+    )
     expected = (scores.softmax(-1) * (4 if routing == "soft" else 1) * weights).sum()
     actual = (mlp.choose(x, table_BTE)[0] * weights).sum()
     assert (actual != expected) or routing == "soft"
@@ -577,7 +713,9 @@ def test_factors_have_the_gradient_of_the_softmax(routing):
         assert theirs.abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("mode", [{"routing": r, "top_k": k} for r in ROUTERS for k in (1, 2)], ids=label)
+@pytest.mark.parametrize(
+    "mode", [{"routing": r, "top_k": k} for r in ROUTERS for k in (1, 2)], ids=label
+)
 def test_every_expert_gets_tokens_and_a_gradient_in_the_first_step(mode):
     hp = tiny_hp(**mode)
     model, ids = make_model(hp, noise=0.0), make_ids(hp, 4, 17)
@@ -618,13 +756,17 @@ def chosen_by(shares: torch.Tensor, routing: str = "learned", top_k: int = 1) ->
 @pytest.mark.parametrize("top_k", [1, 2])
 @pytest.mark.parametrize("experts", [2, 4, 8])
 @pytest.mark.parametrize("routing", ["learned", "hybrid"])
-def test_switch_loss_is_1_in_balance_and_rises_to_the_number_of_experts_by_collapse(routing, experts, top_k):
+def test_switch_loss_is_1_in_balance_and_rises_to_the_number_of_experts_by_collapse(
+    routing, experts, top_k
+):
     each = torch.eye(experts).repeat(6, 1)
     two = each if top_k == 1 else torch.maximum(each, each.roll(1, -1))
     balanced, collapsed = 1e-6 * two, 100 * two[:1].expand(12, -1)
     assert chosen_by(balanced, routing, top_k)[1].item() == pytest.approx(1.0, abs=1e-5)
     assert chosen_by(100 * two, routing, top_k)[1].item() == pytest.approx(1.0, abs=1e-5)
-    assert chosen_by(collapsed, routing, top_k)[1].item() == pytest.approx(experts / top_k, rel=1e-5)
+    assert chosen_by(collapsed, routing, top_k)[1].item() == pytest.approx(
+        experts / top_k, rel=1e-5
+    )
     leaning = (1.0 * two[:1]).expand(12, -1).clone().requires_grad_()
     (gradient,) = torch.autograd.grad(chosen_by(leaning, routing, top_k)[1], leaning)
     if top_k < experts:
@@ -642,7 +784,9 @@ def test_only_the_mean_loss_of_training_has_the_switch_loss(mode):
         learns = hp.routing in ("learned", "hybrid")
         layers = router_inputs(model, inputs, looped) if learns else []
         balance = sum(mlp.choose(x, *route)[1].item() for mlp, x, route in layers)
-        assert float(torch.as_tensor(model.features(inputs, looped)[1]).detach()) == pytest.approx(balance, rel=1e-6)
+        assert float(torch.as_tensor(model.features(inputs, looped)[1]).detach()) == pytest.approx(
+            balance, rel=1e-6
+        )
         assert (balance > len(hp.execution_order(looped))) == learns
         assert learns or balance == 0
         per_token = model(inputs, targets, reduction="none", looped=looped)
@@ -650,7 +794,9 @@ def test_only_the_mean_loss_of_training_has_the_switch_loss(mode):
         assert (mean - per_token.mean()).item() == pytest.approx(0.01 * balance, abs=2e-6)
         model.eval()
         assert torch.equal(model(inputs, targets, reduction="none", looped=looped), per_token)
-        torch.testing.assert_close(model(inputs, targets, looped=looped), per_token.mean(), rtol=1e-6, atol=0)
+        torch.testing.assert_close(
+            model(inputs, targets, looped=looped), per_token.mean(), rtol=1e-6, atol=0
+        )
 
 
 @pytest.mark.parametrize("routing", ROUTERS)
@@ -664,7 +810,11 @@ def test_routers_work_in_float32_whatever_the_dtype(routing):
     x = F.pad(torch.ones(1, 1, 1, dtype=torch.bfloat16), (0, hp.model_dim - 1))
     factors, _ = mlp.choose(x, torch.zeros(1, 1, 4, dtype=torch.bfloat16))
     assert factors.dtype == torch.bfloat16
-    expected = 4 * mlp.router[:, 0].softmax(-1) if routing == "soft" else torch.tensor([0.0, 1.0, 0.0, 0.0])
+    expected = (
+        4 * mlp.router[:, 0].softmax(-1)
+        if routing == "soft"
+        else torch.tensor([0.0, 1.0, 0.0, 0.0])
+    )
     assert torch.equal(factors[0, 0], expected.bfloat16())
 
 
@@ -683,7 +833,9 @@ def test_velocity_is_bounded_over_many_passes_whatever_the_weights(scale, gains)
     seen, bound = [], 2 * pull / (1 - decay)
     for block in model.blocks:
         block.pid_gains[0], block.pid_gains[1] = gains
-        block.register_forward_hook(lambda block, args, out: seen.append(out.velocity.square().mean(-1).sqrt().max()))
+        block.register_forward_hook(
+            lambda block, args, out: seen.append(out.velocity.square().mean(-1).sqrt().max())
+        )
     assert torch.isfinite(model(make_ids(model.hp, 3, 16))).all()
     assert max(seen) < bound
     assert max(seen) > 0.1 * bound  # so the bound does bound it
@@ -695,10 +847,14 @@ def test_velocity_pulls_the_attention_result_towards_mu():
     model = make_model(tiny_hp(mu="pid"), noise=0.0)
     block, ids = model.blocks[0], make_ids(model.hp, 2, 16)
     seen = {}
-    block.register_forward_hook(lambda block, args, out: seen.update(before=args[0], velocity=out.velocity))
+    block.register_forward_hook(
+        lambda block, args, out: seen.update(before=args[0], velocity=out.velocity)
+    )
     start = model(ids)
     decay, pull = torch.tensor(2.2).sigmoid(), torch.tensor(-2.2).sigmoid()
-    expected = decay * seen["before"].velocity + pull * seen["before"].mu  # at the start attention gives nothing
+    expected = (
+        decay * seen["before"].velocity + pull * seen["before"].mu
+    )  # at the start attention gives nothing
     torch.testing.assert_close(seen["velocity"], expected)
     assert (expected.square().mean(-1) > 1e-3).all()
     block.pid_gains[2] = 0.0
@@ -717,7 +873,9 @@ def test_every_gain_of_the_velocity_has_a_gradient_from_the_true_start():
 # ---- Parameters
 
 
-@pytest.mark.parametrize("changes", [*({"routing": r} for r in ROUTING), {"mu": "pid"}, {"num_experts": 8}], ids=label)
+@pytest.mark.parametrize(
+    "changes", [*({"routing": r} for r in ROUTING), {"mu": "pid"}, {"num_experts": 8}], ids=label
+)
 @torch.no_grad()
 def test_models_that_differ_elsewhere_start_with_equal_tensors(changes):
     models = {}
@@ -726,13 +884,19 @@ def test_models_that_differ_elsewhere_start_with_equal_tensors(changes):
             models[name, seed] = GPT(hp)
             models[name, seed].init_weights()
     states = {key: dict(model.named_parameters()) for key, model in models.items()}
-    common = [n for n, p in states["a", 1].items() if n in states["b", 1] and p.shape == states["b", 1][n].shape]
+    common = [
+        n
+        for n, p in states["a", 1].items()
+        if n in states["b", 1] and p.shape == states["b", 1][n].shape
+    ]
     assert len(common) > 40
     for name in common:
         assert torch.equal(states["a", 1][name], states["b", 1][name]), name
         if role_of(name) in ("embedding", "matrix", "expert") and states["a", 1][name].any():
             assert not torch.equal(states["a", 1][name], states["a", 2][name]), name
-    assert not torch.equal(states["a", 1]["blocks.0.attn.c_q.weight"], states["a", 1]["blocks.1.attn.c_q.weight"])
+    assert not torch.equal(
+        states["a", 1]["blocks.0.attn.c_q.weight"], states["a", 1]["blocks.1.attn.c_q.weight"]
+    )
 
 
 REFUSED = [{"top_k": 2, "num_experts": 1}, {"top_k": 3}, {"top_k": 0}]
@@ -753,7 +917,10 @@ def count_parameters(module: torch.nn.Module) -> int:
 @pytest.mark.parametrize("activation", ACTIVATION)
 def test_dense_and_routed_models_have_equally_many_parameters(activation):
     """But for the routers, of one vector per expert and layer."""
-    sizes = {routing: count_parameters(GPT(tiny_hp(routing=routing, activation=activation))) for routing in ROUTING}
+    sizes = {
+        routing: count_parameters(GPT(tiny_hp(routing=routing, activation=activation)))
+        for routing in ROUTING
+    }
     routers = {routing: 4 * 4 * 32 * (routing in ROUTERS) for routing in ROUTING}
     assert all(sizes[routing] == sizes["dense"] + routers[routing] for routing in ROUTING)
     assert count_parameters(GPT(tiny_hp(activation=activation, expert_dim=16))) > sizes["dense"]
@@ -763,7 +930,9 @@ def test_dense_and_routed_models_have_equally_many_parameters(activation):
 @pytest.mark.parametrize("dispatch", DISPATCH)
 def test_layers_before_the_first_routed_one_are_dense_and_as_large(dispatch, start):
     model = make_model(tiny_hp(moe_start_layer=start, dispatch=dispatch))
-    assert [hasattr(block.mlp, "expert_up") for block in model.blocks] == [layer >= start for layer in range(4)]
+    assert [hasattr(block.mlp, "expert_up") for block in model.blocks] == [
+        layer >= start for layer in range(4)
+    ]
     assert len({count_parameters(block.mlp) for block in model.blocks}) == 1
     assert model.expert_table.shape == (4 - start, 64, 1)
     ids = make_ids(model.hp, 2, 8)
@@ -773,30 +942,40 @@ def test_layers_before_the_first_routed_one_are_dense_and_as_large(dispatch, sta
         assert (model(ids) - logits).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("mode", MODES + SWITCHES + [{"activation": a} for a in ACTIVATION], ids=label)
+@pytest.mark.parametrize(
+    "mode", MODES + SWITCHES + [{"activation": a} for a in ACTIVATION], ids=label
+)
 def test_every_parameter_learns_within_a_few_steps_from_the_true_start(mode):
     hp = tiny_hp(**mode, matrix_lr=0.02)
     model = make_model(hp, noise=0.0)
     optimizers, gradients = build_optimizers(hp, model, ALONE), Gradients(model, ALONE)
     alive = {name: torch.zeros(p.shape, dtype=torch.bool) for name, p in model.named_parameters()}
     for step in range(5):
-        ids = torch.randperm(hp.vocab_size, generator=torch.Generator().manual_seed(step)).view(4, 16)
+        ids = torch.randperm(hp.vocab_size, generator=torch.Generator().manual_seed(step)).view(
+            4, 16
+        )
         train_step(model, optimizers, gradients, [(ids, ids.roll(-1, 1))], max_norm=0.0)
-        noise = 1e-6 * gradients.flat[64:].norm()  # rounding leaves a gradient below this where there is none
+        noise = (
+            1e-6 * gradients.flat[64:].norm()
+        )  # rounding leaves a gradient below this where there is none
         for name, p in model.named_parameters():
             alive[name] |= p.grad.abs() > noise
     for name, part in alive.items():
         matrices = part.view(-1, *part.shape[-2:]) if part.ndim > 1 else part[None, None]
         assert matrices.flatten(1).any(1).all(), f"{name}: no gradient"
         if role_of(name) != "matrix":  # matrices and experts may keep a dead hidden unit
-            assert role_of(name) == "expert" or matrices.any(-1).all(), f"{name}: a row without gradient"
+            assert role_of(name) == "expert" or matrices.any(-1).all(), (
+                f"{name}: a row without gradient"
+            )
 
 
 @pytest.mark.parametrize("mu", MU)
 def test_mu_exists_only_where_a_layer_reads_it(mu):
     model = GPT(tiny_hp(mu=mu))
     names = [name for name, _ in model.named_parameters() if "mu_" in name]
-    writers = [name for name in names if "mu_mix" in name or "mu_write" in name or "mu_base" in name]
+    writers = [
+        name for name in names if "mu_mix" in name or "mu_write" in name or "mu_base" in name
+    ]
     assert bool(names) == (mu != "off")
     assert not [name for name in writers if name.startswith("blocks.3.")]
     assert bool([name for name in writers if name.startswith("blocks.2.")]) == (mu != "off")
@@ -886,10 +1065,27 @@ def test_logits_and_loss_are_float32_in_every_dtype(dtype):
         assert (change > 0) == (dtype == "bfloat16")
 
 
-ALL_OFF = {"loop_passes": 1, "parallel_start_layer": 99, "xsa": False, "routing": "dense", "mu": "off"}
-ALL_OFF |= dict.fromkeys(("routing_per_pass", "ln_scale", "skip_gates", "attn_gate", "smear_gate"), False)
-COMPILED = [{}, {"mu": "lowrank"}, {"dispatch": "grouped"}, {"mu": "full", "dispatch": "grouped", "loop_passes": 1}]
-COMPILED += [{"loop_end": 3}, {"routing": "learned", "mu": "pid", "loop_end": 3}, {"routing": "hybrid", "top_k": 2}]
+ALL_OFF = {
+    "loop_passes": 1,
+    "parallel_start_layer": 99,
+    "xsa": False,
+    "routing": "dense",
+    "mu": "off",
+}
+ALL_OFF |= dict.fromkeys(
+    ("routing_per_pass", "ln_scale", "skip_gates", "attn_gate", "smear_gate"), False
+)
+COMPILED = [
+    {},
+    {"mu": "lowrank"},
+    {"dispatch": "grouped"},
+    {"mu": "full", "dispatch": "grouped", "loop_passes": 1},
+]
+COMPILED += [
+    {"loop_end": 3},
+    {"routing": "learned", "mu": "pid", "loop_end": 3},
+    {"routing": "hybrid", "top_k": 2},
+]
 COMPILED += [{"top_k": 2, "dispatch": "grouped"}, {"routing": "soft"}, ALL_OFF]
 
 
@@ -910,7 +1106,9 @@ def test_compiler_sees_one_graph_whatever_the_token_values_are(mode):
         inputs = make_ids(hp, 2, 16, seed)
     for looped in (False, True, False):
         compiled(inputs, inputs, looped=looped)
-        assert counter.frame_count == 2  # one more for the depth before the recurrence, so the count does count
+        assert (
+            counter.frame_count == 2
+        )  # one more for the depth before the recurrence, so the count does count
 
 
 @pytest.mark.slow
@@ -924,7 +1122,9 @@ def test_compiler_sees_one_graph_wherever_the_scored_positions_are(mode):
     for seed, positions in enumerate([SCORED, (SCORED + 5) % 16, torch.zeros_like(SCORED)]):
         inputs, targets = make_ids(hp, 3, 16, seed), make_ids(hp, 3, 5, seed)
         losses = compiled(inputs, targets, reduction="none", scored=positions)
-        torch.testing.assert_close(losses, model(inputs, targets, reduction="none", scored=positions))
+        torch.testing.assert_close(
+            losses, model(inputs, targets, reduction="none", scored=positions)
+        )
         assert counter.frame_count == 1
     compiled(inputs, inputs, reduction="none", scored=None)
     assert counter.frame_count == 2  # another shape of the output, so the count does count
@@ -942,6 +1142,10 @@ def test_generated_code_agrees_with_eager():
     for seed in range(2):
         ids = make_ids(hp, 2, 17, seed)
         inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-        torch.testing.assert_close(compiled(inputs, targets), model(inputs, targets), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            compiled(inputs, targets), model(inputs, targets), rtol=1e-5, atol=1e-5
+        )
         few = inputs[:, :5].contiguous(), "none", True, SCORED[seed : seed + 2]
-        torch.testing.assert_close(compiled(inputs, *few), model(inputs, *few), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            compiled(inputs, *few), model(inputs, *few), rtol=1e-5, atol=1e-5
+        )

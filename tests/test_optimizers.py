@@ -70,7 +70,9 @@ def test_newton_schulz_treats_every_matrix_by_itself_whatever_its_scale(shape):
     g = gaussian(5, *shape) * torch.tensor([1e-4, 1.0, 1e4, 1.0, 1.0])[:, None, None]
     batch = zeropower_via_newtonschulz5(g)
     for one, expected in zip(g, batch, strict=True):
-        torch.testing.assert_close(zeropower_via_newtonschulz5(one[None])[0], expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            zeropower_via_newtonschulz5(one[None])[0], expected, rtol=0, atol=1e-6
+        )
     assert (batch[1] - batch[3]).abs().max() > 1e-2
 
 
@@ -98,9 +100,14 @@ def muon_run(params: list, gradients: list[list], dist=ALONE) -> list[torch.Tens
 @pytest.mark.parametrize("shape", [(24, 8), (8, 24), (16, 16)], ids=str)
 def test_muon_updates_an_expert_as_a_matrix_of_its_own(shape):
     stacked = gaussian(4, *shape)
-    gradients = [gaussian(4, *shape, seed=s) * torch.tensor([1.0, 1e-3, 10.0, 1.0])[:, None, None] for s in (1, 2, 3)]
+    gradients = [
+        gaussian(4, *shape, seed=s) * torch.tensor([1.0, 1e-3, 10.0, 1.0])[:, None, None]
+        for s in (1, 2, 3)
+    ]
     together = muon_run([stacked], [[g] for g in gradients])[0]
-    separate = torch.stack([muon_run([stacked[e]], [[g[e]] for g in gradients])[0] for e in range(4)])
+    separate = torch.stack(
+        [muon_run([stacked[e]], [[g[e]] for g in gradients])[0] for e in range(4)]
+    )
     torch.testing.assert_close(together, separate, rtol=0, atol=1e-6)
     assert (together - stacked).abs().max() > 0.01
 
@@ -133,7 +140,11 @@ class ThreadDist(Dist):
 
 def on_ranks(world_size: int, work) -> list:
     """Results of `work(dist)` on every rank."""
-    slots, barrier, results = [None] * world_size, threading.Barrier(world_size), [None] * world_size
+    slots, barrier, results = (
+        [None] * world_size,
+        threading.Barrier(world_size),
+        [None] * world_size,
+    )
 
     def run(rank: int) -> None:
         results[rank] = work(ThreadDist(rank, world_size, torch.device("cpu")).join(slots, barrier))
@@ -150,12 +161,16 @@ def on_ranks(world_size: int, work) -> list:
 def test_muon_on_several_ranks_is_muon_on_one(world_size):
     shapes = [(16, 8), (3, 16, 8), (8, 16), (8, 8), (4, 8, 8)]
     params = [gaussian(*shape, seed=i) for i, shape in enumerate(shapes)]
-    gradients = [[gaussian(*shape, seed=10 * s + i) for i, shape in enumerate(shapes)] for s in (1, 2)]
+    gradients = [
+        [gaussian(*shape, seed=10 * s + i) for i, shape in enumerate(shapes)] for s in (1, 2)
+    ]
     alone = muon_run(params, gradients)
     for ranked in on_ranks(world_size, lambda dist: muon_run(params, gradients, dist)):
         for expected, actual in zip(alone, ranked, strict=True):
             torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
-    assert all((before - after).abs().max() > 0.01 for before, after in zip(params, alone, strict=True))
+    assert all(
+        (before - after).abs().max() > 0.01 for before, after in zip(params, alone, strict=True)
+    )
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -166,8 +181,14 @@ def test_training_step_on_several_ranks_is_that_of_the_joint_batch(world_size):
         model = make_model(hp)
         rows = ids.chunk(dist.world_size)[dist.rank]
         gradients = Gradients(model, dist)
-        loss = train_step(model, build_optimizers(hp, model, dist), gradients, [(rows[:, :-1], rows[:, 1:])], 0.3)
-        return loss, gradients.flat[64:], torch.cat([p.detach().flatten() for p in model.parameters()])
+        loss = train_step(
+            model, build_optimizers(hp, model, dist), gradients, [(rows[:, :-1], rows[:, 1:])], 0.3
+        )
+        return (
+            loss,
+            gradients.flat[64:],
+            torch.cat([p.detach().flatten() for p in model.parameters()]),
+        )
 
     loss, gradient, weights = work(ALONE)
     for ranked in on_ranks(world_size, work):
@@ -188,8 +209,12 @@ def test_every_parameter_has_one_group_and_the_optimizer_of_its_role(mode):
     assert roles["router"] == (3 if hp.routing in ("learned", "hybrid", "soft") else 0)
     assert roles["expert"] == (6 if hp.routing != "dense" else 0)
     muon, adam = build_optimizers(hp, model, ALONE)
-    groups = {id(p): (o, group) for o in (muon, adam) for group in o.param_groups for p in group["params"]}
-    assert len(groups) == sum(len(group["params"]) for o in (muon, adam) for group in o.param_groups)
+    groups = {
+        id(p): (o, group) for o in (muon, adam) for group in o.param_groups for p in group["params"]
+    }
+    assert len(groups) == sum(
+        len(group["params"]) for o in (muon, adam) for group in o.param_groups
+    )
     assert set(groups) == set(map(id, model.parameters()))
     for name, p in model.named_parameters():
         optimizer, group = groups[id(p)]
@@ -204,7 +229,12 @@ def test_every_parameter_has_one_group_and_the_optimizer_of_its_role(mode):
 
 def test_parameter_of_unknown_role_is_refused():
     assert role_of("blocks.3.attn.c_q.weight") == "matrix"
-    for name in ("trigram.weight", "blocks.3.attn.c_q.bias", "tok_emb.weight.extra", "blocks.x.attn.c_q.weight"):
+    for name in (
+        "trigram.weight",
+        "blocks.3.attn.c_q.bias",
+        "tok_emb.weight.extra",
+        "blocks.x.attn.c_q.weight",
+    ):
         with pytest.raises(AssertionError, match=name):
             role_of(name)
     model = GPT(tiny_hp())
@@ -236,9 +266,13 @@ def test_sgdr_peaks_shrink_and_every_cycle_ends_at_the_floor(cycles, min_lr):
     assert bounds[-1] == 1
     lengths = np.diff(bounds)
     assert lengths[1:] == pytest.approx(2 * lengths[:-1])
-    assert [lr_scale(hp, start) for start in bounds[:-1]] == pytest.approx([0.7**i for i in range(cycles)])
+    assert [lr_scale(hp, start) for start in bounds[:-1]] == pytest.approx(
+        [0.7**i for i in range(cycles)]
+    )
     for start, end in itertools.pairwise(bounds):
-        inside = [lr_scale(hp, start + share * (end - start)) for share in np.linspace(0, 1 - 1e-6, 200)]
+        inside = [
+            lr_scale(hp, start + share * (end - start)) for share in np.linspace(0, 1 - 1e-6, 200)
+        ]
         assert all(a > b for a, b in itertools.pairwise(inside))
         assert inside[-1] == pytest.approx(min_lr, abs=1e-6)
     assert lr_scale(hp, 1.0) == pytest.approx(min_lr)
@@ -247,7 +281,9 @@ def test_sgdr_peaks_shrink_and_every_cycle_ends_at_the_floor(cycles, min_lr):
 
 def test_sgdr_peak_never_falls_below_the_floor():
     hp = tiny_hp(sgdr_cycles=4, min_lr=0.6)
-    assert [lr_scale(hp, start) for start in sgdr_bounds(hp)] == pytest.approx([1.0, 0.7, 0.6, 0.6, 0.6])
+    assert [lr_scale(hp, start) for start in sgdr_bounds(hp)] == pytest.approx(
+        [1.0, 0.7, 0.6, 0.6, 0.6]
+    )
 
 
 @pytest.mark.parametrize("cycles", [1, 2, 3])
@@ -286,7 +322,9 @@ def test_schedules_scale_every_group_and_ramp_muons_momentum():
     for frac, momentum in ((0.0, 0.85), (0.05, 0.91), (0.1, 0.97), (0.7, 0.97), (1.0, 0.97)):
         scale = set_schedules(hp, [muon, adam], frac)
         assert scale == lr_scale(hp, frac)
-        assert [group["momentum"] for group in muon.param_groups] == pytest.approx([momentum] * len(muon.param_groups))
+        assert [group["momentum"] for group in muon.param_groups] == pytest.approx(
+            [momentum] * len(muon.param_groups)
+        )
         for group in muon.param_groups + adam.param_groups:
             assert group["lr"] == pytest.approx(group["base_lr"] * scale)
     low = tiny_hp(muon_momentum=0.5)
@@ -305,7 +343,9 @@ class Rig:
         monkeypatch.setattr(train_gpt, "train_step", self.step)
         true_set = train_gpt.set_schedules
         monkeypatch.setattr(
-            train_gpt, "set_schedules", lambda hp, o, frac: (self.fracs.append(frac), true_set(hp, o, frac))[1]
+            train_gpt,
+            "set_schedules",
+            lambda hp, o, frac: (self.fracs.append(frac), true_set(hp, o, frac))[1],
         )
 
     def step(self, model, optimizers, gradients, batches, max_norm, looped) -> torch.Tensor:
@@ -318,7 +358,9 @@ class Rig:
         return torch.tensor(1.0)
 
     def train(self) -> tuple:
-        loader = SimpleNamespace(next_batch=lambda: None, hp=self.hp, dist=ALONE, num_sequences=4, num_windows=9)
+        loader = SimpleNamespace(
+            next_batch=lambda: None, hp=self.hp, dist=ALONE, num_sequences=4, num_windows=9
+        )
         return train(self.hp, ALONE, self.lines.append, self.model, loader, None)
 
     def weights(self) -> torch.Tensor:
@@ -345,7 +387,9 @@ def test_timed_run_meets_every_restart_and_the_floor_whatever_its_steps_take(mon
 
 
 @pytest.mark.parametrize("loop_from", [0.0, 0.35, 0.9])
-def test_recurrence_and_its_restart_begin_at_their_share_of_what_the_hessians_leave(monkeypatch, loop_from):
+def test_recurrence_and_its_restart_begin_at_their_share_of_what_the_hessians_leave(
+    monkeypatch, loop_from
+):
     knobs = {"max_wallclock_seconds": 600.0, "gptq_reserve_seconds": 100.0, "average": "off"}
     rig = Rig(monkeypatch, tiny_hp(**knobs, loop_from=loop_from), itertools.repeat(0.5))
     rig.hp = replace(rig.hp, iterations=20_000)
@@ -386,7 +430,9 @@ def effective_weights(hp, steps: int) -> list[float]:
 
 def test_ema_follows_the_newest_weights_and_forgets_the_start():
     hp = tiny_hp(average="ema", ema_decay=0.9965)
-    assert 0.55 < sum(effective_weights(hp, 1000)[-100:]) < 0.65  # the warm-up still shortens the memory
+    assert (
+        0.55 < sum(effective_weights(hp, 1000)[-100:]) < 0.65
+    )  # the warm-up still shortens the memory
     assert sum(effective_weights(hp, 5000)[-100:]) == pytest.approx(1 - 0.9965**100)
     assert effective_weights(hp, 30)[0] < 1e-7
     assert effective_weights(hp, 30)[1] < 1e-6
@@ -401,7 +447,9 @@ def test_swa_weighs_the_steps_of_its_window_equally_and_no_others():
 
 def test_average_off_takes_nothing_in():
     hp = tiny_hp(average="off")
-    assert [average_weight(hp, frac, count) for frac in (0.0, 0.9, 1.0) for count in (0, 7)] == [0.0] * 6
+    assert [average_weight(hp, frac, count) for frac in (0.0, 0.9, 1.0) for count in (0, 7)] == [
+        0.0
+    ] * 6
 
 
 def test_training_leaves_the_mean_of_the_swa_window_in_the_model(monkeypatch):
@@ -409,7 +457,9 @@ def test_training_leaves_the_mean_of_the_swa_window_in_the_model(monkeypatch):
     rig = Rig(monkeypatch, hp, itertools.repeat(1.0), value=lambda step: float(step**2))
     rig.train()
     expected = np.mean([step**2 for step in range(34, 40)])
-    torch.testing.assert_close(rig.weights(), torch.full_like(rig.weights(), expected), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        rig.weights(), torch.full_like(rig.weights(), expected), rtol=1e-5, atol=0
+    )
 
 
 def test_training_leaves_the_ema_in_the_model_once(monkeypatch):
@@ -424,7 +474,9 @@ def test_training_leaves_the_ema_in_the_model_once(monkeypatch):
 
 
 def test_training_without_averaging_leaves_the_last_weights(monkeypatch):
-    rig = Rig(monkeypatch, tiny_hp(average="off", iterations=7, num_layers=1), itertools.repeat(1.0))
+    rig = Rig(
+        monkeypatch, tiny_hp(average="off", iterations=7, num_layers=1), itertools.repeat(1.0)
+    )
     rig.train()
     assert (rig.weights() == 7.0).all()
 
@@ -435,7 +487,9 @@ def test_average_of_constant_weights_is_those_weights(monkeypatch):
         with monkeypatch.context() as patch:
             rig = Rig(patch, hp, itertools.repeat(1.0), value=lambda step: 2.5)
             rig.train()
-        torch.testing.assert_close(rig.weights(), torch.full_like(rig.weights(), 2.5), rtol=1e-6, atol=0)
+        torch.testing.assert_close(
+            rig.weights(), torch.full_like(rig.weights(), 2.5), rtol=1e-6, atol=0
+        )
 
 
 # ---- Gradients and warm-up -------------------------------------------------------------------------------------------
@@ -452,7 +506,10 @@ def test_gradients_are_views_of_the_flat_buffer_and_stay_so(dispatch):
     optimizers = build_optimizers(model.hp, model, ALONE)
     for _ in range(2):
         train_step(model, optimizers, gradients, [batch_of(ids)] * 2, max_norm=0.3)
-        begin, end = gradients.flat.data_ptr(), gradients.flat.data_ptr() + 4 * gradients.flat.numel()
+        begin, end = (
+            gradients.flat.data_ptr(),
+            gradients.flat.data_ptr() + 4 * gradients.flat.numel(),
+        )
         spans = sorted((p.grad.data_ptr(), 4 * p.numel()) for p in model.parameters())
         assert all(begin + 256 <= start and start + size <= end for start, size in spans)
         assert all(a + size <= b for (a, size), (b, _) in itertools.pairwise(spans))
@@ -465,7 +522,13 @@ def test_accumulated_micro_batches_are_one_large_batch():
         model, ids = make_model(tiny_hp()), make_ids(tiny_hp(), 4, 17)
         gradients = Gradients(model, ALONE)
         optimizers = build_optimizers(model.hp, model, ALONE)
-        loss = train_step(model, optimizers, gradients, [batch_of(rows) for rows in ids.chunk(parts)], max_norm=0.0)
+        loss = train_step(
+            model,
+            optimizers,
+            gradients,
+            [batch_of(rows) for rows in ids.chunk(parts)],
+            max_norm=0.0,
+        )
         with torch.no_grad():
             expected = make_model(tiny_hp())(*batch_of(ids))
         torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
@@ -497,7 +560,9 @@ def test_clipping_bounds_the_norm_keeps_the_direction_and_spares_small_gradients
     free, clipped = flats[0.0], flats[0.05]
     assert free[64:].norm() > 0.1
     assert 0.0499 < clipped[64:].norm() <= 0.05
-    torch.testing.assert_close(clipped[64:] / 0.05, free[64:] / free[64:].norm(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        clipped[64:] / 0.05, free[64:] / free[64:].norm(), rtol=1e-4, atol=1e-6
+    )
     assert torch.equal(flats[1e6], free)
     assert clipped[0] == free[0] > 1
 
@@ -512,7 +577,13 @@ def test_warm_up_runs_every_graph_that_training_will_run():
             seen.append(looped)
             return model(ids, targets, looped=looped)
 
-        warm_up(forward, model, [], Gradients(model, ALONE), SimpleNamespace(hp=hp, dist=ALONE, num_sequences=4))
+        warm_up(
+            forward,
+            model,
+            [],
+            Gradients(model, ALONE),
+            SimpleNamespace(hp=hp, dist=ALONE, num_sequences=4),
+        )
         assert seen == graphs
 
 
@@ -524,12 +595,20 @@ def test_warm_up_leaves_no_trace():
         start = copy.deepcopy(model.state_dict())
         optimizers, gradients = build_optimizers(hp, model, ALONE), Gradients(model, ALONE)
         states = copy.deepcopy([o.state_dict() for o in optimizers])
-        warm_up(model, model, optimizers, gradients, SimpleNamespace(hp=hp, dist=ALONE, num_sequences=4))
+        warm_up(
+            model, model, optimizers, gradients, SimpleNamespace(hp=hp, dist=ALONE, num_sequences=4)
+        )
         assert all(torch.equal(start[name], tensor) for name, tensor in model.state_dict().items())
         assert [o.state_dict() for o in optimizers] == states
         assert bool(gradients.flat.any()) == bool(warmup_steps)
         for seed in range(3):
-            train_step(model, optimizers, gradients, [batch_of(make_ids(hp, 4, 17, seed))], hp.grad_clip_norm)
+            train_step(
+                model,
+                optimizers,
+                gradients,
+                [batch_of(make_ids(hp, 4, 17, seed))],
+                hp.grad_clip_norm,
+            )
         results.append(model.state_dict())
     assert all(torch.equal(results[1][name], tensor) for name, tensor in results[0].items())
     assert not torch.equal(results[0]["tok_emb.weight"], start["tok_emb.weight"])

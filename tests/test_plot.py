@@ -19,7 +19,9 @@ from runlog import Run
 
 import train_gpt
 
-needs_matplotlib = pytest.mark.skipif(not train_gpt.importlib.util.find_spec("matplotlib"), reason="no matplotlib")
+needs_matplotlib = pytest.mark.skipif(
+    not train_gpt.importlib.util.find_spec("matplotlib"), reason="no matplotlib"
+)
 FOREIGN = "another validation text"
 
 
@@ -35,7 +37,11 @@ def curve_panels(figure) -> list:
 
 def lines_of(axes, label: str) -> list[tuple[list, list]]:
     """x and y of every line with this label."""
-    return [(list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines if line.get_label() == label]
+    return [
+        (list(line.get_xdata()), list(line.get_ydata()))
+        for line in axes.lines
+        if line.get_label() == label
+    ]
 
 
 def written_in(figure) -> list:
@@ -60,9 +66,18 @@ def test_one_run_over_steps_seconds_and_tokens():
     steps = [1, 100, 200, 300, 400]
     places = [steps, [step / 10 for step in steps], [step * BATCH / 1e6 for step in steps]]
     for axes, xs, end in zip(panels, places, (STEPS, 46.0, STEPS * BATCH / 1e6), strict=True):
-        assert lines_of(axes, "training") == [(pytest.approx(xs), pytest.approx([(4 - x / 400) / NATS for x in steps]))]
-        for label, loss in (("validation", 3.1), ("float", 3.1), ("quantized", 3.2), ("sliding", 3.15)):
-            assert lines_of(axes, label) == [([pytest.approx(end)], [pytest.approx(loss / NATS)])], label
+        assert lines_of(axes, "training") == [
+            (pytest.approx(xs), pytest.approx([(4 - x / 400) / NATS for x in steps]))
+        ]
+        for label, loss in (
+            ("validation", 3.1),
+            ("float", 3.1),
+            ("quantized", 3.2),
+            ("sliding", 3.15),
+        ):
+            assert lines_of(axes, label) == [
+                ([pytest.approx(end)], [pytest.approx(loss / NATS)])
+            ], label
     assert panels[0].get_ylabel() == "bits per byte"
     assert lines_of(panels[0], "clock stop")[0][0] == [400, 400]
     assert lines_of(panels[0], "LR restart")[0][0] == [300, 300]
@@ -88,8 +103,13 @@ def test_runs_of_all_dialects_share_one_axis_in_bits_per_byte():
     axes = curve_panels(figure)[0]
     colours = [line.get_color() for line in axes.lines if line.get_label() == "training"]
     assert colours == list(plot.COLOURS[:3])
-    assert [ys[-1] for _, ys in lines_of(axes, "training")] == pytest.approx([3 / NATS, 2 / NATS, 3.1906 / NATS])
-    assert lines_of(axes, "validation")[2][0] == [1000, 1100]  # the untrained model is no part of the curve
+    assert [ys[-1] for _, ys in lines_of(axes, "training")] == pytest.approx(
+        [3 / NATS, 2 / NATS, 3.1906 / NATS]
+    )
+    assert lines_of(axes, "validation")[2][0] == [
+        1000,
+        1100,
+    ]  # the untrained model is no part of the curve
     assert lines_of(axes, "TTT") == [([1100], [pytest.approx(3 / NATS)])]
     title = "All of them: 3 runs on CPU, 1 process of 2 threads and 8xH100 80GB HBM3 and unknown hardware; not all on"
     assert title in re.sub(r"\s+", " ", texts(figure))
@@ -100,12 +120,17 @@ def test_many_points_get_a_running_median_and_few_do_not():
     run = run_of(old(points=80))
     axes = curve_panels(plot.figure_of([run]))[0]
     raw, medians = (lines_of(axes, label)[0] for label in plot.TRAINING)
-    assert raw == ([row.step for row in run.train], pytest.approx([row.loss / run.nats_per_bpb for row in run.train]))
+    assert raw == (
+        [row.step for row in run.train],
+        pytest.approx([row.loss / run.nats_per_bpb for row in run.train]),
+    )
     half = plot.MEDIAN_POINTS // 2
     assert medians[0] == raw[0][half:-half]
     assert medians[1][10] == statistics.median(raw[1][10 : 10 + plot.MEDIAN_POINTS])
     assert lines_of(axes, "training") == []
-    assert lines_of(curve_panels(plot.figure_of([run_of(old(points=60))]))[0], plot.TRAINING[1]) == []
+    assert (
+        lines_of(curve_panels(plot.figure_of([run_of(old(points=60))]))[0], plot.TRAINING[1]) == []
+    )
 
 
 @needs_matplotlib
@@ -148,7 +173,10 @@ def test_a_run_in_progress_takes_its_ratio_from_its_validation():
 @needs_matplotlib
 def test_rows_are_drawn_unasked_only_on_the_split_of_the_challenge():
     best = leaderboard.find_row("best")
-    assert row_labels(plot.figure_of([run_of(old())])) == [f"PR #{best.pr} {best.val_bpb:.4f}", "baseline 1.2244"]
+    assert row_labels(plot.figure_of([run_of(old())])) == [
+        f"PR #{best.pr} {best.val_bpb:.4f}",
+        "baseline 1.2244",
+    ]
     assert row_labels(plot.figure_of([run_of(old())], [])) == []
     for runs in ([run_of(ours())], [run_of(ours()), run_of(old(), "b.txt")]):
         assert row_labels(plot.figure_of(runs)) == []
@@ -168,7 +196,9 @@ def test_labels_of_close_rows_do_not_overlap():
     for axes in panels:
         levels = [line.get_ydata()[0] for line in axes.lines if line.get_label().startswith("_")]
         assert levels == sorted(row.val_bpb for row in rows)
-    boxes = sorted(map(Text.get_window_extent, panels[-1].texts), key=lambda box: box.y0)  # without their leaders
+    boxes = sorted(
+        map(Text.get_window_extent, panels[-1].texts), key=lambda box: box.y0
+    )  # without their leaders
     assert all(one.y1 <= other.y0 for one, other in itertools.pairwise(boxes))
     assert all(box.x0 >= panels[-1].get_window_extent().x1 for box in boxes)
 
@@ -183,7 +213,9 @@ def test_the_bytes_of_the_artifact_by_role():
     assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b"]
     assert f"{MODEL + CODE:,} (1.5% of the cap)" in texts(figure)
     assert "15,863,489 (99.1% of the cap)" in texts(figure)
-    estimated = run_of(ours().replace(f"quantized+zstd: {MODEL} bytes in", "quantized+zstd: 9 bytes in"))
+    estimated = run_of(
+        ours().replace(f"quantized+zstd: {MODEL} bytes in", "quantized+zstd: 9 bytes in")
+    )
     assert plot.sizes_of(estimated) == {"code": CODE, "model": 9}
 
 
@@ -208,21 +240,29 @@ def test_a_log_that_does_not_state_its_tokens_has_two_panels():
 @needs_matplotlib
 @pytest.mark.parametrize(("number", "x"), [(2, "steps"), (9, None)])
 def test_no_text_is_smaller_than_8_points_or_outside_the_figure(number, x):
-    runs = [run_of(ours(seed=seed), f"a_rather_long_name_of_a_run_with_seed_{seed}.txt") for seed in range(number)]
+    runs = [
+        run_of(ours(seed=seed), f"a_rather_long_name_of_a_run_with_seed_{seed}.txt")
+        for seed in range(number)
+    ]
     figure = plot.figure_of(runs, [leaderboard.find_row("1394")], x)
     figure.draw_without_rendering()
     written = written_in(figure)
     assert min(text.get_fontsize() for text in written) >= 8
     page = figure.bbox.padded(1)
     for text in written:
-        if not re.fullmatch(r"[\d.,]+", text.get_text()):  # ticks may lie beyond the end of an axis, unseen
+        if not re.fullmatch(
+            r"[\d.,]+", text.get_text()
+        ):  # ticks may lie beyond the end of an axis, unseen
             box = text.get_window_extent()
             assert page.contains(box.x0, box.y0), text
             assert page.contains(box.x1, box.y1), text
 
 
 def test_names_are_told_apart_by_their_folders():
-    runs = [run_of(old(), f"/records/{folder}/train_seed42.log") for folder in ("one", "2026-04-05_" + "x" * 60)]
+    runs = [
+        run_of(old(), f"/records/{folder}/train_seed42.log")
+        for folder in ("one", "2026-04-05_" + "x" * 60)
+    ]
     assert plot.names_of(runs) == ["one/train_seed42", f"2026-04-05_{'x' * 16}.../train_seed42"]
     assert plot.names_of(runs[:1]) == ["train_seed42"]
 
@@ -241,7 +281,10 @@ LOSSES = st.lists(st.floats(0.5, 12), min_size=1, max_size=30)
 @settings(deadline=None, max_examples=30)
 @given(losses=LOSSES, final=st.floats(0.5, 5), broken=st.booleans())
 def test_the_y_range_has_the_end_of_every_run_and_little_of_its_start(losses, final, broken):
-    lines = [f"step:{50 * (i + 1)}/999 train_loss:{loss:.4f} train_time:{i}ms" for i, loss in enumerate(losses)]
+    lines = [
+        f"step:{50 * (i + 1)}/999 train_loss:{loss:.4f} train_time:{i}ms"
+        for i, loss in enumerate(losses)
+    ]
     steps = 50 * (len(losses) + broken)
     lines += [f"step:{steps}/999 train_loss:nan train_time:99ms"] * broken
     text = "\n".join([*lines, f"final_roundtrip_exact {scores(final * NATS)}", ""])
@@ -254,8 +297,13 @@ def test_the_y_range_has_the_end_of_every_run_and_little_of_its_start(losses, fi
     assert math.isfinite(high)
 
 
-@pytest.mark.parametrize(("text", "fragment"), [("a story\n", "no training or validation curve"),
-                                                ("step:1/2 train_loss:nan train_time:5ms\n", "no finite loss")])
+@pytest.mark.parametrize(
+    ("text", "fragment"),
+    [
+        ("a story\n", "no training or validation curve"),
+        ("step:1/2 train_loss:nan train_time:5ms\n", "no finite loss"),
+    ],
+)
 def test_logs_with_nothing_to_draw_are_refused(text, fragment):
     with pytest.raises(train_gpt.Refusal, match=fragment):
         plot.y_range(plot.curves_of([run_of(text)]), [])
@@ -264,7 +312,12 @@ def test_logs_with_nothing_to_draw_are_refused(text, fragment):
 @pytest.fixture
 def logs(tmp_path):
     """A folder with a log of each dialect, and a way to run the command line in it."""
-    for name, text in (("ours.txt", ours()), ("old.log", old()), ("new.log", new()), ("story.txt", "Once.\n")):
+    for name, text in (
+        ("ours.txt", ours()),
+        ("old.log", old()),
+        ("new.log", new()),
+        ("story.txt", "Once.\n"),
+    ):
         (tmp_path / name).write_text(text, encoding="utf-8")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
     return tmp_path, lambda *argv: run_in_process(plot.main, {}, tmp_path, *argv)
@@ -306,7 +359,9 @@ def test_without_matplotlib_one_line_says_what_to_install(logs, monkeypatch):
     for module in ("matplotlib", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, module, None)
     folder, command = logs
-    assert_refused(command("old.log"), "error: needs matplotlib: pip install -r tests/requirements.txt")
+    assert_refused(
+        command("old.log"), "error: needs matplotlib: pip install -r tests/requirements.txt"
+    )
     assert not (folder / "old.png").exists()
 
 
@@ -328,5 +383,7 @@ def test_the_leaderboard():
     for row in rows:
         assert re.fullmatch(r"\d{4}-\d\d-\d\d", row.date)
         assert not row.seeds or statistics.mean(row.seeds) == pytest.approx(row.val_bpb, abs=1e-8)
-    with pytest.raises(train_gpt.Refusal, match="naive: no such row of the leaderboard, choose best or one of 2135"):
+    with pytest.raises(
+        train_gpt.Refusal, match="naive: no such row of the leaderboard, choose best or one of 2135"
+    ):
         leaderboard.find_row("naive")

@@ -51,7 +51,16 @@ class Workshop:
 def make(tmp_path: Path, logs: list[Path], *arguments: object, picture: bool = False) -> Result:
     """make_record.py as on the command line; a picture takes a second that most tests can do without."""
     find = importlib.util.find_spec if picture else lambda name: None
-    argv = ["--name", "Tiny", "--author", "A. Name", "--date", "2026-11-24", "--output", tmp_path / "records"]
+    argv = [
+        "--name",
+        "Tiny",
+        "--author",
+        "A. Name",
+        "--date",
+        "2026-11-24",
+        "--output",
+        tmp_path / "records",
+    ]
     with mock.patch("make_record.importlib.util.find_spec", find):
         return run_in_process(make_record.main, {}, tmp_path, *argv, *arguments, "--logs", *logs)
 
@@ -66,7 +75,10 @@ def workshop(tmp_path_factory) -> Workshop:
         assert run_in_process(train_gpt.main, env, place).code == 0
         assert run_in_process(eval_sliding.main, eval_env(data, **more), place, artifact).code == 0
         if seed == 1:
-            assert run_in_process(eval_sliding.main, eval_env(data), place, "--audit", artifact).code == 0
+            assert (
+                run_in_process(eval_sliding.main, eval_env(data), place, "--audit", artifact).code
+                == 0
+            )
         change(artifact.with_suffix(".txt"), r"commit:(\w+(-dirty)?)$", "commit:0123abc")
     result = make(place, [place / "logs" / f"s{seed}.txt" for seed in (2, 1)], picture=True)
     assert result.code == 0, result
@@ -81,10 +93,15 @@ def workshop(tmp_path_factory) -> Workshop:
 def test_the_folder_holds_what_accepted_records_hold(workshop):
     names = {path.name for path in workshop.folder.iterdir()}
     logs = {"train_seed1.log", "train_seed2.log"}
-    assert names - {"training.png"} == {"README.md", "submission.json", "requirements.txt", "train_gpt.py"} | logs
+    assert (
+        names - {"training.png"}
+        == {"README.md", "submission.json", "requirements.txt", "train_gpt.py"} | logs
+    )
     assert ("training.png" in names) == bool(importlib.util.find_spec("matplotlib"))
     for seed in (1, 2):
-        assert (workshop.folder / f"train_seed{seed}.log").read_bytes() == workshop.log(seed).read_bytes()
+        assert (workshop.folder / f"train_seed{seed}.log").read_bytes() == workshop.log(
+            seed
+        ).read_bytes()
     versions = (workshop.folder / "requirements.txt").read_text()
     assert f"torch=={train_gpt.torch.__version__.split('+')[0]}\n" in versions
     assert re.search(r"^zstandard==\S+\n", versions, re.M)
@@ -106,20 +123,32 @@ def test_every_figure_of_the_submission_is_that_of_the_logs(workshop):
     assert found["seed_results"]["2"]["artifact_bytes"] == trained[1]["bytes_model"]
     assert found["compliance"]["artifact_under_16mb"] is True
     assert found["compliance"]["three_seeds"] is False
-    assert (found["author"], found["track"], found["date"]) == ("A. Name", "non_record_16mb", "2026-11-24")
+    assert (found["author"], found["track"], found["date"]) == (
+        "A. Name",
+        "non_record_16mb",
+        "2026-11-24",
+    )
 
 
 def test_the_readme_has_the_result_the_table_the_audit_and_the_command(workshop):
     text = (workshop.folder / "README.md").read_text()
     scores = [Run.read(workshop.log(seed)).score.bpb for seed in (1, 2)]
-    assert f"**val_bpb: {statistics.mean(scores):.5f}** (2-seed mean, std {statistics.stdev(scores):.4f})" in text
+    assert (
+        f"**val_bpb: {statistics.mean(scores):.5f}** (2-seed mean, std {statistics.stdev(scores):.4f})"
+        in text
+    )
     assert re.search(rf"^\| 2 \| 8 \| .* \| {scores[1]:.5f} \| ", text, re.M)
     assert len(re.findall(r"^\| C[1-4] .* \| pass \|$", text, re.M)) == 4
     assert "EVAL_STRIDE=8" in text
-    assert re.search(r"^export OMP_NUM_THREADS=\d+ ", text, re.M), "the rounding of sums depends on it"
+    assert re.search(r"^export OMP_NUM_THREADS=\d+ ", text, re.M), (
+        "the rounding of sums depends on it"
+    )
     assert "for SEED in 1 2; do" in text
     assert "## Exceptions" not in text
-    assert all(re.search(rf"^## {title}$", text, re.M) for title in ("Architecture", "Compliance", "Credits", "Files"))
+    assert all(
+        re.search(rf"^## {title}$", text, re.M)
+        for title in ("Architecture", "Compliance", "Credits", "Files")
+    )
 
 
 def test_the_previous_row_is_compared_in_both_units(workshop, tmp_path):
@@ -129,25 +158,36 @@ def test_the_previous_row_is_compared_in_both_units(workshop, tmp_path):
     text = Path(result.out.splitlines()[-1], "README.md").read_text()
     assert "| difference | +0.00000 | +0.00000 |" in text
     assert "Welch, one-sided: p = 0.5 that it is no better" in text
-    assert_refused(make(tmp_path, logs, "--previous", "1394", "--name", "Other"), "1394: validated on another text")
-    assert_refused(make(tmp_path, logs, "--previous", "9999", "--name", "Other"), "9999: no such row", "1394")
+    assert_refused(
+        make(tmp_path, logs, "--previous", "1394", "--name", "Other"),
+        "1394: validated on another text",
+    )
+    assert_refused(
+        make(tmp_path, logs, "--previous", "9999", "--name", "Other"), "9999: no such row", "1394"
+    )
 
 
 # ---- The packed script
 
 
-def test_the_packed_script_unpacks_to_the_source_byte_for_byte_and_has_the_size_that_is_counted(workshop):
+def test_the_packed_script_unpacks_to_the_source_byte_for_byte_and_has_the_size_that_is_counted(
+    workshop,
+):
     script = (workshop.folder / "train_gpt.py").read_bytes()
     assert script == make_record.pack_script(SOURCE)
     assert script.isascii()
     code = "import json, sys, train_gpt as t; source = t.submission_source().decode(); "
     code += "json.dump([t.__file__, t.GPT.__module__, source], sys.stdout)"
     env = full_environment({"PYTHONPATH": str(workshop.folder)})
-    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=workshop.place, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, cwd=workshop.place, capture_output=True, text=True
+    )
     unpacked, module, source = json.loads(done.stdout)
     assert module == "train_gpt"
     assert source.encode() == SOURCE
-    assert (ROOT / "train_gpt.py").read_bytes() + b"\0" + (ROOT / "eval_sliding.py").read_bytes() == SOURCE
+    assert (ROOT / "train_gpt.py").read_bytes() + b"\0" + (
+        ROOT / "eval_sliding.py"
+    ).read_bytes() == SOURCE
     assert not Path(unpacked).parent.exists(), "it goes with the process"
     assert len(script) == train_gpt.submission_bytes(train_gpt.Hyperparameters(), 0, "code")[0]
     assert f"code_sha256:{hashlib.sha256(SOURCE).hexdigest()}\n" in workshop.log(1).read_text()
@@ -168,7 +208,13 @@ def test_the_packed_script_alone_trains_and_scores_to_the_figures_of_the_log(wor
     shutil.copy(workshop.folder / "train_gpt.py", tmp_path)
     for arguments in ([], ["eval_sliding.py", "logs/again.ptz"]):
         command = [sys.executable, "train_gpt.py", *arguments]
-        done = subprocess.run(command, cwd=tmp_path, env=full_environment(workshop.env), capture_output=True, text=True)
+        done = subprocess.run(
+            command,
+            cwd=tmp_path,
+            env=full_environment(workshop.env),
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 0, done.stderr
     first, again = (Run.read(path) for path in (workshop.log(1), tmp_path / "logs" / "again.txt"))
     assert again.score.bpb == first.score.bpb
@@ -181,7 +227,9 @@ def test_the_packed_script_ends_in_one_line_for_bad_input(workshop, tmp_path):
     command = [sys.executable, workshop.folder / "train_gpt.py"]
     for arguments, env in (([], {"ROUTING": "zpif"}), (["eval_sliding.py", "nowhere.ptz"], {})):
         environment = full_environment(workshop.env | env)
-        done = subprocess.run([*command, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            [*command, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
         assert_refused(Result(done.returncode, done.stdout, done.stderr))
 
 
@@ -208,13 +256,17 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", [*REFUSED, "several", "partial"])
-def test_what_a_reviewer_would_reject_is_refused_and_an_exception_is_stated(workshop, tmp_path, name):
+def test_what_a_reviewer_would_reject_is_refused_and_an_exception_is_stated(
+    workshop, tmp_path, name
+):
     changes = REFUSED.get(name, [("commit:0123abc", "commit:4567def")])
     logs = [workshop.log(1), edited(workshop.log(2), tmp_path, *changes)]
     logs = {"partial": [workshop.log(3)], "unscored": logs[1:]}.get(name, logs)
     allow = f"--allow-{'commit' if name == 'several' else name}"
     result = make(tmp_path, logs)
-    assert_refused(result, allow, "matrix_lr: 0.022 (s1.txt), 0.5 (edited_s2.txt)" if name == "mixed" else "")
+    assert_refused(
+        result, allow, "matrix_lr: 0.022 (s1.txt), 0.5 (edited_s2.txt)" if name == "mixed" else ""
+    )
     assert not (tmp_path / "records").exists()
     made = make(tmp_path, logs, allow)
     assert made.code == 0, made
@@ -237,13 +289,20 @@ def test_a_partial_score_is_never_called_val_bpb(workshop, tmp_path):
     [
         (r'"train_seconds": [\d.]+', '"train_seconds": 600.0', "training took 600.000 s"),
         (r"^total_eval_time:.*", "total_eval_time:600.1s", "evaluation took 600.100 s"),
-        (r"^(warmup_step:)", r"resumed:logs/x.step00000003.npz step:3\n\1", "the training was interrupted and resumed"),
+        (
+            r"^(warmup_step:)",
+            r"resumed:logs/x.step00000003.npz step:3\n\1",
+            "the training was interrupted and resumed",
+        ),
     ],
 )
 def test_the_record_track_has_its_600_seconds(workshop, tmp_path, pattern, replacement, what):
     logs = [edited(workshop.log(1), tmp_path, (pattern, replacement))]
     assert make(tmp_path, logs).code == 0
-    text = (r"tokens:\d+|\"target_tokens\": \d+", lambda found: re.sub(r"\d+", "40540160", found[0]))
+    text = (
+        r"tokens:\d+|\"target_tokens\": \d+",
+        lambda found: re.sub(r"\d+", "40540160", found[0]),
+    )
     log = edited(logs[0], tmp_path, text)
     assert_refused(make(tmp_path, [log], "--track", "10min_16mb"), what, "--allow-time")
     assert make(tmp_path, [log], "--track", "10min_16mb", "--allow-time").code == 0
@@ -262,7 +321,9 @@ def test_logs_that_no_option_makes_a_record_are_refused(workshop, tmp_path):
     upstream.write_text(helpers_logs.new())
     assert_refused(make(tmp_path, [upstream]), "no finished run of this trainer")
     for pattern in ("^Code size: .*", "^model_params:.*", "^pre-quantization .*", r"^  \w+: .*"):
-        assert_refused(make(tmp_path, [edited(second, tmp_path, (pattern, ""))]), "the log states no ")
+        assert_refused(
+            make(tmp_path, [edited(second, tmp_path, (pattern, ""))]), "the log states no "
+        )
     crashed = edited(first, tmp_path, (r"(?s)^step:5/.*", "Traceback (most recent call last):\n"))
     assert_refused(make(tmp_path, [crashed]), "no finished run of this trainer")
     assert not (tmp_path / "records").exists()
@@ -271,9 +332,13 @@ def test_logs_that_no_option_makes_a_record_are_refused(workshop, tmp_path):
 def test_bad_arguments_are_refused_in_one_line(workshop, tmp_path):
     log = [workshop.log(1)]
     assert_refused(make(tmp_path, log, "--name", "a/b"), "--name 'a/b'")
-    assert_refused(make(tmp_path, log, "--date", "yesterday"), "--date yesterday: expected YYYY-MM-DD")
+    assert_refused(
+        make(tmp_path, log, "--date", "yesterday"), "--date yesterday: expected YYYY-MM-DD"
+    )
     assert_refused(make(tmp_path, log, "--name", ".."), "--name '..'")
-    assert_refused(make(tmp_path, log, "--date", "20261124"), "--date 20261124: expected YYYY-MM-DD")
+    assert_refused(
+        make(tmp_path, log, "--date", "20261124"), "--date 20261124: expected YYYY-MM-DD"
+    )
     assert_refused(make(tmp_path, log, "--author", "\u00e9"), "one line of ASCII")
     assert_refused(make(tmp_path, log, "--blurb", "a\n## Results"), "--blurb", "one line of ASCII")
     assert_refused(make(tmp_path, log, "--blurb", ""), "--blurb")
@@ -283,7 +348,9 @@ def test_bad_arguments_are_refused_in_one_line(workshop, tmp_path):
     assert_refused(make(tmp_path, log, "--track", "fast"), "--track", "--help")
     assert make(tmp_path, log).code == 0
     assert_refused(make(tmp_path, log), "exists already")
-    assert sorted(p.name for p in (tmp_path / "records" / "track_non_record_16mb").iterdir()) == ["2026-11-24_Tiny"]
+    assert sorted(p.name for p in (tmp_path / "records" / "track_non_record_16mb").iterdir()) == [
+        "2026-11-24_Tiny"
+    ]
 
 
 def test_a_full_disk_leaves_no_folder(workshop, tmp_path, monkeypatch):
@@ -323,41 +390,92 @@ def change(path: Path, pattern: str, replacement: str) -> None:
 
 def resubmit(folder: Path, **fields: object) -> None:
     path = folder / "submission.json"
-    path.write_text(json.dumps({k: v for k, v in (json.loads(path.read_text()) | fields).items() if v != "absent"}))
+    path.write_text(
+        json.dumps(
+            {k: v for k, v in (json.loads(path.read_text()) | fields).items() if v != "absent"}
+        )
+    )
 
 
 def test_a_good_folder_passes_every_check(copy):
     assert failed(copy) == {}
-    assert {name for name, (holds, _) in verdicts(copy).items() if holds} >= {"files", "scores", "README", "bytes"}
+    assert {name for name, (holds, _) in verdicts(copy).items() if holds} >= {
+        "files",
+        "scores",
+        "README",
+        "bytes",
+    }
 
 
 FAULTS = {
-    "no README": (lambda d: (d / "README.md").unlink(), {"files": "missing: README.md", "README": "no table"}),
+    "no README": (
+        lambda d: (d / "README.md").unlink(),
+        {"files": "missing: README.md", "README": "no table"},
+    ),
     "no script": (lambda d: (d / "train_gpt.py").unlink(), {"files": "missing: train_gpt.py"}),
     "no submission": (
         lambda d: (d / "submission.json").unlink(),
         {"files": "missing: submission.json", "submission.json": "missing"},
     ),
-    "broken JSON": (lambda d: change(d / "submission.json", r"\A\{", ""), {"submission.json": "no JSON object"}),
-    "a number as text": (lambda d: resubmit(d, val_bpb="1.08"), {"submission.json": 'val_bpb is "1.08"'}),
-    "a key missing": (lambda d: resubmit(d, github_id="absent"), {"submission.json": "no github_id"}),
+    "broken JSON": (
+        lambda d: change(d / "submission.json", r"\A\{", ""),
+        {"submission.json": "no JSON object"},
+    ),
+    "a number as text": (
+        lambda d: resubmit(d, val_bpb="1.08"),
+        {"submission.json": 'val_bpb is "1.08"'},
+    ),
+    "a key missing": (
+        lambda d: resubmit(d, github_id="absent"),
+        {"submission.json": "no github_id"},
+    ),
     "NaN": (lambda d: resubmit(d, val_loss=float("nan")), {"submission.json": "val_loss is nan"}),
-    "another mean": (lambda d: resubmit(d, val_bpb=4.01234), {"scores": "val_bpb is 4.01234, the logs give"}),
+    "another mean": (
+        lambda d: resubmit(d, val_bpb=4.01234),
+        {"scores": "val_bpb is 4.01234, the logs give"},
+    ),
     "another spread": (lambda d: resubmit(d, val_bpb_std=0.5), {"scores": "val_bpb_std is 0.5"}),
-    "another seed": (lambda d: resubmit(d, seeds=[1, 3]), {"seeds": "submission.json has seeds 1, 3, the logs 1, 2"}),
+    "another seed": (
+        lambda d: resubmit(d, seeds=[1, 3]),
+        {"seeds": "submission.json has seeds 1, 3, the logs 1, 2"},
+    ),
     "few digits": (lambda d: resubmit(d, val_bpb=5), {"scores": "val_bpb is 5, the logs give"}),
-    "true for a number": (lambda d: resubmit(d, val_bpb=True), {"submission.json": "val_bpb is true"}),
-    "a huge number": (lambda d: resubmit(d, val_bpb=10**400), {"submission.json": "val_bpb is 1000"}),
-    "nested lists": (lambda d: (d / "submission.json").write_text("[" * 99_999), {"submission.json": "no JSON object"}),
-    "another track": (lambda d: resubmit(d, track="10min_16mb"), {"submission.json": "track is 10min_16mb"}),
+    "true for a number": (
+        lambda d: resubmit(d, val_bpb=True),
+        {"submission.json": "val_bpb is true"},
+    ),
+    "a huge number": (
+        lambda d: resubmit(d, val_bpb=10**400),
+        {"submission.json": "val_bpb is 1000"},
+    ),
+    "nested lists": (
+        lambda d: (d / "submission.json").write_text("[" * 99_999),
+        {"submission.json": "no JSON object"},
+    ),
+    "another track": (
+        lambda d: resubmit(d, track="10min_16mb"),
+        {"submission.json": "track is 10min_16mb"},
+    ),
     "other times": (
         lambda d: resubmit(d, wallclock_seconds=1.5, eval_time_seconds=0.01, step_stop=99),
         {"scores": "step_stop is 99, the logs give 8.0; wallclock_seconds is 1.5"},
     ),
-    "other sizes": (lambda d: resubmit(d, bytes_model=1), {"scores": "bytes_model is 1, the logs give"}),
-    "another code": (lambda d: resubmit(d, bytes_code=1), {"bytes": "bytes_code is 1, train_gpt.py has"}),
-    "another float": (lambda d: resubmit(d, pre_quant_val_bpb=0.5), {"scores": "pre_quant_val_bpb is 0.5"}),
-    "another torch": (lambda d: resubmit(d, pytorch_version="1.0"), {"scores": "pytorch_version is 1.0"}),
+    "other sizes": (
+        lambda d: resubmit(d, bytes_model=1),
+        {"scores": "bytes_model is 1, the logs give"},
+    ),
+    "another code": (
+        lambda d: resubmit(d, bytes_code=1),
+        {"bytes": "bytes_code is 1, train_gpt.py has"},
+    ),
+    "another float": (
+        lambda d: resubmit(d, pre_quant_val_bpb=0.5),
+        {"scores": "pre_quant_val_bpb is 0.5"},
+    ),
+    "another torch": (
+        lambda d: resubmit(d, pytorch_version="1.0"),
+        {"scores": "pytorch_version is 1.0"},
+    ),
     "a result missing": (
         lambda d: resubmit(d, seed_results={}),
         {"seeds": "submission.json has seed_results , the logs 1, 2"},
@@ -366,7 +484,10 @@ FAULTS = {
         lambda d: change(d / "submission.json", r'"train_time_s": [\d.]+', '"train_time_s": 77.5'),
         {"scores": "seed 1 train_time_s is 77.5"},
     ),
-    "a row missing": (lambda d: change(d / "README.md", r"^\| 2 \| 8 .*\n", ""), {"README": "no row for seed 2"}),
+    "a row missing": (
+        lambda d: change(d / "README.md", r"^\| 2 \| 8 .*\n", ""),
+        {"README": "no row for seed 2"},
+    ),
     "the spread in the headline": (
         lambda d: change(d / "README.md", r"mean, std \S+\)", "mean, std 9.9999)"),
         {"README": "std 9.9999 is not that of the logs"},
@@ -375,12 +496,18 @@ FAULTS = {
         lambda d: (d / "train_seed1.log").rename(d / "train_seed9.log"),
         {"seeds": "train_seed9.log is the log of seed 1"},
     ),
-    "a binary log": (lambda d: (d / "train_seed3.log").write_bytes(b"\xff\xfe"), {"files": "not UTF-8"}),
+    "a binary log": (
+        lambda d: (d / "train_seed3.log").write_bytes(b"\xff\xfe"),
+        {"files": "not UTF-8"},
+    ),
     "a mad log": (
         lambda d: change(d / "train_seed2.log", r'"target_tokens": \d+', '"target_tokens": []'),
         {"configuration": "cannot be read: TypeError"},
     ),
-    "another total": (lambda d: resubmit(d, bytes_total=5), {"bytes": "bytes_total is 5, the largest in the logs"}),
+    "another total": (
+        lambda d: resubmit(d, bytes_total=5),
+        {"bytes": "bytes_total is 5, the largest in the logs"},
+    ),
     "a cell of the README": (
         lambda d: change(d / "README.md", r"^(\| 2 \| 8 .*?)\d\.\d{5} ", r"\g<1>9.99999 "),
         {"README": "seed 2: 9.99999 is not what the logs give"},
@@ -406,30 +533,56 @@ FAULTS = {
         {"configuration": "matrix_lr: 0.022 (train_seed1.log), 0.5 (train_seed2.log)"},
     ),
     "leaky data": (
-        lambda d: [change(d / f"train_seed{s}.log", r"train_shards:\d+", "train_shards:1499") for s in (1, 2)],
+        lambda d: [
+            change(d / f"train_seed{s}.log", r"train_shards:\d+", "train_shards:1499")
+            for s in (1, 2)
+        ],
         {"configuration": "train_shards 1499"},
     ),
     "one seed twice": (
-        lambda d: (d / "train_seed3.log").write_text((d / "train_seed2.log").read_text() + "again\n"),
+        lambda d: (d / "train_seed3.log").write_text(
+            (d / "train_seed2.log").read_text() + "again\n"
+        ),
         {"seeds": "several logs of seed 2", "scores": "val_bpb is"},
     ),
     "a crash": (
-        lambda d: change(d / "train_seed2.log", r"(?s)^step:5/.*", "Traceback (most recent call last):\n"),
+        lambda d: change(
+            d / "train_seed2.log", r"(?s)^step:5/.*", "Traceback (most recent call last):\n"
+        ),
         {"seeds": "no final score in train_seed2.log", "bytes": "train_seed2.log states no total"},
     ),
     "a PARTIAL score": (
         lambda d: change(d / "train_seed2.log", r"\bval_(loss|bpb)(?=:)", r"PARTIAL_\1"),
         {"seeds": "PARTIAL score in train_seed2.log"},
     ),
-    "a model": (lambda d: (d / "final.ptz").write_bytes(b""), {"files": "do not belong here: final.ptz"}),
-    "data": (lambda d: (d / "fineweb_val_000000.bin").write_bytes(b""), {"files": "here: fineweb_val_000000.bin"}),
-    "a syntax error": (lambda d: change(d / "train_gpt.py", "^import os$", "import os as"), {"syntax": "train_gpt.py"}),
-    "no UTF-8": (lambda d: (d / "train_gpt.py").write_bytes(b"# \xff"), {"syntax": "can't decode byte"}),
+    "a model": (
+        lambda d: (d / "final.ptz").write_bytes(b""),
+        {"files": "do not belong here: final.ptz"},
+    ),
+    "data": (
+        lambda d: (d / "fineweb_val_000000.bin").write_bytes(b""),
+        {"files": "here: fineweb_val_000000.bin"},
+    ),
+    "a syntax error": (
+        lambda d: change(d / "train_gpt.py", "^import os$", "import os as"),
+        {"syntax": "train_gpt.py"},
+    ),
+    "no UTF-8": (
+        lambda d: (d / "train_gpt.py").write_bytes(b"# \xff"),
+        {"syntax": "can't decode byte"},
+    ),
     "a bad name": (lambda d: d.rename(d.with_name("my record")), {"name": "my record"}),
 }
 
 
-CONFINED = set(FAULTS) - {"no script", "no submission", "a crash", "over the cap", "a PARTIAL score", "one seed twice"}
+CONFINED = set(FAULTS) - {
+    "no script",
+    "no submission",
+    "a crash",
+    "over the cap",
+    "a PARTIAL score",
+    "one seed twice",
+}
 CONFINED -= {"nested lists", "a mad log"}
 CONFINED -= {"a syntax error", "no UTF-8"}  # these change the script's size as well
 
@@ -458,7 +611,11 @@ def test_the_limits_of_the_record_track(copy, tmp_path):
     assert "eval 600.500 s at most, less than 600 s each allowed" in failed(record)["time"]
     change(record / "train_seed1.log", r"^total_eval_time:.*", "total_eval_time:599.5s")
     assert "time" not in failed(record)
-    change(record / "train_seed1.log", r"^(warmup_step:)", r"resumed:logs/x.step00000003.npz step:3\n\1")
+    change(
+        record / "train_seed1.log",
+        r"^(warmup_step:)",
+        r"resumed:logs/x.step00000003.npz step:3\n\1",
+    )
     assert "interrupted and resumed: train_seed1.log" in failed(record)["time"]
 
 
@@ -483,8 +640,12 @@ def test_a_folder_of_a_stranger_is_checked_by_its_own_dialect(tmp_path, dialect)
     (folder / "train.log").write_text(getattr(helpers_logs, dialect)())
     run = Run.read(folder / "train.log")
     (folder / "train_gpt.py").write_text("#" * run.bytes_code)
-    (folder / "README.md").write_text(f"# S\n\n| Seed | bpb |\n|---|---|\n| {run.seed or 42} | {run.score.bpb:.4f} |\n")
-    fields = dict.fromkeys(("author", "github_id", "name", "blurb"), "x") | {"date": "2026-04-05T00:00:00Z"}
+    (folder / "README.md").write_text(
+        f"# S\n\n| Seed | bpb |\n|---|---|\n| {run.seed or 42} | {run.score.bpb:.4f} |\n"
+    )
+    fields = dict.fromkeys(("author", "github_id", "name", "blurb"), "x") | {
+        "date": "2026-04-05T00:00:00Z"
+    }
     fields |= {"val_bpb": run.score.bpb, "val_loss": run.score.loss, "bytes_total": run.bytes_total}
     (folder / "submission.json").write_text(json.dumps(fields))
     assert set(failed(folder)) <= {"source"}
@@ -533,7 +694,9 @@ def test_a_script_that_fails_in_its_first_steps_is_found(copy):
 
 
 @pytest.mark.slow
-def test_the_command_line_is_silent_but_for_the_table_and_says_by_its_status_whether_all_holds(copy, tmp_path):
+def test_the_command_line_is_silent_but_for_the_table_and_says_by_its_status_whether_all_holds(
+    copy, tmp_path
+):
     command = [sys.executable, ROOT / "records" / "check_record.py", copy]
     environment = full_environment({})
     good = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
@@ -543,7 +706,10 @@ def test_the_command_line_is_silent_but_for_the_table_and_says_by_its_status_whe
     assert lines[:2] == ["| check | finding | |", "|---|---|---|"]
     assert all(line.startswith("| ") and line.endswith((" pass |", " - |")) for line in lines[2:])
     assert "| smoke | ITERATIONS=10 TRAIN_BATCH_TOKENS=4096 TRAIN_SEQ_LEN=256 | pass |" in lines
-    assert any(line.startswith("| evaluation | eval_sliding.py: final_sliding_window_exact val_loss") for line in lines)
+    assert any(
+        line.startswith("| evaluation | eval_sliding.py: final_sliding_window_exact val_loss")
+        for line in lines
+    )
     resubmit(copy, val_bpb=1.0)
     bad = run_in_process(check_record.main, {}, tmp_path, "--no-run", copy)
     assert bad.code == 1
@@ -586,9 +752,13 @@ def test_welch_and_the_bar_of_the_challenge():
     assert "worse by 0.00920 bits per byte" in worse.verdict
     assert "No test" in row.compare([1.07], nats).verdict
     assert row.compare([1.07], nats).reached is None
-    almost = row.compare([1.0791, 1.0793, 1.0795], nats)  # p < 0.01 that it is better, but by less than the bar
+    almost = row.compare(
+        [1.0791, 1.0793, 1.0795], nats
+    )  # p < 0.01 that it is better, but by less than the bar
     assert almost.reached is False
-    assert row.compare([1.03, 1.07, 1.11], nats).reached is False, "by more than the bar, but not surely"
+    assert row.compare([1.03, 1.07, 1.11], nats).reached is False, (
+        "by more than the bar, but not surely"
+    )
     # By hand: three against three of equal spread s, t = d / (s * sqrt(2 / 3)), 4 degrees of freedom.
     from scipy.stats import t
 
@@ -599,7 +769,10 @@ def test_welch_and_the_bar_of_the_challenge():
 def test_rows_and_logs_are_compared_with_runs_of_the_same_text_only(workshop):
     run = Run.read(workshop.log(1))
     challenge = replace_targets(run, 40_540_160)
-    row, logs = leaderboard.find_baseline(["1394"]), leaderboard.find_baseline([str(workshop.log(2))])
+    row, logs = (
+        leaderboard.find_baseline(["1394"]),
+        leaderboard.find_baseline([str(workshop.log(2))]),
+    )
     assert row.same_text(challenge)
     assert not row.same_text(run)
     assert logs.same_text(run)
@@ -611,7 +784,9 @@ def test_rows_and_logs_are_compared_with_runs_of_the_same_text_only(workshop):
 
 
 def replace_targets(run: Run, targets: int) -> Run:
-    return replace(run, text=re.sub(r'"target_tokens": \d+', f'"target_tokens": {targets}', run.text))
+    return replace(
+        run, text=re.sub(r'"target_tokens": \d+', f'"target_tokens": {targets}', run.text)
+    )
 
 
 def test_the_rows_of_the_leaderboard_are_in_order_and_consistent():

@@ -42,8 +42,12 @@ def mismatches(readme: Path) -> list[str]:
         log = readme.parent / re.search(r"\(([^)]+)\)", row["log"])[1]
         events, text = events_of(log), log.read_text(encoding="utf-8")
         train = events["train_summary"]
-        before = re.search(r"^pre-quantization \S+ (val|PARTIAL)_loss:\S+ \w+_bpb:(\S+)", text, re.MULTILINE)
-        nearest = re.search(r"^quantized round to nearest \w+_loss:\S+ \w+_bpb:(\S+)", text, re.MULTILINE)
+        before = re.search(
+            r"^pre-quantization \S+ (val|PARTIAL)_loss:\S+ \w+_bpb:(\S+)", text, re.MULTILINE
+        )
+        nearest = re.search(
+            r"^quantized round to nearest \w+_loss:\S+ \w+_bpb:(\S+)", text, re.MULTILINE
+        )
         measured = {
             "run": row["run"],
             "seed": re.search(r"^model_params.* seed:(\d+)", text, re.MULTILINE)[1],
@@ -54,7 +58,10 @@ def mismatches(readme: Path) -> list[str]:
             "PARTIAL float" if train["partial"] else "float": f"{float(before[2]):.4f}",
         }
         if not train["partial"]:
-            measured |= {"int6": f"{train['val_bpb']:.4f}", "sliding": f"{events['eval_summary']['val_bpb']:.4f}"}
+            measured |= {
+                "int6": f"{train['val_bpb']:.4f}",
+                "sliding": f"{events['eval_summary']['val_bpb']:.4f}",
+            }
         if nearest and not train["partial"]:
             gap = float(nearest[1]) - train["val_bpb_float"]
             measured |= {"nearest": f"{float(nearest[1]):.4f}"}
@@ -72,16 +79,22 @@ def test_every_figure_in_a_results_table_is_the_one_in_its_log(readme):
     assert mismatches(readme) == []
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "records").rglob("codec_table.txt")), ids=lambda p: p.parent.name)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "records").rglob("codec_table.txt")), ids=lambda p: p.parent.name
+)
 def test_a_codec_table_in_a_readme_is_what_the_tool_printed(path):
     table = path.read_text(encoding="utf-8").strip()
     assert table.startswith("| tensors | weights | entropy |")
     assert table in (path.parent / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("readme", [p for p in READMES if "Means of n" in p.read_text()], ids=lambda p: p.parent.name)
+@pytest.mark.parametrize(
+    "readme", [p for p in READMES if "Means of n" in p.read_text()], ids=lambda p: p.parent.name
+)
 def test_the_means_in_the_text_are_those_of_the_logs(readme):
-    stated = re.findall(r"token-routed (\d\.\d{4}), dense\s+(\d\.\d{4})", readme.read_text(encoding="utf-8"))
+    stated = re.findall(
+        r"token-routed (\d\.\d{4}), dense\s+(\d\.\d{4})", readme.read_text(encoding="utf-8")
+    )
     scores = {"token-routed (zipf)": [], "dense control": []}
     for row in table_rows(readme):
         log = readme.parent / re.search(r"\(([^)]+)\)", row["log"])[1]
@@ -91,8 +104,12 @@ def test_the_means_in_the_text_are_those_of_the_logs(readme):
 
 def test_the_packed_script_alone_repeated_a_log_of_its_folder():
     folder = ROOT / "records" / "track_non_record_16mb" / "2026-11-24_CpuProfile"
-    first, again = (runlog.Run.read(folder / name) for name in ("train_seed42.log", "repeated/seed42.txt"))
-    assert [row[:3:2] for row in again.train] == [row[:3:2] for row in first.train]  # steps and losses
+    first, again = (
+        runlog.Run.read(folder / name) for name in ("train_seed42.log", "repeated/seed42.txt")
+    )
+    assert [row[:3:2] for row in again.train] == [
+        row[:3:2] for row in first.train
+    ]  # steps and losses
     assert [row[:4] for row in again.finals] == [row[:4] for row in first.finals]
     assert again.score.bpb == first.score.bpb
     assert again.bytes_total == first.bytes_total
@@ -104,10 +121,17 @@ QUANTIZATION_STUDY = ROOT / "records" / "track_non_record_16mb" / "2026-11-22_Qu
 
 def last_budget(log: Path) -> dict[str, dict[str, float]]:
     """The last table of a log of bytes by role, those of its rows that have weights."""
-    table = re.split(r"^role +weights +bytes +bits/weight +entropy floor$", log.read_text(), flags=re.MULTILINE)[-1]
-    rows = re.findall(r"^(\w+) +([\d,]+) +([\d,]+) +([\d.]+) +([\d,]+)$", table.split("\ntotal ")[0], re.MULTILINE)
+    table = re.split(
+        r"^role +weights +bytes +bits/weight +entropy floor$", log.read_text(), flags=re.MULTILINE
+    )[-1]
+    rows = re.findall(
+        r"^(\w+) +([\d,]+) +([\d,]+) +([\d.]+) +([\d,]+)$", table.split("\ntotal ")[0], re.MULTILINE
+    )
     columns = ("weights", "bytes", "bits", "floor")
-    return {role: dict(zip(columns, (float(x.replace(",", "")) for x in cells), strict=True)) for role, *cells in rows}
+    return {
+        role: dict(zip(columns, (float(x.replace(",", "")) for x in cells), strict=True))
+        for role, *cells in rows
+    }
 
 
 @pytest.mark.parametrize(("name", "roles"), [("zipf", {"matrix", "expert"}), ("dense", {"matrix"})])
@@ -119,10 +143,17 @@ def test_the_quantization_study_states_how_close_to_its_entropy_the_artifact_is(
     assert all(1 <= budget[role]["bytes"] / budget[role]["floor"] < 1.02 for role in roles)
     assert budget["embedding"]["bytes"] < budget["embedding"]["floor"]
     text = (QUANTIZATION_STUDY / "README.md").read_text(encoding="utf-8")
-    left = {row["gap left"] for row in table_rows(QUANTIZATION_STUDY / "README.md") if "gap left" in row}
+    left = {
+        row["gap left"] for row in table_rows(QUANTIZATION_STUDY / "README.md") if "gap left" in row
+    }
     assert len(left) == 1
-    assert f"leave {left.pop()} of the loss of rounding to nearest" in MAIN.read_text(encoding="utf-8")
-    assert "Bits per weight stay within 2 % of the entropy of the symbols in both logs (matrix and expert rows" in text
+    assert f"leave {left.pop()} of the loss of rounding to nearest" in MAIN.read_text(
+        encoding="utf-8"
+    )
+    assert (
+        "Bits per weight stay within 2 % of the entropy of the symbols in both logs (matrix and expert rows"
+        in text
+    )
 
 
 def test_a_wrong_figure_in_a_table_is_found(tmp_path):
@@ -139,8 +170,14 @@ def test_line_and_function_limits():
     assert len((ROOT / "train_gpt.py").read_text().splitlines()) <= 1500
     assert len((ROOT / "eval_sliding.py").read_text().splitlines()) < 500
     for path in SHIPPED:
-        functions = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef)]
-        long = [n.name for n in functions if n.end_lineno - n.lineno + 1 > (150 if n.name == "train" else 80)]
+        functions = [
+            n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef)
+        ]
+        long = [
+            n.name
+            for n in functions
+            if n.end_lineno - n.lineno + 1 > (150 if n.name == "train" else 80)
+        ]
         assert long == []
 
 
@@ -157,19 +194,27 @@ def test_eval_sliding_defines_no_module_and_reads_the_environment_only_through_t
     tree = ast.parse((ROOT / "eval_sliding.py").read_text())
     assert not any(isinstance(n, ast.ClassDef) for n in ast.walk(tree))
     for path, allowed in zip(SHIPPED, ("from_torchrun", None), strict=True):
-        functions = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef)]
+        functions = [
+            n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef)
+        ]
         readers = {
             f.name
             for f in functions
             for n in ast.walk(f)
-            if isinstance(n, ast.Attribute) and n.attr == "environ" and isinstance(n.value, ast.Name)
+            if isinstance(n, ast.Attribute)
+            and n.attr == "environ"
+            and isinstance(n.value, ast.Name)
         }
         assert readers <= {"main", allowed}, readers
 
 
 def test_every_knob_is_read_somewhere():
     text = "\n".join(path.read_text() for path in SHIPPED)
-    unused = [f.name for f in fields(train_gpt.Hyperparameters) if not re.search(rf"(hp|self)\.{f.name}\b", text)]
+    unused = [
+        f.name
+        for f in fields(train_gpt.Hyperparameters)
+        if not re.search(rf"(hp|self)\.{f.name}\b", text)
+    ]
     assert unused == []
 
 
@@ -199,22 +244,33 @@ def test_the_scores_and_gains_of_the_evaluation_study_are_those_of_its_logs():
         logged = [eval_summary(f"{kind}_seed{seed}") for kind in ("sliding", "ttt")]
         before, after = (event["val_bpb"] for event in logged)
         assert [event["ttt"] for event in logged] == ["off", "sgd"]
-        assert (sliding, trained, gain) == (f"{before:.4f}", f"{after:.4f}", f"{before - after:.4f}")
+        assert (sliding, trained, gain) == (
+            f"{before:.4f}",
+            f"{after:.4f}",
+            f"{before - after:.4f}",
+        )
         assert f" seed:{seed}\n" in (STUDY / f"train_seed{seed}.txt").read_text(encoding="utf-8")
         gains.append(before - after)
-    mean, deviation = re.search(r"^Mean gain (\S+), standard deviation (\S+), n = 3\.", text, re.M).groups()
+    mean, deviation = re.search(
+        r"^Mean gain (\S+), standard deviation (\S+), n = 3\.", text, re.M
+    ).groups()
     assert (mean, deviation) == (f"{statistics.mean(gains):.4f}", f"{statistics.stdev(gains):.4f}")
     assert f"| score-first test-time training | -{mean}, " in MAIN.read_text(encoding="utf-8")
     assert min(gains) > 0
 
 
 def test_the_speed_in_the_evaluation_study_is_that_of_its_self_check():
-    text, log = ((STUDY / name).read_text(encoding="utf-8") for name in ("README.md", "sliding_seed1337.txt"))
+    text, log = (
+        (STUDY / name).read_text(encoding="utf-8") for name in ("README.md", "sliding_seed1337.txt")
+    )
     pattern = r"plain_bpb:(\S+) fast_bpb:(\S+) largest_difference:(\S+) nats, plain tok/s: (\d+) fast tok/s: (\d+)"
     plain_bpb, fast_bpb, worst, plain_rate, fast_rate = re.search(pattern, log).groups()
     assert f"| one window at a time | {plain_bpb} | {int(plain_rate):,} |" in text
     assert f"| eval_sliding.py | {fast_bpb} | {int(fast_rate):,} |" in text
-    assert f"loss is {worst} nats, and eval_sliding.py is {int(fast_rate) / int(plain_rate):.1f} times as fast" in text
+    assert (
+        f"loss is {worst} nats, and eval_sliding.py is {int(fast_rate) / int(plain_rate):.1f} times as fast"
+        in text
+    )
     assert abs(float(plain_bpb) - float(fast_bpb)) < 1e-6
     assert fast_bpb == f"{eval_summary('sliding_seed1337')['val_bpb']:.8f}"
 
@@ -222,7 +278,9 @@ def test_the_speed_in_the_evaluation_study_is_that_of_its_self_check():
 def test_the_sweep_ranks_and_audits_in_the_evaluation_study_are_those_of_its_logs():
     text = (STUDY / "README.md").read_text(encoding="utf-8")
     runs = (STUDY / "sweep.txt").read_text(encoding="utf-8").split("sliding evaluation of ")[1:]
-    rows = re.findall(r"^\| (\S+) \| (\S+) \| (\S+) \| (\S+) \| (\d\.\d{5}) \|$", text, re.MULTILINE)
+    rows = re.findall(
+        r"^\| (\S+) \| (\S+) \| (\S+) \| (\S+) \| (\d\.\d{5}) \|$", text, re.MULTILINE
+    )
     assert len(rows) == len(runs)
     for chunk, rate, epochs, scope, bpb in rows:
         knobs = f"ttt:sgd ttt_scope:{scope} ttt_lr:{rate} ttt_momentum:0.9 ttt_epochs:{epochs} ttt_chunk_tokens:"
@@ -231,12 +289,19 @@ def test_the_sweep_ranks_and_audits_in_the_evaluation_study_are_those_of_its_log
         partial = re.search(r"^final_\w+ \S+ PARTIAL_bpb:(\S+)", run, re.MULTILINE)[1]
         assert f"{float(partial):.5f}" == bpb
     for world in (1, 2):
-        logs = [(STUDY / f"world{world}_{ttt}.txt").read_text(encoding="utf-8") for ttt in ("off", "sgd")]
+        logs = [
+            (STUDY / f"world{world}_{ttt}.txt").read_text(encoding="utf-8")
+            for ttt in ("off", "sgd")
+        ]
         scores = [re.search(r"^final_\w+ \S+ PARTIAL_bpb:(\S+)$", log, re.M)[1] for log in logs]
         assert f"| {world} | {scores[0]} | {scores[1]} |" in text
         assert all(f"world_size:{world}\n" in log for log in logs)
     for name in ("audit_sliding", "audit_ttt"):
-        table = [x for x in (STUDY / f"{name}.txt").read_text(encoding="utf-8").splitlines() if x.startswith("|")]
+        table = [
+            x
+            for x in (STUDY / f"{name}.txt").read_text(encoding="utf-8").splitlines()
+            if x.startswith("|")
+        ]
         assert "\n".join(table) in text
         assert all(row.endswith("| pass |") for row in table[2:])
 
@@ -293,8 +358,13 @@ def row_of(diagnosis: str, section: str, name: str) -> list[float]:
 def test_the_routing_study_quotes_its_diagnoses():
     text = " ".join((ROUTING_STUDY / "README.md").read_text(encoding="utf-8").split())
     zipf, learned = (f"{name}_seed1_diagnosis.md" for name in ("zipf", "learned"))
-    assert f"first layer costs {row_of(zipf, 'Specialisation', '0')[0]:.2f} nats per token under zipf" in text
-    kept = [f"{row_of(learned, 'Specialisation', layer)[-1]:.0%}".replace("%", " %") for layer in "02"]
+    assert (
+        f"first layer costs {row_of(zipf, 'Specialisation', '0')[0]:.2f} nats per token under zipf"
+        in text
+    )
+    kept = [
+        f"{row_of(learned, 'Specialisation', layer)[-1]:.0%}".replace("%", " %") for layer in "02"
+    ]
     assert f"in the first layer {kept[0]} of its choices" in text
     assert f"in the third {kept[1]}" in text
     q, k, v = (f"{row_of(zipf, 'Cost of zeroing', f'mu into {part}')[0]:.2f}" for part in "qkv")
@@ -309,8 +379,13 @@ def test_the_routing_study_counts_its_operations():
     text = (ROUTING_STUDY / "README.md").read_text(encoding="utf-8")
     width, heads, kv_dim, window, layers = 32, 32, 16, 128, 3  # heads: of all together
     attention = 2 * width * heads + 2 * width * kv_dim + 2 * heads * window // 2
-    dense, routed = (layers * (attention + 2 * width * units) + width * 1024 for units in (192, 80 + 24))
-    assert f"dense {dense:,} (attention 3 x {attention:,}, MLP 3 x {2 * width * 192:,}, head {width * 1024:,})" in text
+    dense, routed = (
+        layers * (attention + 2 * width * units) + width * 1024 for units in (192, 80 + 24)
+    )
+    assert (
+        f"dense {dense:,} (attention 3 x {attention:,}, MLP 3 x {2 * width * 192:,}, head {width * 1024:,})"
+        in text
+    )
     assert f"{routed:,}" in text
     steps = re.search(r"on ([\d,]+) steps instead of ([\d,]+)", text).groups()
     more, base = (int(number.replace(",", "")) for number in steps)

@@ -13,7 +13,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_model, tiny_hp
-from helpers_cli import ALONE, Dataset, Result, assert_refused, cli_env, run_in_process, train_losses, write_dataset
+from helpers_cli import (
+    ALONE,
+    Dataset,
+    Result,
+    assert_refused,
+    cli_env,
+    run_in_process,
+    train_losses,
+    write_dataset,
+)
 from helpers_faults import assert_readable, files_in, run_ranks
 
 import train_gpt
@@ -23,7 +32,12 @@ STEPS = 12
 FORMS = {
     "zipf": {},
     "grouped": {"DISPATCH": "grouped"},
-    "learned": {"ROUTING": "learned", "AVERAGE": "swa", "SWA_START_FRAC": 0.5, "WARMDOWN_FRAC": 0.6},
+    "learned": {
+        "ROUTING": "learned",
+        "AVERAGE": "swa",
+        "SWA_START_FRAC": 0.5,
+        "WARMDOWN_FRAC": 0.6,
+    },
     "sgdr": {"SCHEDULE": "sgdr", "MU": "pid", "AVERAGE": "off", "LOOP_FROM": 0.6},
     "bfloat16": {"DTYPE": "bfloat16", "MU": "lowrank", "WARMUP_STEPS": 1},
     "accumulated": {"MICRO_BATCH_TOKENS": 32, "ROUTING": "cluster", "VAL_LOSS_EVERY": 4},
@@ -45,7 +59,9 @@ def run(dataset, tmp_path, monkeypatch):
     of all steps, to the last bit, with the outcome."""
     honest = train_gpt.train_step
 
-    def train(folder: str = "a", dies_after: int | None = None, **knobs) -> tuple[Result | None, list[float]]:
+    def train(
+        folder: str = "a", dies_after: int | None = None, **knobs
+    ) -> tuple[Result | None, list[float]]:
         losses = []
 
         def step(*args) -> torch.Tensor:
@@ -56,7 +72,9 @@ def run(dataset, tmp_path, monkeypatch):
             return loss
 
         (tmp_path / folder).mkdir(exist_ok=True)
-        env = cli_env(dataset, **{"ITERATIONS": STEPS, "LOOP_FROM": 0.5, "GPTQ_BATCHES": 2, **knobs})
+        env = cli_env(
+            dataset, **{"ITERATIONS": STEPS, "LOOP_FROM": 0.5, "GPTQ_BATCHES": 2, **knobs}
+        )
         with monkeypatch.context() as patch:
             patch.setattr(train_gpt, "train_step", step)
             try:
@@ -100,7 +118,9 @@ def test_a_run_that_died_and_resumed_is_the_run_that_did_not(form, run, tmp_path
     assert resumed.code == 0, resumed.err
     assert second[warm:] == expected[warm + 5 :]
     assert "resumed:logs/run.step00000005.npz step:5 train_time:" in resumed.out
-    assert (logs(tmp_path) / "run.ptz").read_bytes() == (logs(tmp_path, "whole") / "run.ptz").read_bytes()
+    assert (logs(tmp_path) / "run.ptz").read_bytes() == (
+        logs(tmp_path, "whole") / "run.ptz"
+    ).read_bytes()
     assert_same(checkpoint(tmp_path, STEPS), checkpoint(tmp_path, STEPS, "whole"))
     assert resumed.summary["val_bpb"] == whole.summary["val_bpb"]
 
@@ -110,11 +130,15 @@ def test_checkpoints_change_nothing_and_are_off_by_default(run, tmp_path):
     _, losses = run("saved", CHECKPOINT_EVERY=1)
     assert losses == expected
     assert files_in(logs(tmp_path, "plain")) == ["run.ptz", "run.txt"]
-    assert (logs(tmp_path, "saved") / "run.ptz").read_bytes() == (logs(tmp_path, "plain") / "run.ptz").read_bytes()
+    assert (logs(tmp_path, "saved") / "run.ptz").read_bytes() == (
+        logs(tmp_path, "plain") / "run.ptz"
+    ).read_bytes()
     assert Hyperparameters().checkpoint_every == ""
 
 
-@pytest.mark.parametrize("lost", ["optimizer0/0/momentum_buffer", "optimizer1/0/exp_avg", "average/tok_emb.weight"])
+@pytest.mark.parametrize(
+    "lost", ["optimizer0/0/momentum_buffer", "optimizer1/0/exp_avg", "average/tok_emb.weight"]
+)
 def test_every_kind_of_state_matters(lost, run, tmp_path):
     """Control: what is resumed with one tensor from the start of the run is another run."""
     whole, expected = run("whole", CHECKPOINT_EVERY=5)
@@ -132,7 +156,10 @@ def test_a_run_that_dies_again_and_again_gets_there(run, tmp_path):
     whole, expected = run("whole", CHECKPOINT_EVERY=3)
     seen: dict[int, float] = {}
     for _ in range(10):
-        start = max((int(name[8:16]) for name in files_in(logs(tmp_path)) if name.endswith("npz")), default=0)
+        start = max(
+            (int(name[8:16]) for name in files_in(logs(tmp_path)) if name.endswith("npz")),
+            default=0,
+        )
         result, losses = run(dies_after=4, CHECKPOINT_EVERY=3, RESUME="auto")
         seen |= dict(enumerate(losses, start))
         if result:
@@ -151,11 +178,17 @@ def test_what_dies_after_the_last_step_needs_no_further_step(run, tmp_path, monk
     assert files_in(logs(tmp_path)) == [f"run.step{STEPS:08d}.npz", "run.txt"]
     resumed, losses = run(CHECKPOINT_EVERY=100, RESUME="auto")
     assert (resumed.code, losses) == (0, [])
-    assert (logs(tmp_path) / "run.ptz").read_bytes() == (logs(tmp_path, "whole") / "run.ptz").read_bytes()
+    assert (logs(tmp_path) / "run.ptz").read_bytes() == (
+        logs(tmp_path, "whole") / "run.ptz"
+    ).read_bytes()
 
 
 def test_a_finished_run_can_be_made_longer_with_the_data_that_follow(run, tmp_path):
-    schedule = {"WARMDOWN_FRAC": 0, "LOOP_FROM": 0, "MUON_MOMENTUM": 0.8}  # no function of the length
+    schedule = {
+        "WARMDOWN_FRAC": 0,
+        "LOOP_FROM": 0,
+        "MUON_MOMENTUM": 0.8,
+    }  # no function of the length
     _, expected = run("long", ITERATIONS=9, **schedule)
     run(ITERATIONS=4, CHECKPOINT_EVERY=100, **schedule)
     _, losses = run(ITERATIONS=9, RESUME="auto", **schedule)
@@ -175,13 +208,22 @@ def test_a_path_resumes_under_another_name(run, tmp_path):
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 4), (4, 2)])
 def test_a_run_resumes_at_another_number_of_ranks(before, after, run, dataset, tmp_path):
     _, expected = run("whole", TRAIN_BATCH_TOKENS=256)
-    env = cli_env(dataset, ITERATIONS=STEPS, LOOP_FROM=0.5, TRAIN_BATCH_TOKENS=256, CHECKPOINT_EVERY=5)
+    env = cli_env(
+        dataset, ITERATIONS=STEPS, LOOP_FROM=0.5, TRAIN_BATCH_TOKENS=256, CHECKPOINT_EVERY=5
+    )
     folder = tmp_path / "ranks"
     folder.mkdir()
-    died = run_ranks("train_gpt", env, folder, f"term train_gpt.train_step 7 {before - 1}", world_size=before)
+    died = run_ranks(
+        "train_gpt", env, folder, f"term train_gpt.train_step 7 {before - 1}", world_size=before
+    )
     assert set(died.codes) == {143}
     resumed = run_ranks(
-        "train_gpt", {**env, "RESUME": "auto"}, folder, "none train_gpt.fit 1 0", world_size=after, limit=100
+        "train_gpt",
+        {**env, "RESUME": "auto"},
+        folder,
+        "none train_gpt.fit 1 0",
+        world_size=after,
+        limit=100,
     )
     assert resumed.codes == [0] * after, resumed.err
     assert "resumed:logs/run.step00000007.npz step:7 " in resumed.out[0]
@@ -195,7 +237,12 @@ def test_a_run_resumes_at_another_number_of_ranks(before, after, run, dataset, t
 
 def test_the_last_two_checkpoints_stay_and_a_signal_or_the_end_makes_one(run, tmp_path):
     result, _ = run(CHECKPOINT_EVERY=5)
-    assert files_in(logs(tmp_path)) == ["run.ptz", "run.step00000010.npz", "run.step00000012.npz", "run.txt"]
+    assert files_in(logs(tmp_path)) == [
+        "run.ptz",
+        "run.step00000010.npz",
+        "run.step00000012.npz",
+        "run.txt",
+    ]
     said = [line.split()[0] for line in result.out.splitlines() if line.startswith("checkpoint:")]
     assert said == [f"checkpoint:logs/run.step{step:08d}.npz" for step in (5, 10, 12)]
 
@@ -207,16 +254,23 @@ def small(tmp_path, monkeypatch, **knobs) -> Checkpoints:
     model = make_model(hp)
     loader = SimpleNamespace(hp=hp, dist=ALONE, num_windows=7)
     average = [p.detach().clone() for p in model.parameters()]
-    return Checkpoints(lambda text: None, model, build_optimizers(hp, model, ALONE), average, loader)
+    return Checkpoints(
+        lambda text: None, model, build_optimizers(hp, model, ALONE), average, loader
+    )
 
 
 @pytest.mark.parametrize(
     ("every", "times", "expected"),
-    [("4", (1, 2, 3, 9, 9.5, 9.9, 10, 30), [4, 8]), ("7s", (1, 6.9, 7, 8, 13.9, 14.1, 14.2, 30), [3, 6, 8])],
+    [
+        ("4", (1, 2, 3, 9, 9.5, 9.9, 10, 30), [4, 8]),
+        ("7s", (1, 6.9, 7, 8, 13.9, 14.1, 14.2, 30), [3, 6, 8]),
+    ],
 )
 def test_the_interval_is_in_steps_or_seconds(every, times, expected, tmp_path, monkeypatch):
     checkpoints, saved = small(tmp_path, monkeypatch, checkpoint_every=every), []
-    monkeypatch.setattr(train_gpt, "write_atomically", lambda path, data: saved.append(int(path.name[8:16])))
+    monkeypatch.setattr(
+        train_gpt, "write_atomically", lambda path, data: saved.append(int(path.name[8:16]))
+    )
     for step, elapsed in enumerate(times, 1):
         checkpoints.save(step, elapsed, 0, now=False)
     assert saved == expected
@@ -236,14 +290,20 @@ def test_a_checkpoint_is_of_every_tensor_that_a_step_changes(run, tmp_path):
     run(CHECKPOINT_EVERY=6)
     early, late = checkpoint(tmp_path, 6), checkpoint(tmp_path, 12)
     model = {name for name in early if name.startswith("model/")}
-    hp = Hyperparameters(**{name: late_knobs(late)[name] for name in train_gpt.MODEL_KNOBS}, eval_stride=8)
+    hp = Hyperparameters(
+        **{name: late_knobs(late)[name] for name in train_gpt.MODEL_KNOBS}, eval_stride=8
+    )
     names = dict(train_gpt.GPT(hp).named_parameters())
     assert model == {f"model/{name}" for name in [*names, "expert_table"]}
-    assert {name for name in early if name.startswith("average/")} == {f"average/{name}" for name in names}
+    assert {name for name in early if name.startswith("average/")} == {
+        f"average/{name}" for name in names
+    }
     moments = {name.rsplit("/", 1)[1] for name in early if name.startswith("optimizer")}
     assert moments == {"momentum_buffer", "exp_avg", "exp_avg_sq", "step"}
     assert np.array_equal(early["model/expert_table"], late["model/expert_table"])
-    assert not np.array_equal(early["optimizer0/0/momentum_buffer"], late["optimizer0/0/momentum_buffer"])
+    assert not np.array_equal(
+        early["optimizer0/0/momentum_buffer"], late["optimizer0/0/momentum_buffer"]
+    )
 
 
 def late_knobs(arrays: dict[str, np.ndarray]) -> dict:
@@ -270,12 +330,16 @@ def test_seconds_of_training_go_on_from_those_of_the_checkpoint(run, tmp_path):
 
 
 @pytest.mark.parametrize("draws", [False, True])
-def test_no_step_draws_from_a_generator_that_a_checkpoint_would_have_to_keep(draws, run, monkeypatch):
+def test_no_step_draws_from_a_generator_that_a_checkpoint_would_have_to_keep(
+    draws, run, monkeypatch
+):
     """With a control that draws once in every evaluation."""
     states, train, evaluate = [], train_gpt.train, train_gpt.evaluate
 
     def observe() -> None:
-        states.append((torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()))
+        states.append(
+            (torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist())
+        )
 
     def observed_train(*args) -> tuple:
         observe()
@@ -310,7 +374,11 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(damage, stopped,
     data = bytearray(path.read_bytes())
     if damage == "flipped":
         data[len(data) // 2] ^= 1
-    path.write_bytes({"cut": data[: len(data) // 2], "empty": b"", "foreign": b"PK" + bytes(500)}.get(damage, data))
+    path.write_bytes(
+        {"cut": data[: len(data) // 2], "empty": b"", "foreign": b"PK" + bytes(500)}.get(
+            damage, data
+        )
+    )
     if damage == "another zip":
         np.savez(path, a=np.zeros(3))
     _, expected = run("whole")
@@ -324,7 +392,11 @@ def test_without_an_intact_checkpoint_nothing_begins_anew(stopped, run):
     for path in stopped.glob("*.npz"):
         path.write_bytes(path.read_bytes()[:-9])
     resumed, losses = run(RESUME="auto")
-    assert_refused(resumed, "run.step00000010.npz: damaged checkpoint", "run.step00000005.npz: damaged checkpoint")
+    assert_refused(
+        resumed,
+        "run.step00000010.npz: damaged checkpoint",
+        "run.step00000005.npz: damaged checkpoint",
+    )
     assert losses == []
 
 
@@ -359,7 +431,10 @@ def test_checkpoints_of_a_run_are_not_overwritten_by_a_new_one(stopped, run):
     before = {path.name: path.read_bytes() for path in stopped.glob("*.npz")}
     for knobs in ({}, {"RESUME": "logs/run.step00000005.npz"}):
         result, losses = run(**knobs, CHECKPOINT_EVERY=5)
-        assert_refused(result, "logs/run.step00000010.npz is there: RESUME=auto goes on from it, another RUN_ID")
+        assert_refused(
+            result,
+            "logs/run.step00000010.npz is there: RESUME=auto goes on from it, another RUN_ID",
+        )
         assert losses == []
     assert {path.name: path.read_bytes() for path in stopped.glob("*.npz")} == before
     result, losses = run(RESUME=stopped / "run.step00000010.npz")
@@ -375,7 +450,10 @@ def test_a_path_without_a_checkpoint_is_refused(run):
 @pytest.mark.parametrize(
     ("knobs", "said"),
     [
-        ({"CHECKPOINT_EVERY": "0"}, "CHECKPOINT_EVERY=0: expected steps as in 500, or s as in 300s"),
+        (
+            {"CHECKPOINT_EVERY": "0"},
+            "CHECKPOINT_EVERY=0: expected steps as in 500, or s as in 300s",
+        ),
         ({"CHECKPOINT_EVERY": "5m"}, "CHECKPOINT_EVERY=5m: expected"),
         ({"CHECKPOINT_EVERY": "-3"}, "CHECKPOINT_EVERY=-3: expected"),
         ({"RESUME": "auto", "RUN_ID": ""}, "RESUME=auto RUN_ID=: RUN_ID says whose checkpoints"),

@@ -25,7 +25,9 @@ ROUTED = [routing for routing in CHOICES["routing"].split() if routing != "dense
 START = {"learned": "modulo", "soft": "modulo", "hybrid": "zipf"}  # tables that routers start from
 
 
-def tables_of(routing: str, num_experts: int, counts: np.ndarray | None = None, tokens=None, **knobs) -> np.ndarray:
+def tables_of(
+    routing: str, num_experts: int, counts: np.ndarray | None = None, tokens=None, **knobs
+) -> np.ndarray:
     """(layers, V, K), by `counts` and, for cluster, a text of 8 classes of tokens or `tokens`."""
     hp = tiny_hp(vocab_size=V, routing=routing, num_experts=num_experts, **knobs)
     tokens = markov_text(V) if tokens is None else tokens
@@ -49,7 +51,10 @@ def test_zipf_loads_are_equal_on_the_counted_corpus(num_experts, seed):
     counts = zipf_counts(V, seed=seed)
     for layer, row in enumerate(table_of("zipf", num_experts, counts)):
         assert imbalance(row, counts, num_experts) < 1.01, f"layer {layer}"
-    assert max(imbalance(row, counts, num_experts) for row in table_of("modulo", num_experts, counts)) > 1.012
+    assert (
+        max(imbalance(row, counts, num_experts) for row in table_of("modulo", num_experts, counts))
+        > 1.012
+    )
 
 
 @pytest.mark.parametrize("num_experts", EXPERTS)
@@ -64,7 +69,9 @@ def test_zipf_loads_are_nearly_equal_on_another_sample_of_the_corpus(num_experts
 @pytest.mark.parametrize("tokens", [0, 1_000, 1_000_000, 50_000_000])
 def test_zipf_spreads_tokens_it_never_saw(num_experts, tokens):
     shares = np.where(np.arange(V) < V // 2, 1 / (np.arange(V) + 3.7), 0)
-    counts = np.random.default_rng(5).permutation(np.random.default_rng(4).multinomial(tokens, shares / shares.sum()))
+    counts = np.random.default_rng(5).permutation(
+        np.random.default_rng(4).multinomial(tokens, shares / shares.sum())
+    )
     unseen = counts == 0
     assert unseen.sum() >= V // 2
     for layer, row in enumerate(table_of("zipf", num_experts, counts)):
@@ -90,7 +97,10 @@ def co_membership_correlations(table: np.ndarray) -> list[float]:
 @pytest.mark.parametrize("num_experts", EXPERTS)
 def test_layers_partition_the_vocabulary_in_unrelated_ways(num_experts):
     for routing in ("zipf", "hash"):  # clusters of 8 classes cannot be unrelated
-        assert max(map(abs, co_membership_correlations(table_of(routing, num_experts, num_layers=6)))) < 0.08, routing
+        assert (
+            max(map(abs, co_membership_correlations(table_of(routing, num_experts, num_layers=6))))
+            < 0.08
+        ), routing
     assert min(co_membership_correlations(table_of("modulo", num_experts))) > 0.999
 
 
@@ -105,7 +115,9 @@ def test_hash_occupancy_is_that_of_random_assignment(num_experts):
 def test_mixer_turns_one_flipped_bit_into_about_sixteen():
     x = np.arange(4096, dtype=np.uint32)
     for bit in range(32):
-        flips = np.unpackbits((mix32(x) ^ mix32(x ^ np.uint32(1 << bit))).view(np.uint8)).mean() * 32
+        flips = (
+            np.unpackbits((mix32(x) ^ mix32(x ^ np.uint32(1 << bit))).view(np.uint8)).mean() * 32
+        )
         assert 13 < flips < 19, f"input bit {bit}"
         low = ((mix32(x) ^ mix32(x ^ np.uint32(1 << bit))) & 1).mean()
         assert 0.4 < low < 0.6, f"input bit {bit}"
@@ -123,7 +135,9 @@ def test_tables_are_deterministic_and_in_range(routing):
     torch.manual_seed(99)
     other = tiny_hp(vocab_size=V, routing=routing, seed=7, model_dim=64, train_seq_len=32)
     assert torch.equal(build_expert_table(other, counts, markov_text(V).copy()), table)
-    others = build_expert_table(replace(hp, num_experts=256, moe_start_layer=3), counts, markov_text(V))
+    others = build_expert_table(
+        replace(hp, num_experts=256, moe_start_layer=3), counts, markov_text(V)
+    )
     assert others.max() > 250
 
 
@@ -134,7 +148,9 @@ def test_tables_depend_on_vocabulary_experts_and_layer_and_those_of_text_on_coun
     assert np.array_equal(other, table) == (routing not in ("zipf", "hybrid", "cluster"))
     assert not np.array_equal(table_of(routing, 8), table)
     late = table_of(routing, 4, moe_start_layer=2)
-    assert np.array_equal(late, table[2:])  # a layer keeps its table whatever the layers before it are
+    assert np.array_equal(
+        late, table[2:]
+    )  # a layer keeps its table whatever the layers before it are
     assert np.array_equal(table[0], table[1]) == (START.get(routing, routing) == "modulo")
 
 
@@ -145,10 +161,18 @@ def test_routers_start_from_tables():
 
 
 def test_tables_are_built_from_knobs_and_training_counts_alone():
-    assert list(inspect.signature(build_expert_table).parameters) == ["hp", "token_counts", "tokens"]
+    assert list(inspect.signature(build_expert_table).parameters) == [
+        "hp",
+        "token_counts",
+        "tokens",
+    ]
     parameters = inspect.signature(cluster_assignments).parameters
     assert list(parameters) == ["tokens", "token_counts", "num_experts", "layers"]
-    assert list(inspect.signature(zipf_assignment).parameters) == ["token_counts", "num_experts", "layer"]
+    assert list(inspect.signature(zipf_assignment).parameters) == [
+        "token_counts",
+        "num_experts",
+        "layer",
+    ]
 
 
 def test_modulo_is_the_remainder_of_the_id():
@@ -196,7 +220,9 @@ def test_second_expert_is_another_one_and_in_every_layer_by_another_rule(routing
     assert np.array_equal(first, table_of(routing, num_experts))
     assert (first != second).all()
     assert table.max() == num_experts - 1
-    if num_experts > 2:  # how far it is from the first differs between layers as often as for independent choices
+    if (
+        num_experts > 2
+    ):  # how far it is from the first differs between layers as often as for independent choices
         steps = (second.astype(int) - first) % num_experts
         for a, b in itertools.combinations(steps, 2):
             assert (a == b).mean() == pytest.approx(1 / (num_experts - 1), abs=0.08)
@@ -223,7 +249,9 @@ def test_clusters_recover_the_classes_of_a_text_and_share_its_tokens_equally(num
     for layer, row in enumerate(clusters):
         assert imbalance(row, counts, num_experts) <= 1.15, f"layer {layer}"
         known = mutual_information(row, classes, counts)
-        assert known > 0.3 * np.log(num_experts), f"layer {layer}"  # all of it: an expert has whole classes
+        assert known > 0.3 * np.log(num_experts), (
+            f"layer {layer}"
+        )  # all of it: an expert has whole classes
         assert known > 4 * mutual_information(zipf[layer], classes, counts), f"layer {layer}"
     for a, b in itertools.combinations(clusters, 2):
         assert not np.array_equal(a, b)

@@ -5,7 +5,21 @@ import re
 
 import pytest
 from helpers_cli import assert_refused, run_in_process
-from helpers_logs import AUDIT, BATCH, CODE, MODEL, NATS, ROLES, SOURCE, STEPS, TARGETS, new, old, ours, scores
+from helpers_logs import (
+    AUDIT,
+    BATCH,
+    CODE,
+    MODEL,
+    NATS,
+    ROLES,
+    SOURCE,
+    STEPS,
+    TARGETS,
+    new,
+    old,
+    ours,
+    scores,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from runlog import RULE, Event, Run, Train, Val, main, one_line
@@ -39,13 +53,26 @@ def test_curves_of_our_dialect(read):
     run = read(ours())
     assert run.train[0] == Train(1, 0.1, 3.9975, 1.0)
     assert [(row.step, row.seconds, row.lr_scale) for row in run.train[1:]] == [
-        (100, 10.0, 1.0), (200, 20.0, 0.4), (300, 30.0, 0.8), (400, 40.0, 0.1)
+        (100, 10.0, 1.0),
+        (200, 20.0, 0.4),
+        (300, 30.0, 0.8),
+        (400, 40.0, 0.1),
     ]
     assert run.val == [Val(STEPS, 46.0, 3.1, 3.1 / NATS)]
     assert (run.steps, run.train_seconds, run.eval_seconds) == (STEPS, 46.0, 11.0)
-    assert (run.tokens_per_step, run.targets, run.scored_bytes, run.params) == (BATCH, TARGETS, 12_000, 675_212)
+    assert (run.tokens_per_step, run.targets, run.scored_bytes, run.params) == (
+        BATCH,
+        TARGETS,
+        12_000,
+        675_212,
+    )
     assert run.hardware == "CPU, 1 process of 2 threads"
-    assert run.versions == {"python": "3.11.7", "torch": "2.13.0+cpu", "numpy": "2.4.6", "commit": "3d916ea"}
+    assert run.versions == {
+        "python": "3.11.7",
+        "torch": "2.13.0+cpu",
+        "numpy": "2.4.6",
+        "commit": "3d916ea",
+    }
     assert run.evaluation["window"] == "256"
     assert run.evaluation["ttt"] == "off"
 
@@ -63,15 +90,38 @@ def test_curves_of_the_old_dialect(read):
 
 def test_curves_of_the_new_dialect_are_timed_in_minutes(read):
     run = read(new())
-    assert [(row.step, row.seconds) for row in run.train] == [(1, 0.0), (500, 48.0), (1000, pytest.approx(102))]
-    assert [(row.step, row.seconds) for row in run.val] == [(0, 0.0), (1000, pytest.approx(102)), (1100, 118.136)]
-    assert (run.steps, run.train_seconds, run.tokens_per_step, run.targets) == (1100, 118.136, 786_432, 45_508_608)
+    assert [(row.step, row.seconds) for row in run.train] == [
+        (1, 0.0),
+        (500, 48.0),
+        (1000, pytest.approx(102)),
+    ]
+    assert [(row.step, row.seconds) for row in run.val] == [
+        (0, 0.0),
+        (1000, pytest.approx(102)),
+        (1100, 118.136),
+    ]
+    assert (run.steps, run.train_seconds, run.tokens_per_step, run.targets) == (
+        1100,
+        118.136,
+        786_432,
+        45_508_608,
+    )
 
 
 def test_a_unix_time_before_every_line_changes_nothing(read):
     plain = read(new())
     stamped = read(re.sub("^", "1776012345.678901 ", new(), flags=re.M))
-    for what in ("train", "val", "finals", "bytes_total", "bytes_code", "knobs", "steps", "targets", "params"):
+    for what in (
+        "train",
+        "val",
+        "finals",
+        "bytes_total",
+        "bytes_code",
+        "knobs",
+        "steps",
+        "targets",
+        "params",
+    ):
         assert getattr(stamped, what) == getattr(plain, what), what
 
 
@@ -117,7 +167,9 @@ def test_bytes_are_those_of_the_last_total_and_never_of_the_raw_checkpoint(read)
         run = read(text)
         assert run.bytes_total == run.bytes_code + run.bytes_model < 16_000_000
     assert read(old()).bytes_total == 15_863_489
-    assert read(old() + "Total submission size int6+lzma: 15900000 bytes\n").bytes_total == 15_900_000
+    assert (
+        read(old() + "Total submission size int6+lzma: 15900000 bytes\n").bytes_total == 15_900_000
+    )
     raw = "".join(line for line in old().splitlines(True) if "int8" not in line)
     assert (read(raw).bytes_model, read(raw).bytes_total) == (None, None)
 
@@ -130,7 +182,11 @@ def test_the_budget_is_the_table_of_the_artifact_not_of_the_dry_run(read):
 
 
 def test_events(read):
-    assert read(ours()).events == [Event(150, "recurrence on"), Event(300, "LR restart"), Event(400, "clock")]
+    assert read(ours()).events == [
+        Event(150, "recurrence on"),
+        Event(300, "LR restart"),
+        Event(400, "clock"),
+    ]
     assert read(new()).events == [Event(700, "recurrence on"), Event(1100, "clock")]
 
 
@@ -141,7 +197,9 @@ def test_audit_rows(read):
 
 @pytest.mark.parametrize("dialect", LOGS)
 def test_a_configuration_is_the_same_for_all_seeds_and_places(dialect, read):
-    places = {"ours": {"run_id": "elsewhere"}, "old": {}, "new": {"directory": "/mnt/elsewhere"}}[dialect]
+    places = {"ours": {"run_id": "elsewhere"}, "old": {}, "new": {"directory": "/mnt/elsewhere"}}[
+        dialect
+    ]
     one, other = read(LOGS[dialect](seed=1)), read(LOGS[dialect](seed=2, **places))
     assert one.configuration == other.configuration
     assert "train_batch_tokens" in one.configuration
@@ -171,16 +229,36 @@ def test_of_two_runs_in_one_file_the_last_counts(dialect, read):
 def test_a_run_that_was_killed_has_what_it_wrote(read):
     run = read(ours().partition("step:300/")[0])
     assert (run.dialect, len(run.train), run.steps, run.train_seconds) == ("ours", 3, 200, 20.0)
-    assert (run.val, run.finals, run.score, run.nats_per_bpb, run.bytes_total) == ([], [], None, None, None)
+    assert (run.val, run.finals, run.score, run.nats_per_bpb, run.bytes_total) == (
+        [],
+        [],
+        None,
+        None,
+        None,
+    )
     assert "no score" in one_line(run)
 
 
 def test_of_a_foreign_text_nothing_is_guessed(read):
     run = read("Once upon a time\nthere were 3/4 of a cake.\n")
     assert (run.dialect, run.train, run.val, run.finals, run.events, run.budget, run.knobs) == (
-        "unknown", [], [], [], [], {}, {}
+        "unknown",
+        [],
+        [],
+        [],
+        [],
+        {},
+        {},
     )
-    assert {run.seed, run.steps, run.score, run.bytes_total, run.targets, run.params, run.tokens_per_step} == {None}
+    assert {
+        run.seed,
+        run.steps,
+        run.score,
+        run.bytes_total,
+        run.targets,
+        run.params,
+        run.tokens_per_step,
+    } == {None}
 
 
 def test_a_loss_that_is_not_finite_is_read(read):
@@ -198,20 +276,32 @@ def test_no_log_and_no_text_are_refused(tmp_path):
 
 
 def test_the_summary_of_a_run_and_its_refusal(tmp_path):
-    for name, text in (("ours.txt", ours()), ("partial.txt", ours(partial=True)), ("old.log", old())):
+    for name, text in (
+        ("ours.txt", ours()),
+        ("partial.txt", ours(partial=True)),
+        ("old.log", old()),
+    ):
         (tmp_path / name).write_text(text, encoding="utf-8")
-    assert_refused(run_in_process(main, {}, tmp_path, "--summary", "old.log"), "old.log", "no train_summary")
+    assert_refused(
+        run_in_process(main, {}, tmp_path, "--summary", "old.log"), "old.log", "no train_summary"
+    )
     assert run_in_process(main, {}, tmp_path, "ours.txt", "old.log").out.count("\n") == 2
 
 
 POINTS = st.lists(
-    st.tuples(st.integers(1, 99), st.integers(1, 60_000), st.floats(0, 20).map(lambda loss: round(loss, 4))),
+    st.tuples(
+        st.integers(1, 99),
+        st.integers(1, 60_000),
+        st.floats(0, 20).map(lambda loss: round(loss, 4)),
+    ),
     min_size=1,
     max_size=8,
 )
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40)
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40
+)
 @given(gaps=POINTS, validated=st.booleans())
 def test_what_is_written_is_read_in_every_dialect(read, gaps, validated):
     """Steps and milliseconds are sums of the gaps, so that both grow along the log."""
@@ -219,16 +309,24 @@ def test_what_is_written_is_read_in_every_dialect(read, gaps, validated):
     for more_steps, more_ms, loss in gaps:
         step, clock = step + more_steps, clock + more_ms
         expected.append((step, clock / 1000, loss))
-        lines["ours"].append(f"step:{step}/999 train_loss:{loss:.6f} train_time:{clock}ms lr_scale:1.000 tok/s: 9")
-        lines["old"].append(f"step:{step}/999 train_loss:{loss:.4f} train_time:{clock}ms step_avg:1.00ms")
-        lines["new"].append(f"{step}/999 train_loss: {loss:.4f} train_time: {clock / 60_000:.1f}m tok/s: 9")
+        lines["ours"].append(
+            f"step:{step}/999 train_loss:{loss:.6f} train_time:{clock}ms lr_scale:1.000 tok/s: 9"
+        )
+        lines["old"].append(
+            f"step:{step}/999 train_loss:{loss:.4f} train_time:{clock}ms step_avg:1.00ms"
+        )
+        lines["new"].append(
+            f"{step}/999 train_loss: {loss:.4f} train_time: {clock / 60_000:.1f}m tok/s: 9"
+        )
         if validated:
             lines["new"].append(f"{step}/999 {scores(loss + 1)}")
             for dialect in ("ours", "old"):
                 lines[dialect].append(f"step:{step}/999 {scores(loss + 1)} train_time:{clock}ms")
     for dialect, written in lines.items():
         run = read("\n".join(written) + "\n")
-        assert [(row.step, row.loss) for row in run.train] == [(step, loss) for step, _, loss in expected]
+        assert [(row.step, row.loss) for row in run.train] == [
+            (step, loss) for step, _, loss in expected
+        ]
         slack = 3.001 if dialect == "new" else 0  # seconds, of the one digit of its minutes
         for row, (_, seconds, _) in zip(run.train, expected, strict=True):
             assert row.seconds == pytest.approx(seconds, abs=slack)
@@ -240,7 +338,9 @@ def test_what_is_written_is_read_in_every_dialect(read, gaps, validated):
 
 
 @given(st.text(max_size=200))
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+@settings(
+    deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60
+)
 def test_no_text_after_a_log_breaks_the_reader(read, tail):
     run = read(f"{new()}{RULE}\n{tail.encode('utf-8', 'ignore').decode()}")
     assert run.train[:3] == read(new()).train

@@ -21,7 +21,9 @@ from helpers_cli import Dataset, assert_refused, cli_env, eval_env, run_in_proce
 import eval_sliding
 import train_gpt
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="counts by Linux's /proc")
+pytestmark = pytest.mark.skipif(
+    not Path("/proc/self/statm").exists(), reason="counts by Linux's /proc"
+)
 
 SOAK_SECONDS = float(os.environ.get("SOAK_SECONDS", "1200"))
 WARM_UP = 24  # cycles, each kind twice; caches of torch and of the allocator grow in the first ones
@@ -67,7 +69,9 @@ def ends(samples: list[Sample], warm_up: int) -> tuple[float, float]:
     return statistics.median(rss[:tenth]), statistics.median(rss[-tenth:])
 
 
-def assert_flat(samples: list[Sample], warm_up: int = WARM_UP, max_growth: int = MAX_GROWTH) -> None:
+def assert_flat(
+    samples: list[Sample], warm_up: int = WARM_UP, max_growth: int = MAX_GROWTH
+) -> None:
     """Handles, threads and files never change after the warm-up, and memory grows by at most `max_growth` bytes."""
     assert len(samples) >= warm_up + 2, f"{len(samples)} cycles are too few"
     for kind in ("handles", "threads", "files"):
@@ -93,14 +97,18 @@ class Cycles:
         self.dataset, self.folder, self.scores = dataset, folder, {}
 
     def score(self, kind: str, form: int, env: dict, *argv: str) -> None:
-        result = run_in_process(eval_sliding.main, eval_env(self.dataset, **env), self.folder, *argv, "logs/run.ptz")
+        result = run_in_process(
+            eval_sliding.main, eval_env(self.dataset, **env), self.folder, *argv, "logs/run.ptz"
+        )
         assert result.code == 0, result.err
         if not argv:
             self.keep(kind, form, result.summary["val_loss"])
 
     def keep(self, kind: str, form: int, loss: float) -> None:
         """A loss that no earlier cycle may change."""
-        assert self.scores.setdefault((kind, form), loss) == loss, f"{kind} of form {form} depends on earlier cycles"
+        assert self.scores.setdefault((kind, form), loss) == loss, (
+            f"{kind} of form {form} depends on earlier cycles"
+        )
 
     def __call__(self, number: int) -> None:
         turn, form = divmod(number, len(FORMS))
@@ -115,17 +123,26 @@ class Cycles:
             self.score("audit", form, {**dtype, **TTT}, "--audit")
         if turn % 4 == 3:
             self.refused(form)
-        for path in (self.folder / "logs").glob("run.*"):  # no temporary file, as those begin with a dot
+        for path in (self.folder / "logs").glob(
+            "run.*"
+        ):  # no temporary file, as those begin with a dot
             path.unlink()
 
     def refused(self, form: int) -> None:
         """Runs that fail where files and memory are in use: amid training, and reading a damaged artifact."""
         artifact = self.folder / "logs" / "run.ptz"
         artifact.write_bytes(artifact.read_bytes()[:-100])
-        damaged = run_in_process(eval_sliding.main, eval_env(self.dataset), self.folder, "logs/run.ptz")
+        damaged = run_in_process(
+            eval_sliding.main, eval_env(self.dataset), self.folder, "logs/run.ptz"
+        )
         assert_refused(damaged, "checksum does not match")
-        goes_on = {"RESUME": "auto", "ITERATIONS": 12}  # from a checkpoint, in the form that has some
-        absurd = cli_env(self.dataset, **{**FORMS[form], **goes_on, "MATRIX_LR": 1e30, "EMBED_LR": 1e30})
+        goes_on = {
+            "RESUME": "auto",
+            "ITERATIONS": 12,
+        }  # from a checkpoint, in the form that has some
+        absurd = cli_env(
+            self.dataset, **{**FORMS[form], **goes_on, "MATRIX_LR": 1e30, "EMBED_LR": 1e30}
+        )
         assert_refused(run_in_process(train_gpt.main, absurd, self.folder), "stopped")
 
 
@@ -147,11 +164,20 @@ def test_cycles_of_training_and_scoring_leave_memory_and_handles_flat(dataset, t
     samples = repeat(cycles, tmp_path, in_time())
     first, last = ends(samples, min(WARM_UP, len(samples) - 1))
     with capsys.disabled():
-        print(f"\nsoak: {len(samples)} cycles in {time.perf_counter() - started:.0f} s, the first {WARM_UP} to warm up")
-        print(f"RSS, medians of the first and last tenth: {first / 2**20:.1f} and {last / 2**20:.1f} MiB")
-        for number in sorted({0, min(WARM_UP, len(samples) - 1), len(samples) // 2, len(samples) - 1}):
+        print(
+            f"\nsoak: {len(samples)} cycles in {time.perf_counter() - started:.0f} s, the first {WARM_UP} to warm up"
+        )
+        print(
+            f"RSS, medians of the first and last tenth: {first / 2**20:.1f} and {last / 2**20:.1f} MiB"
+        )
+        for number in sorted(
+            {0, min(WARM_UP, len(samples) - 1), len(samples) // 2, len(samples) - 1}
+        ):
             sample = samples[number]
-            print(f"cycle {number}: RSS {sample.rss / 2**20:.1f} MiB, {sample.handles} handles, ", end="")
+            print(
+                f"cycle {number}: RSS {sample.rss / 2**20:.1f} MiB, {sample.handles} handles, ",
+                end="",
+            )
             print(f"{sample.threads} threads, {sample.files} files left")
     assert_flat(samples)
 
@@ -210,7 +236,9 @@ def test_what_a_cycle_leaves_behind_is_noticed(tmp_path, kind):
     folder.mkdir()
     assert_flat(repeat(lambda number: None, folder, times(12)), warm_up=2)
     try:
-        samples = repeat(lambda number: ends_of_leaks.append(LEAKS[kind](folder)), folder, times(12))
+        samples = repeat(
+            lambda number: ends_of_leaks.append(LEAKS[kind](folder)), folder, times(12)
+        )
         with pytest.raises(AssertionError, match=f"^{kind}: "):
             assert_flat(samples, warm_up=2)
     finally:

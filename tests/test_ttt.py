@@ -53,13 +53,24 @@ def ttt_hp(**overrides) -> Hyperparameters:
 def make_val(num_targets: int, vocab_size: int = 64, period: int | None = None) -> ValData:
     """Random tokens, repeated after `period`, that stand for random numbers of bytes."""
     generator = torch.Generator().manual_seed(num_targets)
-    tokens = torch.randint(vocab_size, (period or num_targets + 1,), generator=generator, dtype=torch.int32)
+    tokens = torch.randint(
+        vocab_size, (period or num_targets + 1,), generator=generator, dtype=torch.int32
+    )
     tokens = tokens.repeat(1 + num_targets // len(tokens))[: num_targets + 1]
     sizes = torch.randint(1, 9, (num_targets,), generator=generator, dtype=torch.int32)
     return ValData(tokens, sizes, "", False)
 
 
-def run_split(model, hp: Hyperparameters, val: ValData, dist=ALONE, before=None, log=None, started=0.0, forward=None):
+def run_split(
+    model,
+    hp: Hyperparameters,
+    val: ValData,
+    dist=ALONE,
+    before=None,
+    log=None,
+    started=0.0,
+    forward=None,
+):
     """What eval_sliding.py does with a rank's share; `before(windows)` is called before these are scored."""
     scorer = Scorer(forward or model, val, hp, dist, hp.eval_stride, "test")
 
@@ -67,8 +78,12 @@ def run_split(model, hp: Hyperparameters, val: ValData, dist=ALONE, before=None,
         before(windows)
         score_within_memory(scorer, windows)
 
-    epochs = score_split(scorer, model, hp, log or (lambda text: None), started, score if before else None)
-    return SimpleNamespace(sums=scorer.sums[:, :-1], losses=scorer.sums[0, :-1], epochs=epochs.tolist(), scorer=scorer)
+    epochs = score_split(
+        scorer, model, hp, log or (lambda text: None), started, score if before else None
+    )
+    return SimpleNamespace(
+        sums=scorer.sums[:, :-1], losses=scorer.sums[0, :-1], epochs=epochs.tolist(), scorer=scorer
+    )
 
 
 def sliding_losses(model, hp: Hyperparameters, val: ValData) -> torch.Tensor:
@@ -97,10 +112,14 @@ def test_training_that_changes_nothing_gives_the_losses_of_sliding(lr, apart):
 
 
 @pytest.mark.parametrize("segments", [1, 2, 3])
-def test_each_segment_starts_with_the_artifact_and_all_its_other_chunks_are_scored_by_trained_weights(segments):
+def test_each_segment_starts_with_the_artifact_and_all_its_other_chunks_are_scored_by_trained_weights(
+    segments,
+):
     hp, val = ttt_hp(ttt_segments=segments), make_val(192)  # 12 chunks of 16 targets
     model = make_model(hp)
-    differs = (run_split(model, hp, val).losses != sliding_losses(model, hp, val)).view(segments, -1, 16)
+    differs = (run_split(model, hp, val).losses != sliding_losses(model, hp, val)).view(
+        segments, -1, 16
+    )
     assert not differs[:, 0].any()
     assert differs[:, 1:].any(-1).all()
 
@@ -132,12 +151,19 @@ def record_events(monkeypatch, hp: Hyperparameters, num_targets: int) -> list[tu
     events, honest = [], eval_sliding.adapt
 
     def recorded(scorer, optimizer, first, end) -> None:
-        assert bool((scorer.sums[1, first:end] == 1).all()), "an update on targets that were not scored before"
+        assert bool((scorer.sums[1, first:end] == 1).all()), (
+            "an update on targets that were not scored before"
+        )
         events.append(("adapt", first, end, optimizer.param_groups[0]["lr"]))
         honest(scorer, optimizer, first, end)
 
     monkeypatch.setattr(eval_sliding, "adapt", recorded)
-    result = run_split(make_model(hp), hp, make_val(num_targets), before=lambda w: events.append(("score", w.tolist())))
+    result = run_split(
+        make_model(hp),
+        hp,
+        make_val(num_targets),
+        before=lambda w: events.append(("score", w.tolist())),
+    )
     assert result.epochs == [sum(event[0] == "adapt" for event in events)] * 2
     assert bool((result.sums[1] == 1).all())
     return events
@@ -147,11 +173,21 @@ def record_events(monkeypatch, hp: Hyperparameters, num_targets: int) -> list[tu
     ("num_targets", "changes", "windows_per_chunk", "segments"),
     [
         (160, {}, 4, 2),
-        (157, {"ttt_chunk_tokens": 15, "ttt_epochs": 3}, 3, 2),  # neither chunks nor windows nor tiles come out even
+        (
+            157,
+            {"ttt_chunk_tokens": 15, "ttt_epochs": 3},
+            3,
+            2,
+        ),  # neither chunks nor windows nor tiles come out even
         (90, {"ttt_chunk_tokens": 3, "ttt_epochs": 1}, 1, 2),  # chunks below a window are one
         (90, {"eval_stride": 16, "ttt_chunk_tokens": 16, "ttt_segments": 4}, 1, 4),
         (131, {"ttt_chunk_tokens": 8, "ttt_segments": 5}, 2, 5),
-        (70, {"ttt_chunk_tokens": 1 << 20, "ttt_segments": 3}, 1 << 18, 3),  # nothing is left to train for
+        (
+            70,
+            {"ttt_chunk_tokens": 1 << 20, "ttt_segments": 3},
+            1 << 18,
+            3,
+        ),  # nothing is left to train for
         (10, {"ttt_segments": 8}, 4, 3),  # more segments than windows
         (1, {"ttt_segments": 8}, 4, 1),
     ],
@@ -185,7 +221,9 @@ def test_a_chunk_is_scored_then_trained_on_and_a_segments_last_one_never(
         assert 1 <= len(segment[-1][0]) <= windows_per_chunk
         for i, (chunk, steps) in enumerate(segment[:-1]):
             lr = hp.ttt_lr / 2 * (1 + math.cos(math.pi * i / (len(segment) - 1)))
-            assert steps == [[chunk[0][1], chunk[-1][2], pytest.approx(lr, rel=1e-12)]] * hp.ttt_epochs
+            assert (
+                steps == [[chunk[0][1], chunk[-1][2], pytest.approx(lr, rel=1e-12)]] * hp.ttt_epochs
+            )
 
 
 # ---- Scopes
@@ -193,31 +231,45 @@ def test_a_chunk_is_scored_then_trained_on_and_a_segments_last_one_never(
 
 IN_SCOPE = {  # by the names of the tensors, as a reader of the state dict would choose them
     "all": lambda name: name != "expert_table",
-    "mu": lambda name: name.rpartition(".")[2].startswith("mu_") or re.search(r"mu_(read|write)\.weight", name),
+    "mu": lambda name: (
+        name.rpartition(".")[2].startswith("mu_") or re.search(r"mu_(read|write)\.weight", name)
+    ),
     "vectors": lambda name: not re.search(r"weight$|expert_|table|router", name),
     "experts": lambda name: re.search(r"expert_(up|down)$", name),
 }
 
 
-@pytest.mark.parametrize("changes", [{}, {"mu": "lowrank"}, {"mu": "pid", "routing": "soft"}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"mu": "lowrank"}, {"mu": "pid", "routing": "soft"}], ids=str
+)
 @pytest.mark.parametrize("scope", SCOPES)
 def test_exactly_the_tensors_of_the_scope_change_and_all_are_restored(scope, changes):
     hp = ttt_hp(ttt_scope=scope, **changes)
     model, changed = make_model(hp), set()
     artifact = copy_of(model)
-    run_split(model, hp, make_val(100), before=lambda _: changed.update(changed_names(artifact, model.state_dict())))
+    run_split(
+        model,
+        hp,
+        make_val(100),
+        before=lambda _: changed.update(changed_names(artifact, model.state_dict())),
+    )
     assert changed == {name for name in artifact if IN_SCOPE[scope](name)}
     assert not changed_names(artifact, model.state_dict())
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
 
 
 def test_every_scope_is_another_one():
-    names = {scope: frozenset(eval_sliding.ttt_parameters(make_model(ttt_hp()), scope)) for scope in SCOPES}
+    names = {
+        scope: frozenset(eval_sliding.ttt_parameters(make_model(ttt_hp()), scope))
+        for scope in SCOPES
+    }
     assert len(set(names.values())) == len(SCOPES)
     assert all(chosen <= names["all"] for chosen in names.values())
 
 
-@pytest.mark.parametrize(("scope", "changes"), [("mu", {"mu": "off"}), ("experts", {"routing": "dense"})])
+@pytest.mark.parametrize(
+    ("scope", "changes"), [("mu", {"mu": "off"}), ("experts", {"routing": "dense"})]
+)
 def test_a_scope_that_the_model_lacks_is_refused(scope, changes):
     hp = ttt_hp(ttt_scope=scope, **changes)
     with pytest.raises(Refusal, match=f"TTT_SCOPE={scope}"):
@@ -229,7 +281,9 @@ def test_a_scope_that_the_model_lacks_is_refused(scope, changes):
 # ---- One update
 
 
-def reference_gradients(model: GPT, val: ValData, first: int, end: int) -> tuple[list[torch.Tensor], float]:
+def reference_gradients(
+    model: GPT, val: ValData, first: int, end: int
+) -> tuple[list[torch.Tensor], float]:
     """Gradients of the mean loss of these targets, read in tiles of a window without context, and their norm."""
     tokens, total = val.tokens.long(), 0.0
     for start in range(first, end, T):
@@ -240,7 +294,9 @@ def reference_gradients(model: GPT, val: ValData, first: int, end: int) -> tuple
     return gradients, math.sqrt(sum(float(g.double().square().sum()) for g in gradients))
 
 
-def reference_steps(model: GPT, val: ValData, hp: Hyperparameters, spans: list[tuple[int, int]]) -> list[float]:
+def reference_steps(
+    model: GPT, val: ValData, hp: Hyperparameters, spans: list[tuple[int, int]]
+) -> list[float]:
     """Plain SGD with momentum on clipped gradients, in place. Returns the norms before clipping."""
     velocity, norms = [torch.zeros_like(p) for p in model.parameters()], []
     for first, end in spans:
@@ -266,7 +322,10 @@ def test_an_update_is_a_plain_step_on_the_mean_loss_of_its_targets(span, batch):
     reference_steps(plain, val, hp, spans)
     for name, tensor in ours.state_dict().items():
         torch.testing.assert_close(tensor, plain.state_dict()[name], rtol=0, atol=1e-5)
-    assert max(float((p.detach() - before[name]).abs().max()) for name, p in ours.named_parameters()) > 1e-2
+    assert (
+        max(float((p.detach() - before[name]).abs().max()) for name, p in ours.named_parameters())
+        > 1e-2
+    )
     assert not scorer.sums.any()
 
 
@@ -277,7 +336,14 @@ def test_gradients_are_clipped_to_a_norm_of_one(scale, clipped):
     model = make_model(hp)
     _, norm = reference_gradients(model, val, 0, 57)
     assert (norm * scale > 1.0) == clipped
-    scorer = Scorer(lambda *args, **kwargs: scale * model(*args, **kwargs), val, hp, ALONE, hp.eval_stride, "test")
+    scorer = Scorer(
+        lambda *args, **kwargs: scale * model(*args, **kwargs),
+        val,
+        hp,
+        ALONE,
+        hp.eval_stride,
+        "test",
+    )
     before = copy_of(model)
     adapt(scorer, torch.optim.SGD(model.parameters(), lr=1.0), 0, 57)
     steps = [p.detach() - before[name] for name, p in model.named_parameters()]
@@ -316,18 +382,27 @@ SECONDS = st.floats(0, 1e6, allow_nan=False)
     per_epoch=SECONDS,
     updates=st.integers(1, 1000),
 )
-def test_epochs_are_as_many_as_fit_the_budget(epochs, budget, elapsed, to_score, per_epoch, updates):
+def test_epochs_are_as_many_as_fit_the_budget(
+    epochs, budget, elapsed, to_score, per_epoch, updates
+):
     hp = replace(ttt_hp(), ttt_epochs=epochs, eval_max_seconds=budget)
-    early, late = (affordable_epochs(hp, seconds, to_score, per_epoch, updates) for seconds in sorted(elapsed))
+    early, late = (
+        affordable_epochs(hp, seconds, to_score, per_epoch, updates) for seconds in sorted(elapsed)
+    )
     assert 0 <= late <= early <= epochs
-    assert affordable_epochs(replace(hp, eval_max_seconds=0.0), late, to_score, per_epoch, updates) == epochs
+    assert (
+        affordable_epochs(replace(hp, eval_max_seconds=0.0), late, to_score, per_epoch, updates)
+        == epochs
+    )
     if budget and per_epoch:
         assert early == 0 or min(elapsed) + to_score + early * per_epoch * updates <= budget
         if early < epochs:
             assert min(elapsed) + to_score + (early + 1.001) * per_epoch * updates > 0.98 * budget
 
 
-def run_by_clock(monkeypatch, budget: float, window_seconds: float, epoch_seconds: float, **changes):
+def run_by_clock(
+    monkeypatch, budget: float, window_seconds: float, epoch_seconds: float, **changes
+):
     """A run of 40 windows in 10 chunks, 8 updates, on a clock that scoring and training, which is left out, move."""
     clock, lines = SimpleNamespace(now=100.0), []
 
@@ -340,7 +415,9 @@ def run_by_clock(monkeypatch, budget: float, window_seconds: float, epoch_second
     monkeypatch.setattr(eval_sliding.time, "perf_counter", lambda: clock.now)
     monkeypatch.setattr(eval_sliding, "adapt", timed_adapt)
     hp = ttt_hp(eval_max_seconds=budget, ttt_epochs=3, **changes)
-    result = run_split(make_model(hp), hp, make_val(160), before=timed_score, log=lines.append, started=100.0)
+    result = run_split(
+        make_model(hp), hp, make_val(160), before=timed_score, log=lines.append, started=100.0
+    )
     assert bool((result.sums[1] == 1).all())
     assert bool(result.losses.isfinite().all())
     return SimpleNamespace(epochs=result.epochs, lines=lines, seconds=clock.now - 100.0)
@@ -348,7 +425,13 @@ def run_by_clock(monkeypatch, budget: float, window_seconds: float, epoch_second
 
 @pytest.mark.parametrize(
     ("budget", "least", "most"),
-    [(0.0, 24, 24), (100.0, 24, 24), (60.0, 8, 9), (70.0, 13, 15), (46.0, 3, 3)],  # 40 s of scoring, 48 s of training
+    [
+        (0.0, 24, 24),
+        (100.0, 24, 24),
+        (60.0, 8, 9),
+        (70.0, 13, 15),
+        (46.0, 3, 3),
+    ],  # 40 s of scoring, 48 s of training
 )
 def test_epochs_and_never_targets_are_left_out_to_keep_the_time(budget, least, most, monkeypatch):
     result = run_by_clock(monkeypatch, budget, window_seconds=1.0, epoch_seconds=2.0)
@@ -380,7 +463,9 @@ def test_the_loss_of_every_target_is_the_same_at_any_world_size(ttt, dispatch):
     hp, val = ttt_hp(ttt=ttt, ttt_segments=4, dispatch=dispatch), make_val(131)
     model, sums = make_model(hp), []
     for world_size in (1, 2, 4):
-        ranks = [run_split(model, hp, val, Dist(rank, world_size, CPU)) for rank in range(world_size)]
+        ranks = [
+            run_split(model, hp, val, Dist(rank, world_size, CPU)) for rank in range(world_size)
+        ]
         sums.append(sum(rank.sums for rank in ranks))
         assert all(0 < int(rank.sums[1].sum()) < 131 for rank in ranks) or world_size == 1
         assert bool((sums[-1][1] == 1).all())
@@ -392,7 +477,9 @@ def test_the_number_of_segments_does_change_the_losses():
     """Control of the test above."""
     hp, val = ttt_hp(ttt_segments=4), make_val(131)
     model = make_model(hp)
-    assert not torch.equal(run_split(model, hp, val).losses, run_split(model, replace(hp, ttt_segments=2), val).losses)
+    assert not torch.equal(
+        run_split(model, hp, val).losses, run_split(model, replace(hp, ttt_segments=2), val).losses
+    )
 
 
 # ---- Memory
@@ -401,7 +488,9 @@ def test_the_number_of_segments_does_change_the_losses():
 MEMORY_ERRORS = {
     "cuda": RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"),
     "torch": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
-    "cpu": RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"),
+    "cpu": RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"
+    ),
 }
 
 
@@ -427,15 +516,21 @@ def limited(model: GPT, fits: int, error: Exception, training: bool):
         ("sgd", True, 3, 2, [1], "cpu"),
     ],
 )
-def test_memory_that_runs_out_halves_the_batch_and_leaves_the_losses(ttt, training, batch, fits, left, error, capsys):
+def test_memory_that_runs_out_halves_the_batch_and_leaves_the_losses(
+    ttt, training, batch, fits, left, error, capsys
+):
     hp, val = ttt_hp(ttt=ttt, ttt_chunk_tokens=64, micro_batch_tokens=batch * T), make_val(203)
     model = make_model(hp)
     expected = run_split(model, hp, val)
     assert capsys.readouterr().err == ""
     result = run_split(model, hp, val, forward=limited(model, fits, MEMORY_ERRORS[error], training))
     assert bool((result.sums[1] == 1).all())
-    torch.testing.assert_close(result.losses, expected.losses, rtol=0, atol=1e-4 if ttt == "sgd" else 1e-5)
-    lines = [f"warning: out of memory, {size} windows per forward pass from here on" for size in left]
+    torch.testing.assert_close(
+        result.losses, expected.losses, rtol=0, atol=1e-4 if ttt == "sgd" else 1e-5
+    )
+    lines = [
+        f"warning: out of memory, {size} windows per forward pass from here on" for size in left
+    ]
     assert capsys.readouterr().err.splitlines() == lines
 
 
@@ -453,7 +548,9 @@ def test_an_update_that_runs_out_of_memory_halfway_begins_again_without_its_firs
         scorer = Scorer(forward, val, hp, ALONE, hp.eval_stride, "test")
         adapt(scorer, torch.optim.SGD(model.parameters(), lr=0.1), 0, 100)
         states.append(model.state_dict())
-        assert next(calls) == (3 if fails_at is None else 7)  # 2 batches; then 1, the failure, and 4
+        assert next(calls) == (
+            3 if fails_at is None else 7
+        )  # 2 batches; then 1, the failure, and 4
     for name, tensor in states[0].items():
         torch.testing.assert_close(tensor, states[1][name], rtol=0, atol=1e-5)
 
@@ -472,7 +569,9 @@ def test_an_error_that_is_not_about_memory_is_not_swallowed(training, capsys):
     hp, val = ttt_hp(micro_batch_tokens=4 * T), make_val(101)
     model = make_model(hp)
     with pytest.raises(RuntimeError, match="device-side assert"):
-        run_split(model, hp, val, forward=limited(model, 0, RuntimeError("device-side assert"), training))
+        run_split(
+            model, hp, val, forward=limited(model, 0, RuntimeError("device-side assert"), training)
+        )
     assert capsys.readouterr().err == ""
 
 
@@ -513,7 +612,9 @@ def audited(hp: Hyperparameters, model: GPT | None = None, val: ValData | None =
     """The rows that fail in an audit, by its log; its verdict has to agree with them."""
     lines: list[str] = []
     holds = audit(model or make_model(hp), hp, val or ValData.load(hp, CPU), lines.append)
-    verdicts = dict(re.findall(r"^\| ([^|]+?) \|.*\| (pass|FAIL) \|$", "\n".join(lines), re.MULTILINE))
+    verdicts = dict(
+        re.findall(r"^\| ([^|]+?) \|.*\| (pass|FAIL) \|$", "\n".join(lines), re.MULTILINE)
+    )
     assert list(verdicts) == ROWS
     failed = {row for row, verdict in verdicts.items() if verdict == "FAIL"}
     assert holds == (not failed)
@@ -530,7 +631,9 @@ def test_an_honest_evaluation_passes_its_audit(ttt, dispatch, audit_hp):
     assert not changed_names(artifact, model.state_dict())
 
 
-@pytest.mark.parametrize("changes", [{"eval_stride": 1}, {"eval_stride": 16}, {"eval_seq_len": 9, "eval_stride": 3}])
+@pytest.mark.parametrize(
+    "changes", [{"eval_stride": 1}, {"eval_stride": 16}, {"eval_seq_len": 9, "eval_stride": 3}]
+)
 @pytest.mark.parametrize("ttt", ["off", "sgd"])
 def test_an_honest_evaluation_passes_at_any_stride_and_window(ttt, changes, audit_hp):
     assert audited(replace(audit_hp, ttt=ttt, **changes)) == set()
@@ -590,7 +693,9 @@ def score_twice(honest, scorer, model, hp, log, started, score):
 
 def leave_out(honest, scorer, model, hp, log, started, score):
     """TTT that does not score the first window of the split."""
-    return honest(scorer, model, hp, log, started, lambda windows: score(windows[int(windows[0, 1] == 0) :]))
+    return honest(
+        scorer, model, hp, log, started, lambda windows: score(windows[int(windows[0, 1] == 0) :])
+    )
 
 
 def leave_weights_trained(honest, scorer, model, hp, log, started, score):
@@ -668,7 +773,9 @@ def attend_everywhere(*q_k_v):
 
 @pytest.mark.parametrize("stride", [4, 8])
 @pytest.mark.parametrize(("ttt", "where"), [("off", "first"), ("off", "last"), ("sgd", "all")])
-def test_a_model_that_attends_to_the_next_tokens_fails_its_audit(where, ttt, stride, audit_hp, monkeypatch):
+def test_a_model_that_attends_to_the_next_tokens_fails_its_audit(
+    where, ttt, stride, audit_hp, monkeypatch
+):
     """Whatever EVAL_STRIDE and the layer: tokens must change amid a window, where such a model can look ahead."""
     hp = replace(audit_hp, ttt=ttt, eval_stride=stride)
     model, honest = make_model(hp), train_gpt.attend_at
@@ -676,14 +783,18 @@ def test_a_model_that_attends_to_the_next_tokens_fails_its_audit(where, ttt, str
         for block in model.blocks[: None if where == "all" else -1]:
             block.attn.attend = attend_everywhere
     if where != "first":
-        monkeypatch.setattr(train_gpt, "attend_at", lambda at, q, k, v: honest(0 * at + k.size(1) - 1, q, k, v))
+        monkeypatch.setattr(
+            train_gpt, "attend_at", lambda at, q, k, v: honest(0 * at + k.size(1) - 1, q, k, v)
+        )
     failed = audited(hp, model)
     assert failed >= rows("C1")
     assert not failed & rows("C4, artifact, bytes")
 
 
 @pytest.mark.parametrize("ttt", ["off", "sgd"])
-@pytest.mark.parametrize("change", [lambda nll: nll - 0.1, lambda nll: 0.9 * nll], ids=["offset", "factor"])
+@pytest.mark.parametrize(
+    "change", [lambda nll: nll - 0.1, lambda nll: 0.9 * nll], ids=["offset", "factor"]
+)
 def test_losses_that_are_no_probabilities_fail_the_audit(change, ttt, audit_hp, monkeypatch):
     honest = GPT.forward
 
@@ -719,9 +830,13 @@ def test_a_wrong_rule_for_counting_bytes_fails_the_audit(more, audit_hp, monkeyp
 
 
 @pytest.mark.parametrize(("bos_bytes", "failed"), [(0, ""), (1, "bytes")])
-def test_a_sidecar_may_count_other_bytes_but_none_for_the_start_of_a_document(bos_bytes, failed, tmp_path, audit_hp):
+def test_a_sidecar_may_count_other_bytes_but_none_for_the_start_of_a_document(
+    bos_bytes, failed, tmp_path, audit_hp
+):
     data = write_dataset(tmp_path / "set", val_docs=3)
-    tokens = torch.from_numpy(train_gpt.load_data_shard(data.folder / "fineweb_val_0.bin").astype("int32"))
+    tokens = torch.from_numpy(
+        train_gpt.load_data_shard(data.folder / "fineweb_val_0.bin").astype("int32")
+    )
     sizes = torch.where(tokens == train_gpt.BOS_ID, bos_bytes, 3)
     write_shard(data.folder / "fineweb_val_bytes_0.bin", sizes.tolist())
     assert audited(replace(audit_hp, ttt="off", data_path=str(data.folder))) == rows(failed)
@@ -742,7 +857,9 @@ def artifacts(tmp_path_factory, dataset) -> dict:
     paths = {}
     for dispatch in ("masked", "grouped"):
         folder = tmp_path_factory.mktemp(dispatch)
-        trained = run_in_process(train_gpt.main, cli_env(dataset, DISPATCH=dispatch, GPTQ_BATCHES=0), folder)
+        trained = run_in_process(
+            train_gpt.main, cli_env(dataset, DISPATCH=dispatch, GPTQ_BATCHES=0), folder
+        )
         assert trained.code == 0, trained.err
         paths[dispatch] = folder / "logs" / "run.ptz"
     return paths
@@ -754,7 +871,9 @@ def score(tmp_path, dataset, artifacts):
 
     def run(*argv, dispatch="masked", **knobs):
         (tmp_path / "model.ptz").write_bytes(artifacts[dispatch].read_bytes())
-        return run_in_process(eval_sliding.main, eval_env(dataset, **knobs), tmp_path, *argv, "model.ptz")
+        return run_in_process(
+            eval_sliding.main, eval_env(dataset, **knobs), tmp_path, *argv, "model.ptz"
+        )
 
     return run
 
@@ -828,7 +947,9 @@ def test_the_self_check_scores_windows_again_one_at_a_time(count, checked, score
     result = score("--self-check", count, EVAL_STRIDE=16)
     assert (result.code, result.err) == (0, "")
     numbers = r"plain_bpb:(\S+) fast_bpb:(\S+) largest_difference:(\S+) nats"
-    line = re.search(rf"^self_check: (\d+) of (\d+) windows one at a time: {numbers}", result.out, re.MULTILINE)
+    line = re.search(
+        rf"^self_check: (\d+) of (\d+) windows one at a time: {numbers}", result.out, re.MULTILINE
+    )
     windows = math.ceil(result.summary["target_tokens"] / 16)
     assert (int(line[1]), int(line[2])) == (checked or windows, windows)
     assert float(line[3]) == pytest.approx(float(line[4]), abs=1e-6)
@@ -864,7 +985,9 @@ def test_a_budget_too_short_for_training_still_gives_a_whole_score(score):
 def test_two_processes_report_the_score_of_one(score, dataset, tmp_path):
     """For TTT=off, test_cli.py has the same."""
     alone = score(**TRAINED).summary
-    both = run_command("eval_sliding.py", eval_env(dataset, **TRAINED), tmp_path, "model.ptz", nproc=2)
+    both = run_command(
+        "eval_sliding.py", eval_env(dataset, **TRAINED), tmp_path, "model.ptz", nproc=2
+    )
     assert both.code == 0, both.err
     for name in ("val_bpb", "val_loss"):
         assert both.summary[name] == pytest.approx(alone[name], abs=1e-9)
@@ -906,12 +1029,21 @@ def stop_at(monkeypatch):
 
 @pytest.mark.parametrize("knobs", [{}, TRAINED], ids=["off", "sgd"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_scoring_with_the_partial_score_so_far(number, knobs, score, stop_at, tmp_path):
+def test_a_signal_ends_scoring_with_the_partial_score_so_far(
+    number, knobs, score, stop_at, tmp_path
+):
     handler = stop_at(number, batch=3)  # batches of 4 windows that score 8 targets each
     result = score(**knobs)
-    assert (result.code, result.err) == (128 + number, f"error: interrupted by signal {int(number)}\n")
+    assert (result.code, result.err) == (
+        128 + number,
+        f"error: interrupted by signal {int(number)}\n",
+    )
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == [handler] * 2
-    line = re.search(rf"^interrupted by signal {int(number)}, 64 of (\d+) targets scored here: (.*)$", result.out, re.M)
+    line = re.search(
+        rf"^interrupted by signal {int(number)}, 64 of (\d+) targets scored here: (.*)$",
+        result.out,
+        re.M,
+    )
     assert (tmp_path / "model.txt").read_text() == result.out
     assert result.out.endswith(line[0] + "\n")
     assert re.fullmatch(r"PARTIAL_loss:[\d.]+ PARTIAL_bpb:[\d.]+", line[2])
@@ -924,8 +1056,15 @@ def test_a_signal_ends_scoring_with_the_partial_score_so_far(number, knobs, scor
 def test_a_signal_before_anything_is_scored_says_so(number, score, stop_at):
     handler = stop_at(number, batch=1)
     result = score()
-    assert (result.code, result.err) == (128 + number, f"error: interrupted by signal {int(number)}\n")
-    assert re.search(rf"^interrupted by signal {int(number)}, 0 of \d+ targets scored here: nothing$", result.out, re.M)
+    assert (result.code, result.err) == (
+        128 + number,
+        f"error: interrupted by signal {int(number)}\n",
+    )
+    assert re.search(
+        rf"^interrupted by signal {int(number)}, 0 of \d+ targets scored here: nothing$",
+        result.out,
+        re.M,
+    )
     assert not re.search("bpb|eval_summary", result.out)
     assert signal.getsignal(number) is handler
 
