@@ -39,27 +39,12 @@ setup() {
   PYTHON=$PWD/.venv/bin/python
 }
 
-pick_profile() {
-  local gpus=0 argument
-  if [[ ${DEVICE:-auto} != cpu ]]; then gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())'); fi
-  for NPROC in 8 4 2 1; do if ((NPROC <= gpus)); then break; fi; done
-  NODES=1 NODE_RANK=
-  for argument in "$@"; do
-    [[ $argument == *=* ]] || die "$argument: torchrun arguments are written --name=value here"
-    [[ ${argument//-/_} =~ ^__(nnodes|node_rank|nproc_per_node)=([0-9]+)$ ]] || continue
-    case ${BASH_REMATCH[1]} in
-      nnodes) NODES=${BASH_REMATCH[2]} ;;
-      node_rank) NODE_RANK=${BASH_REMATCH[2]} ;;
-      *) NPROC=${BASH_REMATCH[2]} ;;
-    esac
-  done
-  if ((NODES > 1)) && [[ -z $NODE_RANK ]]; then die "more than one node needs --node_rank=N"; fi
-  if ((NPROC * NODES == 8)); then default PROFILE record; elif ((gpus)); then default PROFILE 1gpu; else default PROFILE cpu; fi
-  case $PROFILE in
+# Sets every knob of the profile $1 that the environment leaves open. Tests and tools read the small models from here.
+set_profile() {
+  case $1 in
     record) ;;  # the defaults of train_gpt.py
-    1gpu) default MAX_WALLCLOCK_SECONDS $((4800 / NPROC / NODES)) ;;  # the GPU-seconds of the record
+    1gpu) default MAX_WALLCLOCK_SECONDS $((4800 / ${NPROC:-1} / ${NODES:-1})) ;;  # the GPU-seconds of the record
     cpu)
-      NPROC=1
       default DTYPE float32  # bfloat16 is several times slower on CPUs without AMX
       default NUM_LAYERS 3
       default MODEL_DIM 128
@@ -87,7 +72,6 @@ pick_profile() {
       default EMBED_BITS 8  # the size is no limit here
       ;;
     smoke)
-      NPROC=1
       default COMPILE 0
       default DTYPE float32
       default NUM_LAYERS 2
@@ -107,8 +91,28 @@ pick_profile() {
       default GPTQ_BATCHES 8
       default EVAL_STRIDE 64
       ;;
-    *) die "PROFILE=$PROFILE: expected record, 1gpu, cpu or smoke" ;;
+    *) die "PROFILE=$1: expected record, 1gpu, cpu or smoke" ;;
   esac
+}
+
+pick_profile() {
+  local gpus=0 argument
+  if [[ ${DEVICE:-auto} != cpu ]]; then gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())'); fi
+  for NPROC in 8 4 2 1; do if ((NPROC <= gpus)); then break; fi; done
+  NODES=1 NODE_RANK=
+  for argument in "$@"; do
+    [[ $argument == *=* ]] || die "$argument: torchrun arguments are written --name=value here"
+    [[ ${argument//-/_} =~ ^__(nnodes|node_rank|nproc_per_node)=([0-9]+)$ ]] || continue
+    case ${BASH_REMATCH[1]} in
+      nnodes) NODES=${BASH_REMATCH[2]} ;;
+      node_rank) NODE_RANK=${BASH_REMATCH[2]} ;;
+      *) NPROC=${BASH_REMATCH[2]} ;;
+    esac
+  done
+  if ((NODES > 1)) && [[ -z $NODE_RANK ]]; then die "more than one node needs --node_rank=N"; fi
+  if ((NPROC * NODES == 8)); then default PROFILE record; elif ((gpus)); then default PROFILE 1gpu; else default PROFILE cpu; fi
+  set_profile "$PROFILE"
+  if [[ $PROFILE == cpu || $PROFILE == smoke ]]; then NPROC=1; fi
 }
 
 pick_data() {
