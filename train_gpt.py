@@ -1,15 +1,17 @@
-"""Train, export and score a token-routed Mixture-of-Experts language model for Parameter Golf, in one file.
+"""Train, export and score a token-routed Mixture-of-Experts language model for Parameter Golf.
 
-Every token id owns one narrow expert per layer beside a wide shared one, by a table frozen before the first step, so
-routing is exact, causal and independent of the batch. eval_sliding.py scores the artifact; both fit 16,000,000 bytes.
+Every token id owns one narrow expert per layer beside a wide shared one, by a table frozen before
+the first step, so routing is exact, causal and independent of the batch. The artifact and the code
+stay below 16,000,000 bytes; eval_sliding.py scores the artifact.
 
-    torchrun --standalone --nproc_per_node=8 train_gpt.py                          # the record: 8xH100, 600 s
-    ITERATIONS=10 TRAIN_BATCH_TOKENS=4096 TRAIN_SEQ_LEN=256 python train_gpt.py    # smoke, on any device
+    torchrun --standalone --nproc_per_node=8 train_gpt.py    # the record: 8xH100, 600 s
+    ITERATIONS=10 TRAIN_BATCH_TOKENS=4096 TRAIN_SEQ_LEN=256 python train_gpt.py    # any device
 """
 
 import base64
 import collections
 import copy
+import datetime
 import difflib
 import fcntl
 import hashlib
@@ -26,13 +28,16 @@ import struct
 import subprocess
 import sys
 import sysconfig
+import threading
 import time
 import warnings
 import zlib
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields, replace
-from functools import partial, partialmethod
+from dataclasses import Field, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import sentencepiece as spm
@@ -40,333 +45,283 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = (
-    20240520,
-    1,
-    256,
-)  # the challenge's .bin header, shared with llm.c
 MAX_SUBMISSION_BYTES = 16_000_000  # code + compressed model, decimal
-LOADER_BYTES = 1_194  # of what unpacks a record's code, LOADER in records/make_record.py
+LOADER_BYTES = 1_194  # of LOADER in records/make_record.py, which unpacks a record's code
 LOG_FOLDER = Path("logs")  # of logs, artifacts and checkpoints, below the working directory
-SIGNALS = (signal.SIGINT, signal.SIGTERM)  # that end a run in good order
+SIGNALS = (signal.SIGINT, signal.SIGTERM)  # end a run in good order
 BOS_ID = 1  # starts every document of a shard
-GATE_CHANNELS = 12  # of the input, that attention gates and SmearGate read
-TABLE_SCORE = {
-    "learned": 1e-3,
-    "hybrid": 2.0,
-    "soft": 0.0,
-}  # of what the table names; the router's come on top
-MATRIX_MU = ("lowrank", "full")  # these write and read mu by matrices, vector and pid by gains
-SWITCH_LOSS = 0.01  # weight of the loss that balances learned experts (arXiv 2101.03961)
+GATE_CHANNELS = 12  # input channels that attention gates and SmearGate read
 
 
-# ---- Hyperparameters -------------------------------------------------------------------------------------------------
-class Refusal(Exception):
-    """Bad input from the user, a file or the machine; entry points print it as one line and exit with status 2."""
+# ---- Model config and knobs ----------------------------------------------------------------------
+
+
+class ConfigError(Exception):
+    """Bad input from the user, a file or the machine: one line and exit status 2."""
 
 
 def require(condition: bool, message: str) -> None:
+    """Raise ConfigError with `message` unless `condition` holds."""
     if not condition:
-        raise Refusal(message)
+        raise ConfigError(message)
+
+
+def knob(default: float, low: float, high: float = math.inf) -> Any:
+    """Declare a number with its range, both ends included."""
+    return field(default=default, metadata={"low": low, "high": high})
+
+
+def choice(*choices: str) -> Any:
+    """Declare a word with its choices, of which the first is the default."""
+    return field(default=choices[0], metadata={"choices": choices})
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What an artifact carries to rebuild its model: env var FOO sets field foo."""
+
+    vocab_size: int = knob(8192, 4, 65_536)  # V
+    train_seq_len: int = knob(2048, 1, 65_536)  # T, tokens
+    num_layers: int = knob(11, 1, 256)  # L
+    model_dim: int = knob(512, GATE_CHANNELS, 65_536)  # D
+    num_heads: int = knob(8, 1)  # H
+    num_kv_heads: int = knob(4, 1)  # each shared by NUM_HEADS / NUM_KV_HEADS query heads
+    rope_dims: int = knob(16, 0, 65_536)  # rotated dimensions of a head, even; 0 = no positions
+    qk_gain_init: float = knob(5.0, 0)  # initial scale of normalised queries, learned per head
+    xsa: bool = True  # takes a head's component along the token's own value out; 0 = off
+    activation: str = choice("leaky_relu2", "swiglu")  # swiglu: two up rows per hidden unit
+    routing: str = choice("zipf", "hash", "modulo", "learned", "hybrid", "soft", "dense")
+    dispatch: str = choice("masked", "grouped")  # one GEMM and a block mask | one GEMM per expert
+    num_experts: int = knob(4, 1, 256)  # E, routed experts per layer
+    expert_dim: int = knob(64, 1, 65_536)  # hidden units of each routed expert
+    shared_dim: int = knob(1792, 1, 65_536)  # hidden units of the shared expert
+    mu: str = choice("vector", "full", "pid", "off")  # guidance of q, k and v by the layer before
+    loop_start: int = knob(3, 0, 1024)  # first layer of the depth recurrence
+    loop_end: int = knob(5, 0, 1024)  # its last layer
+    loop_passes: int = knob(3, 1, 16)  # times its layers run once it is on; 1 = no recurrence
+    routing_per_pass: bool = True  # pass p takes expert (table + p) mod E; 0 = the same expert
+    parallel_start_layer: int = knob(7, 0, 1024)  # MLP beside attention from here; >= L: off
+    ln_scale: bool = True  # normalised inputs of layer l times 1 / sqrt(l + 1); 0 = off
+    skip_gates: bool = True  # a sigmoid per channel mixes U-Net skips in; 0 = they are added
+    attn_gate: bool = True  # each head's result times 2 * sigmoid(12 input channels); 0 = off
+    smear_gate: bool = True  # adds a gated part of the token before, not across BOS; 0 = off
+
+    @property
+    def head_dim(self) -> int:
+        return self.model_dim // self.num_heads
+
+    @property
+    def is_routed(self) -> bool:
+        return self.routing != "dense"
+
+    @property
+    def has_router(self) -> bool:
+        return self.routing in ("learned", "hybrid", "soft")
+
+    def execution_order(self, looped: bool) -> list[int]:
+        """Layers in the order in which they run, with the depth recurrence or without."""
+        layers = list(range(self.num_layers))
+        if not looped or self.loop_passes == 1:
+            return layers
+        end = self.loop_end + 1
+        return layers[:end] + layers[self.loop_start : end] * (self.loop_passes - 1) + layers[end:]
+
+    def validate(self) -> "ModelConfig":
+        """Return this config after all checks of it. Raises ConfigError naming the variables."""
+        check_values(self)
+        heads = f"NUM_HEADS={self.num_heads}"
+        require(
+            self.model_dim % self.num_heads == 0,
+            f"MODEL_DIM={self.model_dim} {heads}: the heads must divide the width",
+        )
+        require(
+            self.num_heads % self.num_kv_heads == 0,
+            f"{heads} NUM_KV_HEADS={self.num_kv_heads}: kv heads must divide the heads",
+        )
+        require(
+            self.rope_dims % 2 == 0 and self.rope_dims <= self.head_dim,
+            f"ROPE_DIMS={self.rope_dims}: must be even, at most {self.head_dim}",
+        )
+        require(
+            self.loop_passes == 1 or self.loop_start <= self.loop_end < self.num_layers,
+            f"LOOP_START={self.loop_start} LOOP_END={self.loop_end} NUM_LAYERS={self.num_layers}: "
+            "no range of layers; LOOP_PASSES=1 turns the recurrence off",
+        )
+        if self.dispatch == "grouped" and self.is_routed:
+            require(
+                not self.has_router,
+                f"ROUTING={self.routing} DISPATCH=grouped: a router learns from all experts",
+            )
+            require(
+                self.expert_dim % 8 == 0 and self.model_dim % 8 == 0,
+                f"EXPERT_DIM={self.expert_dim} MODEL_DIM={self.model_dim}: "
+                "DISPATCH=grouped needs multiples of 8",
+            )
+        return self
 
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """Every knob of a run: env var FOO sets field foo; booleans are 0 or 1. The defaults are the 8xH100 record."""
+    """Every knob of a training: env var FOO sets field foo, here or in `model`; booleans are 0 or 1.
 
-    run_id: str = ""  # names logs/<RUN_ID>.txt and logs/<RUN_ID>.ptz; "" = the time of the start
-    seed: int = 1337  # of initial weights and data order
-    device: str = "auto"  # auto (cuda if there is one) | cuda | cpu
-    dtype: str = "bfloat16"  # of activations and matmuls: bfloat16 | float32; master weights are always float32
-    attention: str = "auto"  # kernel: fa3 (FlashAttention-3) | cudnn | flash | math; auto = the first of them that runs
+    The defaults are the 8xH100 record. Schedules go by the fraction of the budget that is used: of
+    the wall-clock cap if there is one, else of the steps.
+    """
+
+    model: ModelConfig = ModelConfig()
+    run_id: str = ""  # names logs/<RUN_ID>.txt and .ptz; "" = the time of the start
+    seed: int = knob(1337, 0)  # of initial weights and data order
+    dtype: str = choice("bfloat16", "float32")  # of activations; master weights are float32
+    attention: str = choice("auto", "fa3", "cudnn", "flash", "math")  # auto = the first that runs
     compile: bool = True  # torch.compile with fullgraph where a compiler is installed; 0 = eager
-    checkpoint_every: str = (
-        ""  # steps ("500") or s ("300s") between logs/<RUN_ID>.step<N>.npz; two stay; "" = off
-    )
-    resume: str = "off"  # off | auto (the newest intact checkpoint of RUN_ID, if it has any) | path of a checkpoint
+    checkpoint_every: str = ""  # "500" steps or "300s"; goes on from RUN_ID's newest; "" = off
     data_path: str = ""  # folder of shards; "" = data/datasets/fineweb10B_sp<VOCAB_SIZE>
-    tokenizer_path: str = (
-        ""  # SentencePiece model; "" = data/tokenizers/fineweb_<VOCAB_SIZE>_bpe.model
-    )
-    train_batch_tokens: int = 786_432  # tokens per optimizer step, over all ranks
-    micro_batch_tokens: int = (
-        98_304  # tokens per forward pass and rank, at most; gradient accumulation does the rest
-    )
-    val_max_tokens: int = (
-        0  # targets to score; 0 = the whole split, fewer than that is reported as PARTIAL
-    )
-    iterations: int = 20_000  # optimizer steps, at most
-    max_wallclock_seconds: float = (
-        600.0  # s of training, without warm-up and validation; 0 = ITERATIONS alone decides
-    )
-    warmup_steps: int = (
-        3  # steps on random tokens that compile everything before the clock and are undone; 0 = off
-    )
-    train_log_every: int = 200  # steps
-    val_loss_every: int = 0  # steps; 0 = validate at the end only
-    # -- model: from here to smear_gate, what the artifact carries
-    vocab_size: int = 8192  # V
-    train_seq_len: int = 2048  # T, tokens
-    num_layers: int = 11  # L
-    model_dim: int = 512  # D
-    num_heads: int = 8  # H
-    num_kv_heads: int = 4  # each shared by NUM_HEADS / NUM_KV_HEADS query heads
-    rope_dims: int = 16  # rotated dimensions of every head, even; 0 = no position signal
-    qk_gain_init: float = 5.0  # initial scale of the normalised queries, learned per head
-    xsa: bool = (
-        True  # take out of each head's result its component along the token's own value; 0 = off
-    )
-    activation: str = "leaky_relu2"  # leaky_relu2 | relu2 | swiglu (two rows of the up projection per hidden unit)
-    routing: str = "zipf"  # zipf | cluster | hash | modulo: table; learned | hybrid | soft: router; dense: no experts
-    dispatch: str = (
-        "masked"  # masked: one GEMM and a block mask | grouped: sort by expert, one GEMM per expert
-    )
-    num_experts: int = 4  # E, routed experts per layer
-    top_k: int = 1  # K, experts that a token gets, 1 or 2
-    expert_dim: int = 64  # hidden units of each routed expert
-    shared_dim: int = 1792  # hidden units of the shared expert
-    moe_start_layer: int = (
-        0  # first layer with experts; those before it are dense with the same width
-    )
-    mu: str = "vector"  # guidance of q, k and v by the layer before: vector | pid (and velocity) | lowrank | full | off
-    mu_rank: int = 16  # width of mu for MU=lowrank
-    loop_start: int = 3  # first layer of the depth recurrence
-    loop_end: int = 5  # its last layer
-    loop_passes: int = 3  # times its layers are run once it is on; 1 = no recurrence
-    routing_per_pass: bool = (
-        True  # pass p takes expert (table + p) mod E, so that passes differ; 0 = the same expert
-    )
-    parallel_start_layer: int = (
-        7  # from here on attention and MLP read the same input; NUM_LAYERS or more = off
-    )
-    ln_scale: bool = True  # normalised inputs of layer l are multiplied by 1 / sqrt(l + 1); 0 = off
-    skip_gates: bool = True  # a sigmoid per channel mixes U-Net skips in; 0 = they are added
-    attn_gate: bool = True  # each head's result times 2 * sigmoid(12 input channels); 0 = off
-    smear_gate: bool = (
-        True  # adds a gated part of the previous token's embedding, not across BOS; 0 = off
-    )
-    # -- optimizers
-    matrix_lr: float = 0.022  # Muon, per update of spectral norm ~1
-    embed_lr: float = 0.03  # AdamW, tied embedding
-    scalar_lr: float = 0.02  # AdamW, vectors, gains and mu
-    muon_momentum: float = 0.97  # reached linearly from 0.85 in the first tenth of the budget
-    muon_weight_decay: float = 0.095  # decoupled, times the scheduled LR; 0 = off
-    embed_weight_decay: float = 0.085  # decoupled, times the scheduled LR; 0 = off
-    grad_clip_norm: float = 0.3  # global L2 norm; 0 = off
-    # -- schedule and averaging, in fractions of the budget (wall-clock if capped, else steps)
-    schedule: str = (
-        "linear"  # linear: constant, then linear warmdown | sgdr: cosine cycles with restarts
-    )
-    loop_from: float = 0.35  # the depth recurrence is on from this fraction of the budget
-    sgdr_cycles: int = 2  # each twice as long as the last, 0.7 times as high; the last from LOOP_FROM; 1 = no restart
-    warmdown_frac: float = 0.85  # of the budget, for SCHEDULE=linear; 0 = constant
-    min_lr: float = 0.1  # floor of both schedules as a fraction of the peak
-    average: str = "ema"  # ema: over all steps | swa: equal weights from SWA_START_FRAC on | off
-    ema_decay: float = 0.9965  # per step, warmed up as (1 + t) / (10 + t)
-    swa_start_frac: float = 0.85  # of the budget; must lie inside the last descent
-    # -- export
-    matrix_bits: int = 6  # of matrices and experts
-    embed_bits: int = 7  # of the tied embedding
-    matrix_clip: float = (
-        12.85  # k: quantization step = k * std(row) / (2^(bits-1) - 1); larger = smaller file
-    )
-    embed_clip: float = 15.0  # k of the embedding
-    target_bytes: int = (
-        15_980_000  # code + model: one factor on both k solves for it; 0 = k as given
-    )
-    gptq_batches: int = (
-        64  # training micro-batches for the Hessians, over all ranks; 0 = round to nearest
-    )
-    gptq_reserve_seconds: float = 12.0  # s of MAX_WALLCLOCK_SECONDS kept for them
-    gptq_damping: float = 0.01  # added to the Hessian's diagonal, times its mean
-    codec: str = "auto"  # zstd | brotli | auto (the smaller of both)
-    # -- eval_sliding.py
-    eval_stride: int = 64  # targets scored per window
-    eval_seq_len: int = 0  # window, tokens; 0 = TRAIN_SEQ_LEN
-    eval_max_seconds: float = (
-        600.0  # s since the start; epochs of TTT, never targets, are left out to keep it; 0 = off
-    )
-    ttt: str = "off"  # score-first test-time training on what has been scored: sgd | off
-    ttt_scope: str = "all"  # parameters that it changes: all | mu | vectors | experts
-    ttt_lr: float = 0.005  # of the first chunk; a cosine takes it to 0 over the chunks of a segment
-    ttt_momentum: float = 0.9  # of SGD; 0 = off
-    ttt_epochs: int = 3  # steps on a chunk once it is scored, each over all of its targets
-    ttt_chunk_tokens: int = 32_768  # targets scored between two updates
-    ttt_segments: int = (
-        8  # contiguous parts of the split that know nothing of each other; ranks share them
-    )
+    tokenizer_path: str = ""  # "" = data/tokenizers/fineweb_<VOCAB_SIZE>_bpe.model
+    train_batch_tokens: int = knob(786_432, 1)  # tokens per optimizer step, over all ranks
+    micro_batch_tokens: int = knob(98_304, 1)  # tokens per forward pass and rank, at most
+    val_max_tokens: int = knob(0, 0)  # targets to score; 0 = all, fewer are reported as PARTIAL
+    val_loss_every: int = knob(0, 0)  # steps; 0 = validate at the end only
+    iterations: int = knob(20_000, 1)  # optimizer steps, at most
+    max_wallclock_seconds: float = knob(600.0, 0)  # s, no warm-up, no validation; 0 = no cap
+    matrix_lr: float = knob(0.022, 0)  # Muon, per update of spectral norm ~1
+    embed_lr: float = knob(0.03, 0)  # AdamW, tied embedding
+    scalar_lr: float = knob(0.02, 0)  # AdamW, vectors, gains and mu
+    muon_momentum: float = knob(0.97, 0, 1)  # reached from 0.85 in the first tenth of the budget
+    muon_weight_decay: float = knob(0.095, 0)  # decoupled, times the scheduled LR; 0 = off
+    embed_weight_decay: float = knob(0.085, 0)  # decoupled, times the scheduled LR; 0 = off
+    grad_clip_norm: float = knob(0.3, 0)  # global L2 norm; 0 = off
+    schedule: str = choice("linear", "sgdr")  # constant, then warmdown | cosine with a restart
+    loop_from: float = knob(0.35, 0, 1)  # fraction from which the depth recurrence is on
+    warmdown_frac: float = knob(0.85, 0, 1)  # fraction of SCHEDULE=linear that descends; 0 = none
+    min_lr: float = knob(0.1, 0, 1)  # floor of both schedules, fraction of the peak
+    average: str = choice("ema", "swa", "off")  # of all steps | of the last descent's end | none
+    ema_decay: float = knob(0.9965, 0, 1)  # per step, warmed up as (1 + t) / (10 + t)
+    matrix_bits: int = knob(6, 2, 8)  # of matrices and experts
+    embed_bits: int = knob(7, 2, 8)  # of the tied embedding
+    matrix_clip: float = knob(12.85, 0)  # k: scale = k * std(row) / (2^(bits-1) - 1)
+    embed_clip: float = knob(15.0, 0)  # k of the embedding; larger = smaller file
+    target_bytes: int = knob(
+        15_980_000, 0, MAX_SUBMISSION_BYTES - 1
+    )  # code + model; 0 = k as given
+    gptq_batches: int = knob(64, 0, 1 << 20)  # training micro-batches for Hessians; 0 = no GPTQ
 
     @classmethod
     def from_env(cls, environ: dict[str, str]) -> "Hyperparameters":
-        """Read and validate all knobs. Raises Refusal naming the variable and the value."""
-        values = {}
-        for f in (f for f in fields(cls) if f.name.upper() in environ):
-            text, kind = environ[f.name.upper()], type(f.default)
-            try:
-                values[f.name] = {"0": False, "1": True}[text] if kind is bool else kind(text)
-            except (KeyError, ValueError):
-                expected = "0 or 1" if kind is bool else kind.__name__
-                raise Refusal(f"{f.name.upper()}={text!r}: expected {expected}") from None
-        return cls(**values).validate()
+        """Read and validate all knobs. Raises ConfigError naming the variable and the value."""
+        return cls().override(**parse_knobs(cls, environ))
 
-    head_dim = property(lambda hp: hp.model_dim // hp.num_heads)
-    routed_layers = property(
-        lambda hp: range(hp.moe_start_layer, hp.num_layers * (hp.routing != "dense"))
-    )
-    reserved_seconds = property(lambda hp: hp.gptq_reserve_seconds * (hp.gptq_batches > 0))
-    training_seconds = property(
-        lambda hp: max(hp.max_wallclock_seconds - hp.reserved_seconds, 0.0)
-    )  # 0 without a cap
-    dataset_dir = property(
-        lambda hp: Path(hp.data_path or f"data/datasets/fineweb10B_sp{hp.vocab_size}")
-    )
+    def override(self, **knobs: object) -> "Hyperparameters":
+        """Return a validated copy with these knobs, the model's or the run's. Raises ConfigError."""
+        of_model = {name: knobs[name] for name in knobs if name in knob_fields(ModelConfig)}
+        of_run = {name: knobs[name] for name in knobs if name not in of_model}
+        return replace(self, model=replace(self.model, **of_model), **of_run).validate()
 
-    def execution_order(self, looped: bool) -> list[int]:
-        """Layers in the order in which they are run."""
-        order, end = list(range(self.num_layers)), self.loop_end + 1
-        order[end:end] = order[self.loop_start : end] * (self.loop_passes - 1 if looped else 0)
-        return order
+    def values(self) -> dict[str, object]:
+        """Return every knob by name, the model's among them."""
+        flat = vars(self) | vars(self.model)
+        return {name: value for name, value in flat.items() if name != "model"}
+
+    @property
+    def dataset_dir(self) -> Path:
+        return Path(self.data_path or f"data/datasets/fineweb10B_sp{self.model.vocab_size}")
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
+
+    @property
+    def gptq_seconds(self) -> float:
+        """Time for the Hessians, s: 2 % of the cap, at least 4 s, at most a quarter of the cap."""
+        if self.gptq_batches == 0:
+            return 0.0
+        cap = self.max_wallclock_seconds
+        return min(max(4.0, 0.02 * cap), 0.25 * cap)
+
+    @property
+    def training_seconds(self) -> float:
+        """What the Hessians leave of the cap, s; 0 = no cap."""
+        return self.max_wallclock_seconds - self.gptq_seconds
 
     def loop_is_on(self, frac: float) -> bool:
-        return self.loop_passes == 1 or frac >= self.loop_from
-
-    longer = property(
-        lambda hp: max(1.0, hp.eval_seq_len / hp.train_seq_len)
-    )  # a window, times the trained one
-    # 10,000; for longer windows so much more that the slowest rotation turns as far as it did
-    rope_base = property(
-        lambda hp: 10_000.0 * hp.longer ** (hp.rope_dims / max(hp.rope_dims - 2, 1))
-    )
+        """Tell whether the depth recurrence runs at the fraction `frac` of the budget."""
+        return self.model.loop_passes == 1 or frac >= self.loop_from
 
     def grad_accum_steps(self, world_size: int) -> int:
-        """Fewest equal micro-batches of whole sequences that respect MICRO_BATCH_TOKENS. Raises Refusal."""
-        sequences, rest = divmod(self.train_batch_tokens, world_size * self.train_seq_len)
-        names = f"TRAIN_BATCH_TOKENS={self.train_batch_tokens} TRAIN_SEQ_LEN={self.train_seq_len}"
+        """Return the fewest equal micro-batches within MICRO_BATCH_TOKENS. Raises ConfigError."""
+        seq_len = self.model.train_seq_len
+        sequences, rest = divmod(self.train_batch_tokens, world_size * seq_len)
         require(
-            rest == 0, f"{names}: not a whole number of sequences on each of {world_size} ranks"
+            rest == 0,
+            f"TRAIN_BATCH_TOKENS={self.train_batch_tokens} TRAIN_SEQ_LEN={seq_len}: "
+            f"not a whole number of sequences on each of {world_size} ranks",
         )
-        fewest = min(math.ceil(sequences * self.train_seq_len / self.micro_batch_tokens), sequences)
+        fewest = min(math.ceil(sequences * seq_len / self.micro_batch_tokens), sequences)
         return next(n for n in range(fewest, sequences + 1) if sequences % n == 0)
 
     def validate(self) -> "Hyperparameters":
-        """These knobs, after all checks of and between them. Raises Refusal naming the variable and the value."""
-        for f in fields(self):
-            value, kind, choices = getattr(self, f.name), type(f.default), CHOICES.get(f.name)
-            low, high = RANGES.get(f.name, (1, 2**63 - 1) if kind is int else (0, math.inf))
-            expected = f"one of {choices}" if choices else f"a finite number from {low} to {high}"
-            ok = type(value) is kind and (choices is None or value in choices.split())
-            ok = ok and (
-                kind not in (int, float) or (low <= value <= high and math.isfinite(value))
-            )
-            require(ok, f"{f.name.upper()}={value!r}: expected {expected}")
-
-        def check(condition: bool, names: str, rule: str) -> None:
-            require(
-                condition,
-                " ".join(f"{n.upper()}={getattr(self, n)}" for n in names.split()) + f": {rule}",
-            )
-
-        grouped, window = (
-            self.dispatch == "grouped" and self.routed_layers,
-            self.eval_seq_len or self.train_seq_len,
+        """Return these knobs after all checks of them. Raises ConfigError naming the variable."""
+        self.model.validate()
+        check_values(self)
+        require(
+            re.fullmatch(r"[\w.+-]*", self.run_id) is not None,
+            f"RUN_ID={self.run_id}: letters, digits and . _ + - only",
         )
-        descent = sgdr_bounds(self)[-2] if self.schedule == "sgdr" else 1 - self.warmdown_frac
-        run_id, every = (
-            re.fullmatch(r"[\w.+-]*", self.run_id),
-            re.fullmatch(r"([1-9]\d*s?)?", self.checkpoint_every),
+        require(
+            re.fullmatch(r"([1-9]\d*s?)?", self.checkpoint_every) is not None,
+            f"CHECKPOINT_EVERY={self.checkpoint_every}: expected steps as in 500, or s as in 300s",
         )
-        check(run_id is not None, "run_id", "letters, digits and . _ + - only")
-        check(every is not None, "checkpoint_every", "expected steps as in 500, or s as in 300s")
-        check(
-            self.resume != "auto" or self.run_id != "",
-            "resume run_id",
-            "RUN_ID says whose checkpoints",
-        )
-        check(
-            self.model_dim % self.num_heads == 0,
-            "model_dim num_heads",
-            "the heads must divide the width",
-        )
-        check(
-            self.num_heads % self.num_kv_heads == 0,
-            "num_heads num_kv_heads",
-            "kv heads must divide the heads",
-        )
-        check(
-            self.rope_dims in range(0, self.head_dim + 1, 2),
-            "rope_dims",
-            f"must be even, at most {self.head_dim}",
-        )
-        check(self.top_k <= self.num_experts, "top_k num_experts", "more than there are")
-        check(
-            not grouped or self.routing not in TABLE_SCORE,
-            "routing dispatch",
-            "a router learns from all experts",
-        )
-        check(
-            self.moe_start_layer < self.num_layers,
-            "moe_start_layer num_layers",
-            "leaves no layer to route",
-        )
-        inside = self.loop_passes == 1 or self.loop_start <= self.loop_end < self.num_layers
-        check(
-            inside,
-            "loop_start loop_end num_layers",
-            "no range of layers; LOOP_PASSES=1 turns the recurrence off",
-        )
-        in_time = not self.max_wallclock_seconds or self.training_seconds > 0
-        check(
-            in_time,
-            "gptq_reserve_seconds max_wallclock_seconds",
-            "the reserve leaves no time to train",
-        )
-        check(self.eval_stride <= window, "eval_stride", f"above the window of {window} tokens")
-        eights = not grouped or (self.expert_dim | self.model_dim) % 8 == 0
-        check(eights, "expert_dim model_dim", "DISPATCH=grouped needs multiples of 8")
-        swa_fits = self.average != "swa" or descent <= self.swa_start_frac < 1
-        check(swa_fits, "swa_start_frac", f"must lie inside the last descent, {descent:.3f} to 1")
         self.grad_accum_steps(1)
         return self
 
 
-CHOICES = {
-    "device": "auto cuda cpu",
-    "dtype": "bfloat16 float32",
-    "attention": "auto fa3 cudnn flash math",
-    "routing": "zipf cluster hash modulo learned hybrid soft dense",
-    "dispatch": "masked grouped",
-    "mu": "vector pid lowrank full off",
-    "activation": "leaky_relu2 relu2 swiglu",
-    "codec": "auto zstd brotli",
-    "schedule": "sgdr linear",
-    "average": "ema swa off",
-    "ttt": "off sgd",
-    "ttt_scope": "all mu vectors experts",
-}
-RANGES = {  # of integers from 1 and of floats from 0 that have a narrower or wider one
-    (
-        0,
-        1,
-    ): "muon_momentum warmdown_frac min_lr ema_decay swa_start_frac loop_from gptq_damping ttt_momentum",
-    (0, 2**63 - 1): "warmup_steps val_loss_every val_max_tokens seed",
-    (1, 16): "loop_passes sgdr_cycles",
-    (0, 1024): "moe_start_layer parallel_start_layer loop_start loop_end",
-    (0, 65_536): "rope_dims eval_seq_len",
-    (1, 65_536): "expert_dim shared_dim mu_rank train_seq_len",
-    (1, 256): "num_experts num_layers",
-    (1, 2): "top_k",
-    (GATE_CHANNELS, 65_536): "model_dim",
-    (4, 65_536): "vocab_size",
-    (2, 8): "matrix_bits embed_bits",
-    (0, 1 << 20): "gptq_batches",
-    (0, MAX_SUBMISSION_BYTES - 1): "target_bytes",
-}
-RANGES = {name: limits for limits, names in RANGES.items() for name in names.split()}
-ALL_KNOBS = [f.name for f in fields(Hyperparameters)]
-MODEL_KNOBS = ALL_KNOBS[ALL_KNOBS.index("vocab_size") : ALL_KNOBS.index("smear_gate") + 1]
+def knob_fields(cls: type) -> dict[str, Field]:
+    """Return the fields of a class of knobs by name; a model's are knobs like the others."""
+    knobs = {}
+    for f in fields(cls):
+        if f.type is ModelConfig:
+            knobs |= knob_fields(ModelConfig)
+        else:
+            knobs[f.name] = f
+    return knobs
 
 
-# ---- Runtime and logging ---------------------------------------------------------------------------------------------
+def parse_knobs(cls: type, environ: dict[str, str]) -> dict[str, object]:
+    """Return what the environment sets of a class of knobs. Raises ConfigError."""
+    values = {}
+    for name, f in knob_fields(cls).items():
+        text = environ.get(name.upper())
+        if text is None:
+            continue
+        if f.type is bool:
+            require(text in ("0", "1"), f"{name.upper()}={text!r}: expected 0 or 1")
+            values[name] = text == "1"
+            continue
+        try:
+            values[name] = f.type(text)
+        except ValueError:
+            raise ConfigError(f"{name.upper()}={text!r}: expected {f.type.__name__}") from None
+    return values
+
+
+def check_values(knobs: object) -> None:
+    """Check type, choices and range of every knob in a dataclass. Raises ConfigError."""
+    for f in fields(knobs):
+        value = vars(knobs)[f.name]
+        stated = f"{f.name.upper()}={value!r}"
+        require(type(value) is f.type, f"{stated}: expected {f.type.__name__}")
+        if "choices" in f.metadata:
+            choices = f.metadata["choices"]
+            require(value in choices, f"{stated}: expected one of {' '.join(choices)}")
+        if "low" in f.metadata:
+            low = f.metadata["low"]
+            high = min(f.metadata["high"], 2**63 - 1) if f.type is int else f.metadata["high"]
+            in_range = math.isfinite(value) and low <= value <= high
+            require(in_range, f"{stated}: expected a finite number from {low} to {high}")
+
+
+# ---- Runtime and logging -------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Dist:
     """This process among its peers; alone it is rank 0 of 1 and every collective is a no-op."""
@@ -376,43 +331,40 @@ class Dist:
     device: torch.device
 
     @classmethod
-    def from_torchrun(cls, device_name: str) -> "Dist":
-        """Join the process group that torchrun announces in the environment. Raises Refusal."""
-        rank, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
+    def from_torchrun(cls) -> "Dist":
+        """Join the process group that torchrun announces in the environment. Raises ConfigError."""
+        rank = int(os.environ.get("RANK", "0"))
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         require(8 % world_size == 0, f"WORLD_SIZE={world_size} does not divide 8")
+
         count = torch.cuda.device_count()
-        kind = ("cuda" if local_rank < count else "cpu") if device_name == "auto" else device_name
-        require(
-            kind == "cpu" or local_rank < count,
-            f"DEVICE=cuda: rank {rank} finds none among {count} CUDA devices",
-        )
-        device = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
-        if kind == "cuda":
+        require(count == 0 or local_rank < count, f"rank {rank} finds only {count} CUDA devices")
+        device = torch.device("cuda", local_rank) if count else torch.device("cpu")
+        if device.type == "cuda":
             torch.cuda.set_device(device)
-        if (
-            world_size > 1
-        ):  # CPU tensors travel over gloo, so that agreeing on the clock never waits for the GPU
-            backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
-            torch.distributed.init_process_group(backend, timeout=np.timedelta64(10, "m").item())
+
+        # CPU tensors travel over gloo, so that agreeing on the clock never waits for the GPU.
+        if world_size > 1:
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            ten_minutes = datetime.timedelta(minutes=10)
+            torch.distributed.init_process_group(backend, timeout=ten_minutes)
         return cls(rank, world_size, device)
 
     def all_sum(self, tensor: Tensor, op=torch.distributed.ReduceOp.SUM) -> Tensor:
-        """Sum over ranks, in place. Raises Refusal when a rank is lost."""
+        """Sum over ranks, in place. Raises ConfigError when a rank is lost."""
         if self.world_size > 1:
             try:
                 torch.distributed.all_reduce(tensor, op)
             except RuntimeError as error:  # gloo and NCCL raise a class of their own, or this one
-                raise Refusal(
-                    f"rank {self.rank} lost another rank: {str(error).splitlines()[0]}"
-                ) from error
+                reason = str(error).splitlines()[0]
+                raise ConfigError(f"rank {self.rank} lost another rank: {reason}") from error
         return tensor
 
     def all_max(self, *values: float) -> list[float]:
-        """For each value on the host the largest of the ranks', without touching the GPU."""
-        return self.all_sum(
-            torch.tensor(values, dtype=torch.float64), torch.distributed.ReduceOp.MAX
-        ).tolist()
+        """Return for each value on the host the largest of the ranks', without the GPU."""
+        tensor = torch.tensor(values, dtype=torch.float64)
+        return self.all_sum(tensor, torch.distributed.ReduceOp.MAX).tolist()
 
     def synchronize(self) -> float:
         """Wait for the device and for the other ranks. Returns the time on the host, s."""
@@ -423,72 +375,99 @@ class Dist:
 
 
 def interrupt(number: int, frame: object) -> None:
-    """Handler of SIGINT and SIGTERM: raises KeyboardInterrupt(signal) once, as launchers signal again."""
+    """Handle SIGINT and SIGTERM: raise KeyboardInterrupt(signal) once, as launchers repeat it."""
     for ignored in SIGNALS:
         signal.signal(ignored, signal.SIG_IGN)
     raise KeyboardInterrupt(number)
 
 
 class Log:
-    """Rank 0's log, printed and appended to `path`; a lock keeps other runs of its name away. Raises Refusal."""
+    """Rank 0's log, printed and appended to `path`; a lock keeps other runs of its name away."""
 
     def __init__(self, dist: Dist, path: Path):
-        self.path, self.file = path, None
+        """Open and lock the file. Raises ConfigError when another run has it."""
+        self.path = path
+        self.file = None
         if dist.rank == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.file = open(path, "ab", buffering=0)  # noqa: SIM115, for as long as this lives
             try:
                 fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:  # some network file systems have no locks
-                require(
-                    not isinstance(error, BlockingIOError),
-                    f"{path}: another run writes it; choose another RUN_ID",
-                )
+            except BlockingIOError:
+                message = f"{path}: another run writes it; choose another RUN_ID"
+                raise ConfigError(message) from None
+            except OSError:
+                pass  # some network file systems have no locks
 
     def __call__(self, text: str, echo: bool = True) -> None:
-        data = f"{text}\n".encode() if self.file else b""
+        """Write a line, to the terminal too if `echo`. Raises ConfigError when the disk is full."""
+        if self.file is None:
+            return
+        data = f"{text}\n".encode()
         try:
             while data:
                 data = data[self.file.write(data) :]
         except OSError as error:
-            raise Refusal(f"cannot write {self.path}: {error.strerror}") from error
-        if self.file and echo:
-            print("\r\033[K" * sys.stderr.isatty(), end="", file=sys.stderr, flush=True)
+            raise ConfigError(f"cannot write {self.path}: {error.strerror}") from error
+        if echo:
+            if sys.stderr.isatty():
+                print("\r\033[K", end="", file=sys.stderr, flush=True)
             print(text, flush=True)
 
 
 class Progress:
-    """One updating line with ETA on a terminal; silent elsewhere, and on all ranks but the first."""
+    """Says on stderr every 5 s what a long stage is doing; on a terminal one line, redrawn.
+
+    A thread does, so that a stage that cannot call `update`, like a compilation, is not silent.
+    """
 
     def __init__(self, label: str, total: float, rank: int = 0):
-        self.label, self.total, self.started, self.shown, self.done = (
-            label,
-            total,
-            time.perf_counter(),
-            0.0,
-            0,
-        )
-        self.enabled = rank == 0 and sys.stderr.isatty()
+        self.label = label
+        self.total = total
+        self.done = 0.0
+        self.note = ""
+        self.started = time.perf_counter()
+        self.on_terminal = sys.stderr.isatty()
+        self.ended = threading.Event()
+        self.thread = threading.Thread(target=self.report, daemon=True) if rank == 0 else None
+
+    def __enter__(self) -> "Progress":
+        if self.thread:
+            self.thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.ended.set()
+        if self.thread:
+            self.thread.join()
+            if self.on_terminal:
+                print("\r\033[K", end="", file=sys.stderr, flush=True)
 
     def update(self, done: float, note: str = "") -> None:
-        """Redraw at most five times a second; `done` counts in the unit of `total`."""
-        now, self.done = time.perf_counter(), done
-        if self.enabled and (now - self.shown > 0.2 or done >= self.total):
-            self.shown, eta = (
-                now,
-                (now - self.started) * max(self.total - done, 0) / max(done, 1e-9),
-            )
-            line = f"{self.label} {done / max(self.total, 1e-9):4.0%} ETA {eta:.0f}s {note}"
-            print(
-                f"\r{line[:118]:<118}",
-                end="\n" if done >= self.total else "",
-                file=sys.stderr,
-                flush=True,
-            )
+        """Tell how much is done, in the unit of `total`, and what else to show."""
+        self.done = done
+        self.note = note
+
+    def line(self) -> str:
+        """Return what to show now."""
+        spent = time.perf_counter() - self.started
+        if not self.done:
+            return f"{self.label}: {spent:.0f}s {self.note}"
+        left = spent * (self.total - self.done) / self.done
+        return f"{self.label}: {self.done / self.total:.0%} ETA {max(left, 0):.0f}s {self.note}"
+
+    def report(self) -> None:
+        """Print until the stage has ended."""
+        while not self.ended.wait(0.5 if self.on_terminal else 5.0):
+            line = self.line().rstrip()
+            if self.on_terminal:
+                print(f"\r{line[:99]:<99}", end="", file=sys.stderr, flush=True)
+            else:
+                print(line, file=sys.stderr, flush=True)
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write, fsync, rename: `path` keeps its old content or holds all of `data`. Raises Refusal when it cannot."""
+    """Write, fsync, rename: `path` keeps its content or holds all of `data`. Raises ConfigError."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -500,84 +479,98 @@ def write_atomically(path: Path, data: bytes) -> None:
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            raise Refusal(f"cannot write {path}: {error.strerror}") from error
+            raise ConfigError(f"cannot write {path}: {error.strerror}") from error
         raise
 
 
 def can_compile(hp: Hyperparameters, device: torch.device) -> bool:
-    """Whether torch.compile is wanted and can build kernels: Triton on CUDA, a C++ compiler and Python.h on CPU."""
-    if not hp.compile or (hp.dispatch == "grouped" and hp.dtype == "float32"):
+    """Tell whether torch.compile is wanted and can build kernels here."""
+    if not hp.compile:
+        return False
+    if hp.model.dispatch == "grouped" and hp.dtype == "float32":
         return False  # torch 2.13 traces grouped_mm for bfloat16 only
     if device.type == "cuda":
         return importlib.util.find_spec("triton") is not None
-    return Path(sysconfig.get_paths()["include"], "Python.h").exists() and any(
-        map(shutil.which, ("g++", "clang++"))
-    )
+    has_headers = Path(sysconfig.get_paths()["include"], "Python.h").exists()
+    has_compiler = shutil.which("g++") is not None or shutil.which("clang++") is not None
+    return has_headers and has_compiler
 
 
-def log_provenance(log: Log, hp: Hyperparameters, dist: Dist, environ: dict[str, str]) -> None:
-    """What a reader needs to repeat the run: source, commit, versions, hardware, knobs, overrides, likely typos."""
-    here = {"cwd": Path(__file__).resolve().parent, "capture_output": True, "text": True}
-    commit = (
-        subprocess.run("git describe --always --dirty", shell=True, **here).stdout.strip()
-        or "unknown"
-    )
-    log(
-        Path(__file__).read_text(encoding="utf-8")
-        + "=" * 100
-        + "\n"
-        + subprocess.getoutput("nvidia-smi"),
-        echo=False,
-    )
-    log(
-        f"python:{sys.version.split()[0]} torch:{torch.__version__} numpy:{np.__version__} commit:{commit}"
-    )
-    log(f"code_sha256:{hashlib.sha256(submission_source()).hexdigest()}")
-    log("\n".join(f"  {name}: {value}" for name, value in asdict(hp).items()), echo=False)
-    changed = " ".join(
-        f"{name.upper()}={v}"
-        for name, v in asdict(hp).items()
-        if v != getattr(Hyperparameters, name)
-    )
-    log(f"device:{dist.device} threads:{torch.get_num_threads()} overrides: {changed or 'none'}")
-    for name in sorted(set(environ) - set(map(str.upper, ALL_KNOBS))):
-        for match in difflib.get_close_matches(name, map(str.upper, ALL_KNOBS), n=1, cutoff=0.85):
-            log(f"warning: {name} is not a knob; did you mean {match}?")
+def out_of_memory(error: BaseException) -> bool:
+    """Tell whether memory ran out, on the host or on a GPU."""
+    patterns = "out of memory|allocate memory|ALLOC_FAILED|start new thread"
+    return isinstance(error, MemoryError) or re.search(patterns, str(error)) is not None
 
 
-# ---- Data ------------------------------------------------------------------------------------------------------------
+def run_entry_point(entry: Callable[[], None]) -> None:
+    """Call `entry`; bad input, files, packages and memory end in one line and exit status 2.
+
+    SIGINT and SIGTERM end in one line and 130 or 143.
+    """
+    handlers = [signal.signal(number, interrupt) for number in SIGNALS]
+    code = 0
+    message = ""
+    try:
+        entry()
+        if torch.distributed.is_initialized():  # nobody leaves while another still needs it
+            torch.distributed.all_reduce(torch.zeros(1))
+    except KeyboardInterrupt as error:
+        number = int(error.args[0]) if error.args else int(signal.SIGINT)
+        code = 128 + number
+        message = f"error: interrupted by signal {number}\n"
+    except (ConfigError, OSError, ImportError, MemoryError, RuntimeError) as error:
+        code = 2
+        message = f"error: {str(error) or type(error).__name__}\n"
+        if out_of_memory(error):
+            message = message.replace("error: ", "error: out of memory: ", 1)
+        elif isinstance(error, RuntimeError):
+            raise
+
+    print(end=message, file=sys.stderr, flush=True)
+    if torch.distributed.is_initialized():
+        sys.stdout.flush()
+        os._exit(code)  # gloo's threads may abort an interpreter that shuts down
+    for number, handler in zip(SIGNALS, handlers, strict=True):
+        signal.signal(number, handler or signal.SIG_DFL)
+    if code:
+        sys.exit(code)
+
+
+# ---- Data ----------------------------------------------------------------------------------------
+
+SHARD_MAGIC = 20240520  # of the challenge's .bin header, shared with llm.c
+SHARD_VERSION = 1
+SHARD_HEADER_INTS = 256
+
+
 def list_shards(folder: Path, split: str) -> list[Path]:
-    """The shards of `split` ("train" or "val") in order, without byte sidecars. Raises Refusal when there are none."""
+    """Return the shards of "train" or "val" in order, without byte sidecars. Raises ConfigError."""
     require(folder.is_dir(), f"{folder}: no such data folder (DATA_PATH)")
-    shards = sorted(
-        p
-        for p in folder.glob(f"fineweb_{split}_*.bin")
-        if not p.name.startswith("fineweb_val_bytes_")
-    )
+    paths = sorted(folder.glob(f"fineweb_{split}_*.bin"))
+    shards = [path for path in paths if not path.name.startswith("fineweb_val_bytes_")]
     require(len(shards) > 0, f"{folder}: no fineweb_{split}_*.bin shards (DATA_PATH)")
     return shards
 
 
 def shard_length(path: Path) -> int:
-    """Tokens of a shard, after checking every header field and the length of the file. Raises Refusal."""
+    """Return the tokens of a shard, after checking header and file size. Raises ConfigError."""
     require(path.is_file(), f"{path}: no such shard")
-    header_bytes, size = SHARD_HEADER_INTS * 4, path.stat().st_size
-    require(
-        size >= header_bytes,
-        f"{path}: {size} bytes is shorter than the {header_bytes}-byte shard header",
-    )
+    header_bytes = SHARD_HEADER_INTS * 4
+    size = path.stat().st_size
+    require(size >= header_bytes, f"{path}: {size} bytes is shorter than a shard's header")
     magic, version, count = map(int, np.fromfile(path, dtype="<i4", count=3))
-    require(magic == SHARD_MAGIC, f"{path}: not a shard, magic is {magic} instead of {SHARD_MAGIC}")
-    require(version == SHARD_VERSION, f"{path}: shard version {version}, expected {SHARD_VERSION}")
-    require(
-        count > 0 and size == header_bytes + 2 * count,
-        f"{path}: {count} tokens do not make {size} bytes",
-    )
+    require(magic == SHARD_MAGIC, f"{path}: not a shard, magic is {magic}, not {SHARD_MAGIC}")
+    require(version == SHARD_VERSION, f"{path}: shard version {version}, not {SHARD_VERSION}")
+    whole = count > 0 and size == header_bytes + 2 * count
+    require(whole, f"{path}: {count} tokens do not make {size} bytes")
     return count
 
 
 def read_shard(path: Path, start: int, count: int, vocab_size: int = 1 << 16) -> np.ndarray:
-    """Tokens of a shard from `start` on, (count,) uint16. Raises Refusal; mapped and cut, it would kill the process."""
+    """Read tokens of a shard from `start` on, (count,) uint16. Raises ConfigError.
+
+    They are read, not mapped: a mapped file that is cut would kill the process.
+    """
     tokens = np.fromfile(path, "<u2", count, offset=4 * SHARD_HEADER_INTS + 2 * start)
     require(len(tokens) == count, f"{path}: has become shorter since the start of the run")
     largest = tokens.max(initial=0)
@@ -586,118 +579,126 @@ def read_shard(path: Path, start: int, count: int, vocab_size: int = 1 << 16) ->
 
 
 def load_data_shard(path: Path, vocab_size: int = 1 << 16) -> np.ndarray:
-    """All tokens of a shard, (count,) uint16, after checking its header. Raises Refusal."""
+    """Read all tokens of a shard, (count,) uint16, after checking it. Raises ConfigError."""
     return read_shard(path, 0, shard_length(path), vocab_size)
 
 
 class TokenLoader:
-    """Endless training batches, the same at any world size: an epoch cuts shards at a random phase and shuffles."""
+    """Endless training batches, the same at any world size and after a resume.
+
+    An epoch cuts every shard into windows at a random phase and shuffles all of them.
+    """
 
     def __init__(self, hp: Hyperparameters, dist: Dist):
-        self.hp, self.dist, self.paths = hp, dist, list_shards(hp.dataset_dir, "train")
+        """Find and check the training shards. Raises ConfigError."""
+        self.hp = hp
+        self.dist = dist
+        self.seq_len = hp.model.train_seq_len
+        self.paths = list_shards(hp.dataset_dir, "train")
         self.lengths = [shard_length(path) for path in self.paths]
-        windows = [
-            max(n // hp.train_seq_len - 1, 0) for n in self.lengths
-        ]  # one to spare for the random phase
-        self.first_window, self.num_windows = np.cumsum([0, *windows]), sum(windows)
-        short = f"{hp.dataset_dir}: no training shard holds two sequences of TRAIN_SEQ_LEN={hp.train_seq_len}"
-        require(self.num_windows > 0, short)
-        sequences = hp.train_batch_tokens // (hp.train_seq_len * dist.world_size)
-        self.num_sequences, self.position, self.epoch = (
-            sequences // hp.grad_accum_steps(dist.world_size),
-            0,
-            -1,
+
+        # One window of each shard is left out: the phase needs its room.
+        windows = [max(length // self.seq_len - 1, 0) for length in self.lengths]
+        self.first_window = np.cumsum([0, *windows])
+        self.num_windows = sum(windows)
+        require(
+            self.num_windows > 0,
+            f"{hp.dataset_dir}: no training shard holds two sequences of "
+            f"TRAIN_SEQ_LEN={self.seq_len}",
         )
-        self.pool, self.pending = (
-            ThreadPoolExecutor(1) if dist.device.type == "cuda" else None,
-            None,
-        )
+
+        sequences = hp.train_batch_tokens // (self.seq_len * dist.world_size)
+        self.num_sequences = sequences // hp.grad_accum_steps(dist.world_size)
+        self.position = 0  # in windows, over all ranks and epochs
+        self.epoch = -1
+        self.pool = ThreadPoolExecutor(1) if dist.device.type == "cuda" else None
+        self.pending = None
 
     def sample(self, max_tokens: int = 50_000_000) -> np.ndarray:
-        """At most `max_tokens` training tokens, as many from the start of each shard, (n,) uint16. Raises Refusal."""
-        shards = zip(
-            self.paths, np.minimum(self.lengths, max_tokens // len(self.paths)), strict=True
-        )
-        return np.concatenate(
-            [read_shard(path, 0, count, self.hp.vocab_size) for path, count in shards]
-        )
+        """Read at most `max_tokens`, as many from each shard's start, (n,) uint16."""
+        each = max_tokens // len(self.paths)
+        parts = []
+        for path, length in zip(self.paths, self.lengths, strict=True):
+            parts.append(read_shard(path, 0, min(length, each), self.hp.model.vocab_size))
+        return np.concatenate(parts)
 
     def _window(self, index: int) -> np.ndarray:
-        T, (epoch, slot) = self.hp.train_seq_len, divmod(index, self.num_windows)
+        """Read the tokens of a window, counted over all epochs, and the one after it."""
+        epoch, slot = divmod(index, self.num_windows)
         if epoch != self.epoch:
             rng = np.random.default_rng([self.hp.seed, epoch])
-            self.epoch, self.phase, self.order = (
-                epoch,
-                int(rng.integers(T)),
-                rng.permutation(self.num_windows),
-            )
-        shard = int(np.searchsorted(self.first_window, self.order[slot], side="right")) - 1
-        start = self.phase + int(self.order[slot] - self.first_window[shard]) * T
-        return read_shard(self.paths[shard], start, T + 1, self.hp.vocab_size)
+            self.epoch = epoch
+            self.phase = int(rng.integers(self.seq_len))
+            self.order = rng.permutation(self.num_windows)
+        window = self.order[slot]
+        shard = int(np.searchsorted(self.first_window, window, side="right")) - 1
+        start = self.phase + int(window - self.first_window[shard]) * self.seq_len
+        return read_shard(self.paths[shard], start, self.seq_len + 1, self.hp.model.vocab_size)
 
     def _load(self) -> Tensor:
+        """Read this rank's next micro-batch, (B, T + 1) int64."""
         first = self.position + self.dist.rank * self.num_sequences
         self.position += self.dist.world_size * self.num_sequences
-        batch = np.stack(
-            [self._window(i) for i in range(first, first + self.num_sequences)]
-        ).astype(np.int64)
-        return torch.from_numpy(batch).pin_memory() if self.pool else torch.from_numpy(batch)
+        windows = [self._window(i) for i in range(first, first + self.num_sequences)]
+        batch = torch.from_numpy(np.stack(windows).astype(np.int64))
+        return batch.pin_memory() if self.pool else batch
 
     def next_batch(self) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of a micro-step, each (B, T) int64 on the device; targets are inputs shifted by one."""
-        batch = (self.pending.result() if self.pending else self._load()).to(
-            self.dist.device, non_blocking=True
-        )
-        self.pending = self.pool.submit(self._load) if self.pool else None
+        """Return inputs and the targets after them, each (B, T) int64 on the device."""
+        batch = self.pending.result() if self.pending else self._load()
+        batch = batch.to(self.dist.device, non_blocking=True)
+        if self.pool:
+            self.pending = self.pool.submit(self._load)
         return batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
 
 
 def token_bytes(sp: spm.SentencePieceProcessor, tokens: np.ndarray) -> np.ndarray:
-    """UTF-8 bytes that each token but the first adds to the text, (n,) -> (n - 1,) int32. The leading space of a piece
-    counts unless a control, unknown or unused token is before it; operators of lossless transforms (#1729) do not."""
-    base_bytes, has_space, void = (
-        np.full(sp.vocab_size(), fill) for fill in (np.int32(0), False, True)
-    )
+    """Return the UTF-8 bytes that each token but the first adds to the text, (n - 1,) int32.
+
+    The leading space of a piece counts unless a control, unknown or unused token is before it;
+    the operators of a lossless transform (PR #1729), private-use characters, do not.
+    """
+    base_bytes = np.zeros(sp.vocab_size(), np.int32)
+    has_leading_space = np.zeros(sp.vocab_size(), bool)
+    is_boundary_token = np.ones(sp.vocab_size(), bool)
     for i in range(sp.vocab_size()):
-        if not (sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i)):
-            void[i], has_space[i] = False, sp.id_to_piece(i).startswith("\u2581")
-            text = sp.id_to_piece(i).removeprefix("\u2581").replace("\u2581", " ")
-            base_bytes[i] = (
-                1 if sp.is_byte(i) else len(re.sub("[\ue000-\uf8ff]", "", text).encode())
-            )
-    return base_bytes[tokens[1:]] + (has_space[tokens[1:]] & ~void[tokens[:-1]])
+        if sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i):
+            continue
+        is_boundary_token[i] = False
+        piece = sp.id_to_piece(i)
+        has_leading_space[i] = piece.startswith("\u2581")
+        text = piece.removeprefix("\u2581").replace("\u2581", " ")
+        text = re.sub("[\ue000-\uf8ff]", "", text)
+        base_bytes[i] = 1 if sp.is_byte(i) else len(text.encode())
+    spaces = has_leading_space[tokens[1:]] & ~is_boundary_token[tokens[:-1]]
+    return base_bytes[tokens[1:]] + spaces
 
 
 def load_tokenizer(hp: Hyperparameters) -> tuple[spm.SentencePieceProcessor, str]:
-    """The SentencePiece model and the SHA-256 of its file. Raises Refusal when missing, damaged or of another size."""
-    path = Path(hp.tokenizer_path or f"data/tokenizers/fineweb_{hp.vocab_size}_bpe.model")
+    """Load the SentencePiece model. Also returns its SHA-256; raises ConfigError if it is amiss."""
+    vocab_size = hp.model.vocab_size
+    path = Path(hp.tokenizer_path or f"data/tokenizers/fineweb_{vocab_size}_bpe.model")
     require(path.is_file(), f"{path}: no such tokenizer (TOKENIZER_PATH)")
+    data = path.read_bytes()
     try:
-        sp = spm.SentencePieceProcessor(
-            model_proto=path.read_bytes() or b"?"
-        )  # an empty file would pass for a model
+        sp = spm.SentencePieceProcessor(model_proto=data or b"?")  # b"" would pass for a model
     except RuntimeError as error:
-        raise Refusal(f"{path} is not a SentencePiece model (TOKENIZER_PATH)") from error
-    require(
-        sp.vocab_size() == hp.vocab_size,
-        f"{path} has {sp.vocab_size()} pieces, but VOCAB_SIZE={hp.vocab_size}",
-    )
-    require(
-        sp.bos_id() == BOS_ID,
-        f"{path} starts documents with id {sp.bos_id()}, shards with {BOS_ID}",
-    )
-    lone_space = sp.piece_to_id(
-        "\u2581"
-    )  # without it, that becomes three byte tokens (upstream issue #897)
-    require(
-        not sp.is_unknown(lone_space), f"{path} has no U+2581 piece: byte counts would be wrong"
-    )
-    return sp, hashlib.sha256(path.read_bytes()).hexdigest()
+        raise ConfigError(f"{path} is not a SentencePiece model (TOKENIZER_PATH)") from error
+
+    pieces = sp.vocab_size()
+    require(pieces == vocab_size, f"{path} has {pieces} pieces, but VOCAB_SIZE={vocab_size}")
+    bos_id = sp.bos_id()
+    require(bos_id == BOS_ID, f"{path} starts documents with id {bos_id}, shards with {BOS_ID}")
+
+    # Without this piece a lone space becomes three byte tokens (upstream issue #897).
+    has_space = not sp.is_unknown(sp.piece_to_id("\u2581"))
+    require(has_space, f"{path} has no U+2581 piece: byte counts would be wrong")
+    return sp, hashlib.sha256(data).hexdigest()
 
 
 @dataclass(frozen=True)
 class ValData:
-    """The validation split on the device; target i is token i + 1 and stands for target_bytes[i] bytes of text."""
+    """The validation split on the device: target i is token i + 1, of target_bytes[i] bytes."""
 
     tokens: Tensor  # (targets + 1,) int32
     target_bytes: Tensor  # (targets,) int32
@@ -707,574 +708,616 @@ class ValData:
 
     @classmethod
     def load(cls, hp: Hyperparameters, device: torch.device) -> "ValData":
-        """The split; sidecars fineweb_val_bytes_N.bin: bytes before a lossless transform (#1729). Raises Refusal."""
-        (sp, digest), paths = load_tokenizer(hp), list_shards(hp.dataset_dir, "val")
-        shards = [load_data_shard(path, hp.vocab_size) for path in paths]
-        tokens, sidecars = (
-            np.concatenate(shards),
-            sorted(hp.dataset_dir.glob("fineweb_val_bytes_*.bin")),
-        )
+        """Read the split and, where there are sidecars, the bytes they state (PR #1729).
+
+        fineweb_val_bytes_N.bin holds the bytes before a lossless transform. Raises ConfigError.
+        """
+        sp, digest = load_tokenizer(hp)
+        paths = list_shards(hp.dataset_dir, "val")
+        shards = [load_data_shard(path, hp.model.vocab_size) for path in paths]
+        tokens = np.concatenate(shards)
         require(len(tokens) > 1, f"{hp.dataset_dir}: the validation split has no target to score")
-        odd = {path.name.replace("_bytes", "") for path in sidecars} ^ {
-            path.name for path in paths if sidecars
-        }
-        require(
-            not odd,
-            f"{hp.dataset_dir}: without a sidecar of bytes, or the shard to it: {', '.join(sorted(odd))}",
+
+        sizes = load_sidecars(paths, shards)
+        target_bytes = token_bytes(sp, tokens) if sizes is None else sizes[1:].astype(np.int32)
+        targets = len(tokens) - 1
+        count = min(hp.val_max_tokens, targets) if hp.val_max_tokens else targets
+        return cls(
+            torch.from_numpy(tokens[: count + 1].astype(np.int32)).to(device),
+            torch.from_numpy(target_bytes[:count]).to(device),
+            digest,
+            partial=count < targets,
+            sidecar=sizes is not None,
         )
-        sizes = [load_data_shard(path) for path in sidecars]
-        for path, size, shard in zip(sidecars, sizes, shards, strict=False):
-            require(
-                len(size) == len(shard),
-                f"{path}: bytes of {len(size)} tokens, but the shard has {len(shard)}",
-            )
-        target_bytes = (
-            np.concatenate(sizes)[1:].astype(np.int32) if sizes else token_bytes(sp, tokens)
-        )
-        count = min(hp.val_max_tokens or len(tokens), len(tokens) - 1)
-        arrays = (
-            torch.from_numpy(a).to(device)
-            for a in (tokens[: count + 1].astype(np.int32), target_bytes[:count])
-        )
-        return cls(*arrays, digest, count < len(tokens) - 1, len(sizes) > 0)
 
 
-# ---- Routing ---------------------------------------------------------------------------------------------------------
-def mix32(x):
-    """The lowbias32 mixer of uint32 (nullprogram.com/blog/2018/07/31): all bits reach those which `% E` reads."""
+def load_sidecars(paths: list[Path], shards: list[np.ndarray]) -> np.ndarray | None:
+    """Return the bytes of every validation token, or None without sidecars. Raises ConfigError."""
+    folder = paths[0].parent
+    found = set(folder.glob("fineweb_val_bytes_*.bin"))
+    if not found:
+        return None
+    expected = [path.with_name(path.name.replace("val_", "val_bytes_")) for path in paths]
+    odd = sorted(path.name for path in found.symmetric_difference(expected))
+    require(not odd, f"{folder}: a sidecar without its shard, or none for it: {', '.join(odd)}")
+    parts = []
+    for path, shard in zip(expected, shards, strict=True):
+        sizes = load_data_shard(path)
+        both = f"{path}: bytes of {len(sizes)} tokens, but the shard has {len(shard)}"
+        require(len(sizes) == len(shard), both)
+        parts.append(sizes)
+    return np.concatenate(parts)
+
+
+# ---- Routing -------------------------------------------------------------------------------------
+
+TABLE_SCORE = {"learned": 1e-3, "hybrid": 2.0, "soft": 0.0}  # of the table's expert, in a router
+SWITCH_LOSS = 0.01  # weight of the loss that balances learned experts (arXiv 2101.03961)
+
+
+def mix32(x: np.ndarray) -> np.ndarray:
+    """Mix uint32 by lowbias32 (nullprogram.com/blog/2018/07/31): all bits reach the low ones."""
     x = (x ^ (x >> 16)) * 0x7FEB352D & 0xFFFFFFFF
     x = (x ^ (x >> 15)) * 0x846CA68B & 0xFFFFFFFF
     return x ^ (x >> 16)
 
 
 def zipf_assignment(token_counts: np.ndarray, num_experts: int, layer: int) -> np.ndarray:
-    """Greedy bin packing, (V,) int64 -> (V,) uint8: by frequency, shuffled in strata per layer, to the least loaded."""
-    rng, seen = np.random.default_rng(layer), np.count_nonzero(token_counts)
-    strata = np.split(
-        np.argsort(-token_counts, kind="stable")[:seen],
-        range(4 * num_experts, seen, 4 * num_experts),
-    )
-    loads, assignment = np.zeros(num_experts, np.int64), np.empty(len(token_counts), np.uint8)
+    """Pack token ids greedily so that every expert gets the same share, (V,) int64 -> (V,) uint8.
+
+    The most frequent come first, shuffled per layer within strata of similar frequency.
+    """
+    rng = np.random.default_rng(layer)
+    seen = np.count_nonzero(token_counts)
+    by_frequency = np.argsort(-token_counts, kind="stable")[:seen]
+    strata = np.split(by_frequency, range(4 * num_experts, seen, 4 * num_experts))
+
+    loads = np.zeros(num_experts, np.int64)
+    assignment = np.empty(len(token_counts), np.uint8)
     for token in np.concatenate([rng.permutation(stratum) for stratum in strata]):
         assignment[token] = loads.argmin()
         loads[assignment[token]] += token_counts[token]
-    unseen = rng.permutation(
-        np.flatnonzero(token_counts == 0)
-    )  # by load, they would all go to the least loaded expert
+
+    # By load, ids that were never seen would all go to the least loaded expert.
+    unseen = rng.permutation(np.flatnonzero(token_counts == 0))
     assignment[unseen] = np.arange(len(unseen)) % num_experts
     return assignment
 
 
-def cluster_assignments(
-    tokens: np.ndarray, token_counts: np.ndarray, num_experts: int, layers: range
-):
-    """For each layer (V,): k-means of token ids by the shares of the C = 1,024 most frequent ids among the tokens after
-    them, and before them, in a text (n,). A cluster's price rises while it has more than its share of the tokens."""
-    V, C, sides = len(token_counts), min(1024, len(token_counts)), []
-    rank, seen = np.argsort(np.argsort(-token_counts, kind="stable")), np.flatnonzero(token_counts)
-    for ids, neighbours in ((tokens[:-1], tokens[1:]), (tokens[1:], tokens[:-1])):
-        cells = (ids.astype(np.int64) * C + rank[neighbours])[rank[neighbours] < C]
-        counts = np.bincount(cells, minlength=V * C).reshape(V, C)[seen]
-        sides.append(np.sqrt(counts / counts.sum(-1, keepdims=True).clip(1), dtype=np.float32))
-    shares, weights = np.concatenate(sides, axis=-1), token_counts[seen] / token_counts.sum()
-    for layer in layers:
-        rng, price, best = np.random.default_rng(layer), np.zeros(num_experts), math.inf
-        assignment = zipf_assignment(
-            token_counts, num_experts, layer
-        )  # whose unseen ids are in balance
-        x = shares @ rng.normal(size=(2 * C, 32))  # another random view of them in every layer
-        x /= np.sqrt(weights @ (x * x).sum(-1) - ((weights @ x) ** 2).sum() + 1e-9)
-        centres = x[rng.choice(len(x), num_experts, replace=len(x) < num_experts, p=weights)]
-        for rate in np.geomspace(1, 0.01, 300):
-            nearest = ((centres**2).sum(-1) - 2 * x @ centres.T + price).argmin(-1)
-            members = np.eye(num_experts)[nearest] * weights[:, None]
-            load = members.sum(0)
-            if rate > 0.2:  # from then on the centres stand, and the loads settle
-                centres += (
-                    0.2 * (members.T @ x - load[:, None] * centres) / load[:, None].clip(1e-9)
-                )
-            elif load.max() < best:
-                best, assignment[seen] = load.max(), nearest
-            price += rate * (load - 1 / num_experts)
-        yield assignment
+def build_expert_table(config: ModelConfig, token_counts: np.ndarray) -> Tensor:
+    """Return the expert of every token id in every layer, (L, V) uint8, or (0, V) when dense.
+
+    It depends on counts of training tokens alone. Routers that read the stream start from it.
+    """
+    ids = np.arange(config.vocab_size, dtype=np.uint32)
+    rows = []
+    for layer in range(config.num_layers):
+        if config.routing in ("zipf", "hybrid"):
+            rows.append(zipf_assignment(token_counts, config.num_experts, layer))
+        elif config.routing == "hash":
+            salt = mix32(np.uint32([layer + 1]))
+            rows.append(mix32(ids ^ salt) % config.num_experts)
+        elif config.routing in ("modulo", "learned", "soft"):
+            rows.append(ids % config.num_experts)
+    if not rows:
+        return torch.zeros(0, config.vocab_size, dtype=torch.uint8)
+    return torch.from_numpy(np.stack(rows).astype(np.uint8))
 
 
-def build_expert_table(
-    hp: Hyperparameters, token_counts: np.ndarray, tokens: np.ndarray | None = None
-) -> Tensor:
-    """The K experts of every token id in every routed layer, (routed layers, V, K) uint8, from training text alone: its
-    counts (V,) and, for cluster, a sample of its tokens (n,). Routers that read the stream start from it."""
-    E, layers, ids = hp.num_experts, hp.routed_layers, np.arange(hp.vocab_size, dtype=np.uint32)
-    rows = {"hash": (mix32(ids ^ mix32(np.uint32([layer + 1]))) % E for layer in layers)}
-    rows |= dict.fromkeys(("modulo", "learned", "soft"), (ids % E for _ in layers))
-    rows |= dict.fromkeys(
-        ("zipf", "hybrid"), (zipf_assignment(token_counts, E, layer) for layer in layers)
-    )
-    rows |= {"cluster": cluster_assignments(tokens, token_counts, E, layers), "dense": ()}
-    table = np.zeros((len(layers), hp.vocab_size, hp.top_k), np.uint8)
-    for experts, layer, first in zip(table, layers, rows[hp.routing], strict=True):
-        experts[:, 0] = first
-        if hp.top_k == 2:  # another hash picks one of the others
-            experts[:, 1] = (
-                first + 1 + mix32(ids ^ mix32(np.uint32([layer + 1025]))) % (E - 1)
-            ) % E
-    return torch.from_numpy(table)
+# ---- Model ---------------------------------------------------------------------------------------
+# Shape suffixes: B batch, T tokens, S scored positions, D model_dim, H heads, K head_dim, F hidden
+# units, V vocabulary, E experts, L layers, R layers run, N = B * T. Plain x is the stream (B, T, D).
 
 
-# ---- Model -----------------------------------------------------------------------------------------------------------
-# Shape suffixes: B batch, T tokens, S scored positions, D model_dim, H heads, K head_dim, F hidden units, V vocabulary,
-# E experts, N B * T, R layers run; G is the rows per hidden unit of an up projection (2 for swiglu, else 1).
 def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),))
 
 
 def activate(h: Tensor, kind: str) -> Tensor:
-    """Non-linearity of the MLP, (..., G * F) -> (..., F). The slope 0.3 is from upstream PR #1948."""
+    """Apply the MLP's non-linearity, (..., F), or (..., 2 F) for swiglu, -> (..., F)."""
     if kind == "swiglu":
         gate, value = h.chunk(2, dim=-1)
         return F.silu(gate) * value
-    return (F.leaky_relu(h, 0.3) if kind == "leaky_relu2" else F.relu(h)).square()
+    return F.leaky_relu(h, 0.3).square()  # PR #493; the slope is from #1948
 
 
 def rotary_tables(
     seq_len: int, base: float, dims: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotation angles, each (T, 1, dims / 2) float32."""
-    frequencies = base ** (
-        -torch.arange(0, dims, 2, device=device, dtype=torch.float32) / max(dims, 1)
-    )
-    angles = torch.arange(seq_len, device=device, dtype=torch.float32)[:, None, None] * frequencies
+    """Return cosines and sines of the rotation angles, each (T, 1, dims / 2) float32."""
+    exponents = torch.arange(0, dims, 2, device=device, dtype=torch.float32) / max(dims, 1)
+    positions = torch.arange(seq_len, device=device, dtype=torch.float32)
+    angles = positions[:, None, None] * base**-exponents
     return angles.cos(), angles.sin()
 
 
 def apply_rotary(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first dimensions of every head, half-split; the others stay free of position (partial RoPE)."""
-    half, cos, sin = cos.size(-1), cos.to(x_BTHK.dtype), sin.to(x_BTHK.dtype)
+    """Rotate the first dimensions of every head, half-split; the rest stays (partial RoPE)."""
+    half = cos.size(-1)
+    cos = cos.to(x_BTHK.dtype)
+    sin = sin.to(x_BTHK.dtype)
     x1, x2, rest = x_BTHK.split([half, half, x_BTHK.size(-1) - 2 * half], dim=-1)
     return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin, rest], dim=-1)
 
 
 class CastedLinear(nn.Linear):
-    """Bias-free linear layer: the float32 master weight is cast to the dtype of the activations at the matmul."""
+    """Bias-free linear layer whose float32 weight is cast to the activations' dtype."""
 
-    __init__ = partialmethod(nn.Linear.__init__, bias=False)
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype))
 
 
 def pick(x: Tensor, positions_BS: Tensor | None) -> Tensor:
-    """(B, T, ...) at some positions of each row, (B, S, ...); all of x if these are None."""
-    return (
-        x
-        if positions_BS is None
-        else x[torch.arange(len(x), device=x.device)[:, None], positions_BS]
-    )
+    """Return (B, T, ...) at some positions of each row, (B, S, ...); all if these are None."""
+    if positions_BS is None:
+        return x
+    return x[torch.arange(len(x), device=x.device)[:, None], positions_BS]
 
 
 def attend_at(positions_BS: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention of queries (B, S, H, K) that stand at some positions, to k and v (B, T, Hkv, K)."""
+    """Attend causally from queries (B, S, H, K) at these positions to k and v (B, T, Hkv, K)."""
     unseen_BST = torch.arange(k.size(1), device=k.device) > positions_BS[..., None]
-    scores = (
-        torch.einsum("bsgrk,btgk->bgrst", q.unflatten(2, (k.size(2), -1)), k).float()
-        * q.size(-1) ** -0.5
-    )
+    q_per_kv = q.unflatten(2, (k.size(2), -1))
+    scores = torch.einsum("bsgrk,btgk->bgrst", q_per_kv, k).float() * q.size(-1) ** -0.5
     weights = scores.masked_fill(unseen_BST[:, None, None], -math.inf).softmax(-1).to(v.dtype)
     return torch.einsum("bgrst,btgk->bsgrk", weights, v).flatten(2, 3)
 
 
-def attention_kernel(name: str):
-    """Causal attention, FlashAttention-3's or PyTorch's: q (B, T, H, K), k and v (B, T, Hkv, K) -> (B, T, H, K)."""
-    if name == "fa3":
-        from flash_attn_interface import flash_attn_func
+def sdpa_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attend causally by PyTorch's kernel, q (B, T, H, K), k and v (B, T, Hkv, K) -> like q."""
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    return y.transpose(1, 2)
 
-        return partial(flash_attn_func, causal=True)
-    sdpa = partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
-    return lambda *q_k_v: sdpa(*(y.transpose(1, 2) for y in q_k_v)).transpose(1, 2)
+
+def flash_attention_3() -> Callable:
+    """Return FlashAttention-3's kernel with the shapes of `sdpa_attention`. Raises ImportError."""
+    from flash_attn_interface import flash_attn_func
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        y = flash_attn_func(q, k, v, causal=True)
+        return y[0] if isinstance(y, tuple) else y  # some versions return the log-sum-exp too
+
+    return attend
 
 
 class CausalSelfAttention(nn.Module):
-    """Grouped-query attention with normalised queries and keys; mu biases q, k and v before the heads are split."""
+    """Grouped-query attention with normalised queries and keys; mu biases q, k and v."""
 
-    def __init__(self, hp: Hyperparameters, mu_dim: int):
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        self.hp, D, kv_dim = hp, hp.model_dim, hp.num_kv_heads * hp.head_dim
-        self.c_q, self.proj = CastedLinear(D, D), CastedLinear(D, D)
-        self.c_k, self.c_v = CastedLinear(D, kv_dim), CastedLinear(D, kv_dim)
-        self.q_gain = nn.Parameter(torch.full((hp.num_heads,), hp.qk_gain_init))
-        self.attend = attention_kernel(hp.attention)
-        if hp.attn_gate:
-            self.gate = nn.Parameter(torch.zeros(hp.num_heads, GATE_CHANNELS))
-        if hp.mu in MATRIX_MU:
-            self.mu_read = CastedLinear(mu_dim, D + 2 * kv_dim)
-        elif hp.mu != "off":
+        self.config = config
+        D = config.model_dim
+        kv_dim = config.num_kv_heads * config.head_dim
+        self.c_q = CastedLinear(D, D)
+        self.proj = CastedLinear(D, D)
+        self.c_k = CastedLinear(D, kv_dim)
+        self.c_v = CastedLinear(D, kv_dim)
+        self.q_gain = nn.Parameter(torch.full((config.num_heads,), config.qk_gain_init))
+        self.attend = sdpa_attention
+        if config.attn_gate:
+            self.gate = nn.Parameter(torch.zeros(config.num_heads, GATE_CHANNELS))
+        if config.mu == "full":
+            self.mu_read = CastedLinear(D, D + 2 * kv_dim)
+        elif config.mu != "off":
             self.mu_gain = nn.Parameter(torch.zeros(3, D))  # of mu in the inputs of q, k and v
 
     def qkv(
         self, x: Tensor, mu: Tensor | None, scored: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Projections of the normalised input, guided by mu: (B, T, D) twice -> (B, S, D), 2 x (B, T, Hkv * K)."""
-        if mu is not None and self.hp.mu not in MATRIX_MU:
-            q_gain, k_gain, v_gain = self.mu_gain.to(x.dtype)
-            return (
-                self.c_q(pick(x + q_gain * mu, scored)),
-                self.c_k(x + k_gain * mu),
-                self.c_v(x + v_gain * mu),
-            )
-        q, k, v = self.c_q(pick(x, scored)), self.c_k(x), self.c_v(x)
+        """Project the normalised input, guided by mu -> q (B, S, D), k and v (B, T, Hkv * K)."""
         if mu is None:
-            return q, k, v
-        mu_q, mu_k, mu_v = self.mu_read(mu).split([q.size(-1), k.size(-1), v.size(-1)], dim=-1)
-        return q + pick(mu_q, scored), k + mu_k, v + mu_v
+            return self.c_q(pick(x, scored)), self.c_k(x), self.c_v(x)
+        if self.config.mu == "full":
+            q, k, v = self.c_q(pick(x, scored)), self.c_k(x), self.c_v(x)
+            mu_q, mu_k, mu_v = self.mu_read(mu).split([q.size(-1), k.size(-1), v.size(-1)], dim=-1)
+            return q + pick(mu_q, scored), k + mu_k, v + mu_v
+        q_gain, k_gain, v_gain = self.mu_gain.to(x.dtype)
+        q = self.c_q(pick(x + q_gain * mu, scored))
+        return q, self.c_k(x + k_gain * mu), self.c_v(x + v_gain * mu)
 
     def forward(
-        self, x: Tensor, mu: Tensor | None, rotary: tuple[Tensor, Tensor], scored=None
+        self, x: Tensor, mu: Tensor | None, rotary: tuple, scored: Tensor | None = None
     ) -> Tensor:
-        """Normalised input (B, T, D), mu (B, T, mu_dim) or None, cosines and sines -> (B, S, D) at scored positions."""
-        hp, q_rotary = self.hp, rotary if scored is None else [table[scored] for table in rotary]
-        q, k, v = (y.unflatten(-1, (-1, hp.head_dim)) for y in self.qkv(x, mu, scored))
-        q, k = (
-            apply_rotary(norm(q), *q_rotary) * self.q_gain.to(x.dtype)[:, None],
-            apply_rotary(norm(k), *rotary),
-        )
+        """Attend from every position, or (B, S) scored ones, -> (B, S, D).
+
+        x is normalised; mu (B, T, D) or None; rotary holds cosines and sines.
+        """
+        config = self.config
+        q, k, v = self.qkv(x, mu, scored)
+        q = norm(q.unflatten(-1, (-1, config.head_dim)))
+        k = norm(k.unflatten(-1, (-1, config.head_dim)))
+        v = v.unflatten(-1, (-1, config.head_dim))
+
+        q_rotary = rotary if scored is None else [table[scored] for table in rotary]
+        q = apply_rotary(q, *q_rotary) * self.q_gain.to(x.dtype)[:, None]
+        k = apply_rotary(k, *rotary)
         y = self.attend(q, k, v) if scored is None else attend_at(scored, q, k, v)
-        x, v = pick(x, scored), pick(v, scored)
-        if hp.xsa:  # exclusive self attention, upstream PR #478: the stream holds the token's own value already
-            y, own = y.unflatten(2, (hp.num_kv_heads, -1)), F.normalize(v, dim=-1)[:, :, :, None]
+
+        # Exclusive self attention (PR #478): the stream holds the token's own value already.
+        if config.xsa:
+            y = y.unflatten(2, (config.num_kv_heads, -1))
+            own = F.normalize(pick(v, scored), dim=-1)[:, :, :, None]
             y = (y - (y * own).sum(-1, keepdim=True) * own).flatten(2, 3)
-        if hp.attn_gate:  # SparseAttnGate of upstream PR #1787, neutral at the start
-            y = (
-                y
-                * (2 * torch.sigmoid(F.linear(x[..., :GATE_CHANNELS], self.gate.to(x.dtype))))[
-                    ..., None
-                ]
-            )
+
+        # SparseAttnGate (PR #1787), neutral at the start.
+        if config.attn_gate:
+            channels = pick(x, scored)[..., :GATE_CHANNELS]
+            y = y * (2 * torch.sigmoid(F.linear(channels, self.gate.to(x.dtype))))[..., None]
         return self.proj(y.flatten(2))
 
 
 class TokenRoutedMLP(nn.Module):
-    """shared(x) + the experts that the table or a router gives to the token; without, a plain MLP of the same width."""
+    """shared(x) + expert[table[token]](x); without experts a plain MLP of the same width."""
 
-    def __init__(self, hp: Hyperparameters, routed: bool):
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        self.hp, self.routed, self.G = hp, routed, 2 if hp.activation == "swiglu" else 1
-        self.width = hp.shared_dim + (
-            0 if routed else hp.num_experts * hp.expert_dim
-        )  # dense: equal bytes
-        self.up, self.down = (
-            CastedLinear(hp.model_dim, self.G * self.width),
-            CastedLinear(self.width, hp.model_dim),
-        )
-        if routed:  # (E, out, in): every expert is a matrix of its own to Muon and to the quantizer
-            self.expert_up = nn.Parameter(
-                torch.zeros(hp.num_experts, self.G * hp.expert_dim, hp.model_dim)
-            )
-            self.expert_down = nn.Parameter(
-                torch.zeros(hp.num_experts, hp.model_dim, hp.expert_dim)
-            )
-            if hp.routing in TABLE_SCORE:
-                self.router = nn.Parameter(torch.zeros(hp.num_experts, hp.model_dim))
+        self.config = config
+        D, E, F_expert = config.model_dim, config.num_experts, config.expert_dim
+        self.rows = 2 if config.activation == "swiglu" else 1  # of the up projection per unit
+        self.width = config.shared_dim + (0 if config.is_routed else E * F_expert)
+        self.up = CastedLinear(D, self.rows * self.width)
+        self.down = CastedLinear(self.width, D)
+        if config.is_routed:  # (E, out, in): each is a matrix of its own to Muon and quantizer
+            self.expert_up = nn.Parameter(torch.zeros(E, self.rows * F_expert, D))
+            self.expert_down = nn.Parameter(torch.zeros(E, D, F_expert))
+        if config.has_router:
+            self.router = nn.Parameter(torch.zeros(E, D))
 
-    def forward(self, x: Tensor, route: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | float]:
-        """(B, T, D) and the layer's dispatch -> (B, T, D), and the Switch loss of a learned choice."""
-        if (
-            self.routed and self.hp.dispatch == "masked"
-        ):  # every expert's share of one GEMM with the shared one
-            chosen_BTE, balance = self.choose(x, *route)
-            down = torch.cat([self.down.weight, *self.expert_down], dim=-1)
-            return F.linear(self.hidden(x, chosen_BTE), down.to(x.dtype)), balance
-        y = self.down(activate(self.up(x), self.hp.activation))
-        return y + self.grouped(x, *route) if self.routed else y, 0.0
+    def forward(self, x: Tensor, route: Any) -> tuple[Tensor, Tensor | float]:
+        """Apply the MLP by the layer's dispatch. Also returns a learned choice's Switch loss."""
+        if not self.config.is_routed:
+            return self.down(activate(self.up(x), self.config.activation)), 0.0
+        if self.config.dispatch == "grouped":
+            shared = self.down(activate(self.up(x), self.config.activation))
+            return shared + self.grouped(x, *route), 0.0
+        share_BTE, balance = self.choose(x, route)
+        down = torch.cat([self.down.weight, *self.expert_down], dim=-1)
+        return F.linear(self.hidden(x, share_BTE), down.to(x.dtype)), balance
 
     def choose(self, x: Tensor, table_BTE: Tensor) -> tuple[Tensor, Tensor | float]:
-        """Factor on each expert's output, (B, T, E): 1 if chosen, else 0, with the softmax's gradient straight through;
-        for soft, E times the softmax. And the Switch loss, 1 for a perfect balance."""
-        E, K, routing = self.hp.num_experts, self.hp.top_k, self.hp.routing
-        if routing not in TABLE_SCORE:
+        """Return the factor on each expert's output, (B, T, E), and the Switch loss.
+
+        The factor is 1 or 0, with the softmax's gradient straight through where a router chooses;
+        for soft it is E times the softmax. The loss is 1 when the balance is perfect.
+        """
+        config = self.config
+        if not config.has_router:
             return table_BTE, 0.0
-        scores = F.linear(x.float(), self.router) + TABLE_SCORE[routing] * table_BTE
+        scores = F.linear(x.float(), self.router) + TABLE_SCORE[config.routing] * table_BTE
         share = scores.softmax(-1)
-        if routing == "soft":
-            return (E * share).to(x.dtype), 0.0
-        chosen = torch.zeros_like(share).scatter(-1, scores.topk(K).indices, 1.0)
-        balance = E / K * chosen.flatten(0, 1).mean(0) @ share.flatten(0, 1).mean(0)
+        if config.routing == "soft":
+            return (config.num_experts * share).to(x.dtype), 0.0
+        chosen = torch.zeros_like(share).scatter(-1, scores.topk(1).indices, 1.0)
+        balance = config.num_experts * chosen.flatten(0, 1).mean(0) @ share.flatten(0, 1).mean(0)
         return (chosen + (share - share.detach())).to(x.dtype), balance
 
-    def hidden(self, x: Tensor, chosen_BTE: Tensor) -> Tensor:
-        """Hidden units of the shared expert and of all others in one GEMM, those of experts not chosen set to zero."""
-        D, width, hidden = self.hp.model_dim, self.width, self.hp.num_experts * self.hp.expert_dim
-        expert_up = (
-            self.expert_up.unflatten(1, (self.G, -1)).transpose(0, 1).reshape(self.G, hidden, D)
-        )
-        up = torch.cat([self.up.weight.view(self.G, width, D), expert_up], dim=1).view(-1, D)
-        shared, routed = activate(F.linear(x, up.to(x.dtype)), self.hp.activation).split(
-            [width, hidden], dim=-1
-        )
-        routed = (routed.unflatten(-1, (self.hp.num_experts, -1)) * chosen_BTE[..., None]).flatten(
-            -2
-        )
+    def hidden(self, x: Tensor, share_BTE: Tensor) -> Tensor:
+        """Return the hidden units [shared | expert 0 | ... | expert E-1] of one GEMM.
+
+        Those of an expert are multiplied by its share, so the others' outputs are exactly zero.
+        """
+        E, D = self.config.num_experts, self.config.model_dim
+        routed_width = E * self.config.expert_dim
+        expert_up = self.expert_up.unflatten(1, (self.rows, -1)).transpose(0, 1)
+        expert_up = expert_up.reshape(self.rows, routed_width, D)
+        up = torch.cat([self.up.weight.view(self.rows, self.width, D), expert_up], dim=1)
+
+        h = activate(F.linear(x, up.view(-1, D).to(x.dtype)), self.config.activation)
+        shared, routed = h.split([self.width, routed_width], dim=-1)
+        routed = (routed.unflatten(-1, (E, -1)) * share_BTE[..., None]).flatten(-2)
         return torch.cat([shared, routed], dim=-1)
 
-    def grouped(self, x: Tensor, order_M: Tensor, inverse_M: Tensor, offsets_E: Tensor) -> Tensor:
-        """M = N * K rows sorted by expert, one GEMM per expert between the true offsets, and back into place."""
-        up, down, K = self.expert_up.to(x.dtype).mT, self.expert_down.to(x.dtype).mT, self.hp.top_k
-        h_MF = activate(
-            F.grouped_mm(x.flatten(0, 1)[order_M // K], up, offs=offsets_E), self.hp.activation
-        )
-        return F.grouped_mm(h_MF, down, offs=offsets_E)[inverse_M].view(*x.shape[:2], K, -1).sum(2)
+    def grouped(self, x: Tensor, order_N: Tensor, inverse_N: Tensor, offsets_E: Tensor) -> Tensor:
+        """Sort tokens by expert, run one GEMM each between the true offsets, and sort back."""
+        up = self.expert_up.to(x.dtype).mT
+        down = self.expert_down.to(x.dtype).mT
+        sorted_ND = x.flatten(0, 1)[order_N]
+        h = activate(F.grouped_mm(sorted_ND, up, offs=offsets_E), self.config.activation)
+        return F.grouped_mm(h, down, offs=offsets_E)[inverse_N].view_as(x)
 
 
-Stream = collections.namedtuple(
-    "Stream", "x mu velocity balance"
-)  # (B, T, D), (B, T, mu_dim), pid's (B, T, D), loss
+class Guide(NamedTuple):
+    """What a layer hands the next beside the stream."""
+
+    mu: Tensor | None  # (B, T, D), None when MU=off
+    velocity: Tensor | None  # (B, T, D) for MU=pid
 
 
 class Block(nn.Module):
     """x0 mix, attention guided by mu, MLP, and the mu for the next layer."""
 
-    def __init__(self, hp: Hyperparameters, layer: int, mu_dim: int):
+    def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        self.hp, D = hp, hp.model_dim
-        self.attn, self.mlp = (
-            CausalSelfAttention(hp, mu_dim),
-            TokenRoutedMLP(hp, routed=layer in hp.routed_layers),
-        )
-        self.attn_scale, self.mlp_scale = nn.Parameter(torch.ones(D)), nn.Parameter(torch.ones(D))
+        self.config = config
+        D = config.model_dim
+        self.attn = CausalSelfAttention(config)
+        self.mlp = TokenRoutedMLP(config)
+        self.attn_scale = nn.Parameter(torch.ones(D))
+        self.mlp_scale = nn.Parameter(torch.ones(D))
         self.resid_mix = nn.Parameter(torch.tensor([[1.0], [0.0]]).repeat(1, D))
-        self.parallel, self.input_scale = (
-            layer >= hp.parallel_start_layer,
-            (layer + 1) ** -0.5 if hp.ln_scale else 1.0,
-        )
-        self.makes_mu = (
-            hp.mu != "off" and layer in hp.execution_order(True)[:-1]
-        )  # nobody would read the last one
-        if self.makes_mu and hp.mu in MATRIX_MU:
-            self.mu_base, self.mu_write = nn.Parameter(torch.zeros(mu_dim)), CastedLinear(D, mu_dim)
+        self.is_parallel = layer >= config.parallel_start_layer
+        self.input_scale = (layer + 1) ** -0.5 if config.ln_scale else 1.0
+
+        # Nobody would read the mu of the layer that runs last.
+        self.makes_mu = config.mu != "off" and layer in config.execution_order(True)[:-1]
+        if self.makes_mu and config.mu == "full":
+            self.mu_base = nn.Parameter(torch.zeros(D))
+            self.mu_write = CastedLinear(D, D)
         elif self.makes_mu:
             self.mu_mix = nn.Parameter(torch.full((2, D), 0.5))
-        if hp.mu == "pid":
+        if config.mu == "pid":
             self.pid_gains = nn.Parameter(torch.tensor([[2.2], [-2.2], [0.05]]).repeat(1, D))
 
     def next_mu(self, mu: Tensor, x: Tensor) -> Tensor:
-        """Made from the normalised stream and bounded by a norm; the lineage's raw streams and clamps diverged."""
-        if self.hp.mu in MATRIX_MU:
+        """Make the next layer's mu from the normalised stream; a norm bounds it."""
+        if self.config.mu == "full":
             return norm(self.mu_base.to(x.dtype) + self.mu_write(norm(x)))
         keep, write = self.mu_mix.to(x.dtype)
         return norm(keep * mu + write * norm(x))
 
+    def steer(self, y: Tensor, guide: Guide, scored: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Pull attention's result towards mu by a velocity, which a decay bounds (MU=pid)."""
+        decay, pull, gain = self.pid_gains.to(y.dtype)
+        # XSA leaves nothing but rounding of a first token, which eps keeps small.
+        error = F.rms_norm(y, (y.size(-1),), eps=1e-3) - pick(guide.mu, scored)
+        velocity = torch.sigmoid(decay) * pick(guide.velocity, scored)
+        velocity = velocity - torch.sigmoid(pull) * error
+        return y + gain * velocity, velocity
+
     def forward(
-        self, stream: Stream, x0: Tensor, rotary: tuple, route: tuple, scored: Tensor | None = None
-    ) -> Stream:
-        """Embeddings x0 (B, T, D), rotary tables and the layer's dispatch -> the stream for the next layer. In the last
-        one, with scored positions (B, S), to which the dispatch then belongs, only the x there, and no mu."""
-        x, mu, velocity, balance = stream
+        self,
+        x: Tensor,
+        guide: Guide,
+        x0: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        route: Any,
+        scored: Tensor | None = None,
+    ) -> tuple[Tensor, Guide, Tensor | float]:
+        """Return the stream, the guide for the next layer, and the Switch loss.
+
+        With scored positions (B, S), of the last layer alone, `route` is theirs, and so is x.
+        """
         keep, inject = self.resid_mix.to(x.dtype)
         x = keep * x + inject * x0
-        y, x = self.attn(norm(x) * self.input_scale, mu, rotary, scored), pick(x, scored)
-        if (
-            self.hp.mu == "pid"
-        ):  # a velocity pulls y towards mu; as it decays and the error is bounded, so is it
-            decay, pull, gain = self.pid_gains.to(x.dtype)
-            error = F.rms_norm(y, (y.size(-1),), eps=1e-3) - pick(
-                mu, scored
-            )  # XSA leaves a first token rounding alone
-            velocity = torch.sigmoid(decay) * pick(velocity, scored) - torch.sigmoid(pull) * error
-            y = y + gain * velocity
+        y = self.attn(norm(x) * self.input_scale, guide.mu, rotary, scored)
+        x = pick(x, scored)
+        velocity = guide.velocity
+        if self.config.mu == "pid":
+            y, velocity = self.steer(y, guide, scored)
+
         attended = x + self.attn_scale.to(x.dtype) * y
-        y, switch_loss = self.mlp(norm(x if self.parallel else attended) * self.input_scale, route)
+        mlp_input = x if self.is_parallel else attended
+        y, switch_loss = self.mlp(norm(mlp_input) * self.input_scale, route)
         x = attended + self.mlp_scale.to(x.dtype) * y
-        mu = self.next_mu(mu, x) if self.makes_mu and scored is None else None
-        return Stream(x, mu, velocity, balance + switch_loss)
+
+        mu = self.next_mu(guide.mu, x) if self.makes_mu and scored is None else None
+        return x, Guide(mu, velocity), switch_loss
 
 
 class GPT(nn.Module):
     """Decoder-only transformer with tied embedding, U-Net skips and token-routed MLPs."""
 
-    def __init__(self, hp: Hyperparameters):
+    def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32, context: int = 0):
+        """Build for activations of `dtype` and windows of `context` tokens, 0 = TRAIN_SEQ_LEN."""
         super().__init__()
-        self.hp, self.dtype, num_skips = (
-            hp,
-            getattr(torch, hp.dtype),
-            len(hp.execution_order(True)) // 2,
-        )
-        mu_dim = hp.mu_rank if hp.mu == "lowrank" else hp.model_dim
-        self.tok_emb = nn.Embedding(hp.vocab_size, hp.model_dim)
-        self.blocks = nn.ModuleList(Block(hp, layer, mu_dim) for layer in range(hp.num_layers))
-        self.skip_weights = nn.Parameter(torch.ones(num_skips, hp.model_dim))
-        if hp.skip_gates:
-            self.skip_gates = nn.Parameter(torch.zeros(num_skips, hp.model_dim))
-        if hp.smear_gate:
-            self.smear_gate, self.smear_scale = (
-                nn.Parameter(torch.zeros(GATE_CHANNELS)),
-                nn.Parameter(torch.zeros(1)),
-            )
-        if hp.mu != "off":
-            self.mu_init = nn.Parameter(torch.ones(mu_dim))
-        self.register_buffer(
-            "expert_table", torch.zeros(len(hp.routed_layers), hp.vocab_size, hp.top_k).byte()
-        )
+        self.config = config
+        self.dtype = dtype
+        D = config.model_dim
+        num_skips = len(config.execution_order(True)) // 2
+        self.tok_emb = nn.Embedding(config.vocab_size, D)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.skip_weights = nn.Parameter(torch.ones(num_skips, D))
+        if config.skip_gates:
+            self.skip_gates = nn.Parameter(torch.zeros(num_skips, D))
+        if config.smear_gate:
+            self.smear_gate = nn.Parameter(torch.zeros(GATE_CHANNELS))
+            self.smear_scale = nn.Parameter(torch.zeros(1))
+        if config.mu != "off":
+            self.mu_init = nn.Parameter(torch.ones(D))
+        table_rows = config.num_layers if config.is_routed else 0
+        table = torch.zeros(table_rows, config.vocab_size, dtype=torch.uint8)
+        self.register_buffer("expert_table", table)
+
+        # For longer windows the base grows, so that the slowest rotation turns as far as it did.
+        longer = max(1.0, context / config.train_seq_len)
+        self.rope_base = 10_000.0 * longer ** (config.rope_dims / max(config.rope_dims - 2, 1))
 
     @torch.no_grad()
-    def init_weights(self) -> None:
-        """Orthogonal matrices, each expert by itself; zero for output projections and for the readers of mu. A tensor's
-        values depend on its name, its shape and SEED alone, so that models that differ elsewhere start alike."""
+    def init_weights(self, seed: int) -> None:
+        """Draw orthogonal matrices, each expert by itself; zero output projections and mu_read.
+
+        A tensor's values depend on its name, its shape and the seed alone, so that models that
+        differ elsewhere start alike.
+        """
         for name, p in self.named_parameters():
-            generator = torch.Generator().manual_seed(self.hp.seed ^ zlib.crc32(name.encode()))
-            if role_of(name) == "embedding":
+            generator = torch.Generator().manual_seed(seed ^ zlib.crc32(name.encode()))
+            role = role_of(name)
+            if role == "embedding":
                 nn.init.normal_(p, std=0.005, generator=generator)
-            elif role_of(name) in ("matrix", "expert", "mu_matrix"):
+            elif name == "mu_init" and self.config.mu == "full":
+                nn.init.normal_(p, generator=generator)  # equal entries would get equal gradients
+            elif role in ("matrix", "expert", "mu_matrix"):
                 for matrix in p.view(-1, *p.shape[-2:]):
                     nn.init.orthogonal_(matrix, generator=generator)
                 if re.search(r"\b(proj|down|expert_down|mu_read)\b", name):
                     p.zero_()
-            elif (
-                name == "mu_init" and self.hp.mu in MATRIX_MU
-            ):  # equal entries would get equal gradients
-                nn.init.normal_(p, generator=generator)
 
-    def routes(self, input_ids: Tensor, order: list[int]) -> list[tuple[Tensor, ...]]:
-        """Dispatch in each of the R layers run, from token ids alone: block masks, or permutations and offsets."""
-        hp, routed = (
-            self.hp,
-            [step for step, layer in enumerate(order) if layer in self.hp.routed_layers],
-        )
-        if not routed:
-            return [()] * len(order)
-        expert_LNK = self.expert_table[:, input_ids.flatten()].long()
-        shifts = [order[:step].count(order[step]) * hp.routing_per_pass for step in routed]
-        rows = [expert_LNK[order[step] - hp.routed_layers.start] for step in routed]
-        expert_RNK = torch.stack(
-            [(row + shift) % hp.num_experts for row, shift in zip(rows, shifts, strict=True)]
-        )
-        chosen_RNE = (
-            expert_RNK[..., None] == torch.arange(hp.num_experts, device=input_ids.device)
-        ).any(2)
-        if hp.dispatch == "masked":
-            parts = [(mask,) for mask in chosen_RNE.unflatten(1, input_ids.shape).to(self.dtype)]
-        else:
-            order_RM = expert_RNK.flatten(1).argsort(dim=-1, stable=True)
-            offsets_RE = chosen_RNE.sum(1).cumsum(-1).to(torch.int32)
-            parts = list(zip(order_RM, order_RM.argsort(dim=-1), offsets_RE, strict=True))
-        return [parts.pop(0) if step in routed else () for step in range(len(order))]
+    def routes(self, input_ids: Tensor, order: list[int]) -> list:
+        """Return the dispatch of each of the R layers run, from token ids alone.
+
+        Masked: (B, T, E) of ones and zeros. Grouped: order (N,), its inverse (N,), offsets (E,).
+        """
+        config = self.config
+        if not config.is_routed:
+            return [None] * len(order)
+
+        table_LN = self.expert_table[:, input_ids.flatten()].long()
+        passes = [0] * config.num_layers
+        rows = []
+        for layer in order:
+            rows.append((table_LN[layer] + passes[layer]) % config.num_experts)
+            if config.routing_per_pass:
+                passes[layer] += 1
+        expert_RN = torch.stack(rows)
+        experts = torch.arange(config.num_experts, device=input_ids.device)
+        chosen_RNE = expert_RN[..., None] == experts
+        if config.dispatch == "masked":
+            return list(chosen_RNE.unflatten(1, input_ids.shape).to(self.dtype))
+
+        order_RN = expert_RN.argsort(dim=-1, stable=True)
+        offsets_RE = chosen_RNE.sum(1).cumsum(-1).to(torch.int32)
+        return list(zip(order_RN, order_RN.argsort(dim=-1), offsets_RE, strict=True))
 
     def smear(self, x: Tensor, input_ids: Tensor) -> Tensor:
-        """SmearGate (upstream PR #1667): adds a gated part of the token before, but not to a document's first token."""
-        follows = (input_ids != BOS_ID) & (torch.arange(input_ids.size(1), device=x.device) > 0)
-        gate = self.smear_scale.to(x.dtype) * torch.sigmoid(
-            x[..., :GATE_CHANNELS] @ self.smear_gate.to(x.dtype)
-        )
+        """Add a gated part of the token before, but not across BOS (SmearGate, PR #1667)."""
+        positions = torch.arange(input_ids.size(1), device=x.device)
+        follows = (input_ids != BOS_ID) & (positions > 0)
+        gate = torch.sigmoid(x[..., :GATE_CHANNELS] @ self.smear_gate.to(x.dtype))
+        gate = self.smear_scale.to(x.dtype) * gate
         return x + (gate * follows)[..., None] * F.pad(x[:, :-1], (0, 0, 1, 0))
+
+    def add_skip(self, x: Tensor, skip: Tensor, index: int) -> Tensor:
+        """Mix in what the encoder half kept for this step of the decoder half."""
+        skip = self.skip_weights[index].to(x.dtype) * skip
+        if not self.config.skip_gates:
+            return x + skip
+        return torch.lerp(skip, x, torch.sigmoid(self.skip_gates[index]).to(x.dtype))
 
     def features(
         self, input_ids: Tensor, looped: bool = True, scored: Tensor | None = None
-    ) -> tuple:
-        """(B, T) int64 -> the head's normalised input, (B, T, D) or (B, S, D) where scored; and the Switch losses."""
-        hp, order, x = (
-            self.hp,
-            self.hp.execution_order(looped),
-            self.tok_emb(input_ids).to(self.dtype),
-        )
-        x = x0 = norm(self.smear(x, input_ids) if hp.smear_gate else x)
-        rotary, skips = (
-            rotary_tables(input_ids.size(1), hp.rope_base, hp.rope_dims, input_ids.device),
-            [],
-        )
-        mu = (
-            norm(self.mu_init.to(self.dtype)).expand(*input_ids.shape, -1)
-            if hp.mu != "off"
-            else None
-        )
-        stream = Stream(
-            x, mu, mu if hp.mu == "pid" else None, 0.0
-        )  # from 0, the first gain would never learn
-        routes = (
-            self.routes(input_ids, order)[:-1] + self.routes(pick(input_ids, scored), order)[-1:]
-        )
-        for step, (layer, route) in enumerate(zip(order, routes, strict=True)):
-            decoder_step = step - len(order) // 2
-            if decoder_step >= 0 and skips:
-                skip = self.skip_weights[decoder_step].to(x.dtype) * skips.pop()
-                gate = (
-                    torch.sigmoid(self.skip_gates[decoder_step]).to(x.dtype)
-                    if hp.skip_gates
-                    else None
-                )
-                stream = stream._replace(
-                    x=stream.x + skip if gate is None else torch.lerp(skip, stream.x, gate)
-                )
-            stream = self.blocks[layer](
-                stream, x0, rotary, route, scored if step == len(order) - 1 else None
-            )
-            if decoder_step < 0:
-                skips.append(stream.x)
-        return norm(stream.x), stream.balance
+    ) -> tuple[Tensor, Tensor | float]:
+        """Return the head's normalised input, (B, S, D) where scored, and the Switch losses."""
+        config = self.config
+        x = self.tok_emb(input_ids).to(self.dtype)
+        x0 = norm(self.smear(x, input_ids) if config.smear_gate else x)
+        rotary = rotary_tables(input_ids.size(1), self.rope_base, config.rope_dims, x.device)
+        mu = None
+        if config.mu != "off":
+            mu = norm(self.mu_init.to(self.dtype)).expand(*input_ids.shape, -1)
+        # pid's velocity starts as mu: from zero its first gain would never learn.
+        guide = Guide(mu, mu if config.mu == "pid" else None)
+
+        order = config.execution_order(looped)
+        routes = self.routes(input_ids, order)
+        if scored is not None:
+            routes[-1] = self.routes(pick(input_ids, scored), order)[-1]
+
+        x = x0
+        skips = []
+        switch_loss = 0.0
+        half = len(order) // 2
+        for step, layer in enumerate(order):
+            if step >= half and skips:
+                x = self.add_skip(x, skips.pop(), step - half)
+            positions = scored if step == len(order) - 1 else None
+            x, guide, loss = self.blocks[layer](x, guide, x0, rotary, routes[step], positions)
+            switch_loss = switch_loss + loss
+            if step < half:
+                skips.append(x)
+        return norm(x), switch_loss
 
     def forward(
-        self, input_ids, target_ids=None, reduction="mean", looped: bool = True, scored=None
+        self,
+        input_ids: Tensor,
+        target_ids: Tensor | None = None,
+        reduction: str = "mean",
+        looped: bool = True,
+        scored: Tensor | None = None,
     ) -> Tensor:
-        """Logits (B, T, V) or, given targets, cross-entropy in nats; `looped` is off until the recurrence begins. Given
-        `scored` positions (B, S) int64, only for these, (B, S, ...). In training, the mean includes Switch losses."""
-        x, balance = self.features(input_ids, looped, scored)
-        logits = 30.0 * torch.tanh(F.linear(x, self.tok_emb.weight.to(x.dtype)).float() / 30.0)
+        """Return logits (B, T, V) or, given targets, cross-entropy in nats.
+
+        `looped` is off until the recurrence begins. With `scored` positions (B, S) int64 the
+        result is theirs alone. In training the mean includes the Switch losses.
+        """
+        x, switch_loss = self.features(input_ids, looped, scored)
+        logits = F.linear(x, self.tok_emb.weight.to(x.dtype)).float()
+        logits = 30.0 * torch.tanh(logits / 30.0)
         if target_ids is None:
             return logits
         loss = F.cross_entropy(logits.flatten(0, 1), target_ids.flatten(), reduction=reduction)
-        return (
-            loss.view_as(target_ids)
-            if reduction == "none"
-            else loss + SWITCH_LOSS * balance * self.training
-        )
+        if reduction == "none":
+            return loss.view_as(target_ids)
+        return loss + SWITCH_LOSS * switch_loss if self.training else loss
 
 
-ROLES = {  # what each tensor of the state dict is, by name; the optimizers and the quantizer both go by it
-    "embedding": r"tok_emb\.weight",
-    "matrix": r"blocks\.\d+\.(attn\.(c_q|c_k|c_v|proj)|mlp\.(up|down))\.weight",
-    "expert": r"blocks\.\d+\.mlp\.expert_(up|down)",
-    "mu_matrix": r"blocks\.\d+\.(attn\.mu_read|mu_write)\.weight",
-    "router": r"blocks\.\d+\.mlp\.router",
-    "vector": r"skip_(weights|gates)|smear_(gate|scale)|mu_init"
-    r"|blocks\.\d+\.(attn\.(q_gain|gate|mu_gain)|(attn|mlp)_scale|resid_mix|mu_mix|mu_base|pid_gains)",
-    "table": r"expert_table",
-}
+class Role(NamedTuple):
+    """What tensors of a kind are called, which optimizer trains and which rule stores them."""
+
+    name: str
+    pattern: str  # of the whole name in the state dict
+    optimizer: str  # muon | embedding (AdamW with decay) | adamw | none
+    rule: str  # matrix | embedding: bits and k of the knobs; int8 | float16 | uint8
 
 
-def role_of(name: str) -> str:
-    """The one role of a tensor in the state dict; a name without one, or with two, is a bug."""
-    roles = [role for role, pattern in ROLES.items() if re.fullmatch(pattern, name)]
-    assert len(roles) == 1, f"{name} has roles {roles}"
+ROLES = (
+    Role("embedding", r"tok_emb\.weight", "embedding", "embedding"),
+    Role("matrix", r"blocks\.\d+\.(attn\.(c_[qkv]|proj)|mlp\.(up|down))\.weight", "muon", "matrix"),
+    Role("expert", r"blocks\.\d+\.mlp\.expert_(up|down)", "muon", "matrix"),
+    Role("mu_matrix", r"blocks\.\d+\.(attn\.mu_read|mu_write)\.weight", "adamw", "matrix"),
+    Role("router", r"blocks\.\d+\.mlp\.router", "adamw", "float16"),
+    Role(
+        "vector",
+        r"skip_(weights|gates)|smear_(gate|scale)|mu_init|blocks\.\d+\."
+        r"(attn\.(q_gain|gate|mu_gain)|(attn|mlp)_scale|resid_mix|mu_mix|mu_base|pid_gains)",
+        "adamw",
+        "int8",
+    ),
+    Role("table", r"expert_table", "none", "uint8"),
+)
+
+
+def find_role(name: str) -> Role:
+    """Return the one role of a tensor of the state dict; none, or two, is a bug."""
+    roles = [role for role in ROLES if re.fullmatch(role.pattern, name)]
+    assert len(roles) == 1, f"{name} has roles {[role.name for role in roles]}"
     return roles[0]
 
 
-def choose_attention(model: GPT, device: torch.device, log: Log) -> str:
-    """Give `model` the first kernel of ATTENTION that runs with its heads, forward and backward, and turn PyTorch's
-    others off. Returns the kernel; raises Refusal when there is none."""
-    hp, failures = model.hp, []
-    for kernel in CHOICES["attention"].split()[1:] if hp.attention == "auto" else [hp.attention]:
-        for name in ("cudnn", "flash", "mem_efficient", "math"):
-            getattr(torch.backends.cuda, f"enable_{name}_sdp")(kernel in (name, "fa3"))
+def role_of(name: str) -> str:
+    return find_role(name).name
+
+
+def choose_attention(name: str, model: GPT, device: torch.device, log: Callable) -> str:
+    """Give `model` the first kernel of ATTENTION that runs with its heads, and log which.
+
+    PyTorch's others are turned off. Raises ConfigError when there is none.
+    """
+    config = model.config
+    candidates = ["fa3", "cudnn", "flash", "math"] if name == "auto" else [name]
+    failures = []
+    for kernel in candidates:
+        torch.backends.cuda.enable_cudnn_sdp(kernel in ("cudnn", "fa3"))
+        torch.backends.cuda.enable_flash_sdp(kernel in ("flash", "fa3"))
+        torch.backends.cuda.enable_mem_efficient_sdp(kernel == "fa3")
+        torch.backends.cuda.enable_math_sdp(kernel in ("math", "fa3"))
+        inputs = []
+        for heads in (config.num_heads, config.num_kv_heads, config.num_kv_heads):
+            shape = (1, 128, heads, config.head_dim)
+            inputs.append(torch.zeros(shape, device=device, dtype=model.dtype, requires_grad=True))
         try:
-            shapes = (
-                (1, 128, heads, hp.head_dim)
-                for heads in (hp.num_heads, hp.num_kv_heads, hp.num_kv_heads)
-            )
-            inputs = [
-                torch.zeros(s, device=device, dtype=model.dtype, requires_grad=True) for s in shapes
-            ]
+            attend = flash_attention_3() if kernel == "fa3" else sdpa_attention
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # PyTorch's reasons for not using a kernel
-                attention_kernel(kernel)(*inputs).sum().backward()
-        except (ImportError, RuntimeError) as error:
-            failures.append(f"not {kernel}: {str(error).splitlines()[0][:60]}")
+                attend(*inputs).sum().backward()
+        except Exception as error:  # of an optional kernel, anything
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            failures.append(f"not {kernel}: {reason[:60]}")
             continue
         for block in model.blocks:
-            block.attn.attend = attention_kernel(kernel)
+            block.attn.attend = attend
         log(f"attention:{kernel}" + "".join(f" ({failure})" for failure in failures))
         return kernel
-    raise Refusal(f"ATTENTION={hp.attention}: {'; '.join(failures)}")
+    raise ConfigError(f"ATTENTION={name}: {'; '.join(failures)}")
 
 
-# ---- Optimizers and schedules ----------------------------------------------------------------------------------------
-POLAR_EXPRESS = (  # optimal odd quintics for five steps, arXiv 2505.16932; used in upstream PR #1787
+# ---- Optimizers and schedules --------------------------------------------------------------------
+
+# Optimal odd quintics for five steps (Polar Express, arXiv 2505.16932; used in PR #1787).
+POLAR_EXPRESS = (
     (8.156555, -22.483293, 15.878770),
     (4.042930, -2.808917, 0.500018),
     (3.891668, -2.772484, 0.506065),
@@ -1284,504 +1327,589 @@ POLAR_EXPRESS = (  # optimal odd quintics for five steps, arXiv 2505.16932; used
 
 
 def zeropower_via_newtonschulz5(G: Tensor) -> Tensor:
-    """Nearest semi-orthogonal matrix of each G[i], (M, rows, cols); a zero matrix stays zero. bfloat16 on a GPU."""
-    X = G / (G.norm(dim=-1, keepdim=True) + 1e-7)  # row-normalised: MuonEq-R, upstream PR #1217
+    """Return the nearest semi-orthogonal matrix of each G[i], (M, rows, cols); zero stays zero."""
+    X = G / (G.norm(dim=-1, keepdim=True) + 1e-7)  # row-normalised: MuonEq-R, PR #1217
     X = X / (X.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
-    X, tall = X.bfloat16() if G.is_cuda else X, X.size(-2) > X.size(-1)
-    X = X.mT if tall else X
+    if G.is_cuda:
+        X = X.bfloat16()
+    is_tall = X.size(-2) > X.size(-1)
+    if is_tall:
+        X = X.mT
     for a, b, c in POLAR_EXPRESS:
         A = X @ X.mT
         X = a * X + (b * A + c * A @ A) @ X
-    return (X.mT if tall else X).to(G.dtype)
+    return (X.mT if is_tall else X).to(G.dtype)
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised per matrix (kellerjordan.github.io/posts/muon); an expert of a 3-D tensor is a matrix.
-    A group holds the matrices of one shape, orthogonalised in one batch of which every rank computes its share."""
+    """Momentum, orthogonalised per matrix (kellerjordan.github.io/posts/muon).
+
+    An expert of a 3-D tensor is a matrix. A group holds the matrices of one shape, orthogonalised
+    in one batch of which every rank computes its share.
+    """
 
     def __init__(
         self, params: list[Tensor], lr: float, weight_decay: float, dist: Dist, compiles: bool
     ):
-        groups = [
-            {"params": [p for p in params if p.shape[-2:] == s]}
-            for s in sorted({p.shape[-2:] for p in params})
-        ]
+        groups = []
+        for shape in sorted({p.shape[-2:] for p in params}):
+            groups.append({"params": [p for p in params if p.shape[-2:] == shape]})
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": 0.0})
-        self.dist, self.zeropower = dist, zeropower_via_newtonschulz5
-        if (
-            compiles and dist.device.type == "cuda"
-        ):  # on a CPU it is all GEMM, and not worth the compilation
-            self.zeropower = torch.compile(
-                zeropower_via_newtonschulz5, fullgraph=True, dynamic=False
-            )
+        self.dist = dist
+        self.zeropower = zeropower_via_newtonschulz5
+        # On a CPU it is all GEMM, and not worth the compilation.
+        if compiles and dist.device.type == "cuda":
+            self.zeropower = torch.compile(self.zeropower, fullgraph=True, dynamic=False)
 
     @torch.no_grad()
     def step(self) -> None:
-        """One update of every group, from the gradients and the LR and momentum in the group."""
+        """Update every group from the gradients, and the LR and momentum in the group."""
         mine = slice(self.dist.rank, None, self.dist.world_size)
         for group in self.param_groups:
-            params, (rows, cols) = group["params"], group["params"][0].shape[-2:]
-            update, state = (
-                torch.cat([p.grad.view(-1, rows, cols) for p in params]),
-                self.state[params[0]],
-            )
+            params = group["params"]
+            rows, cols = params[0].shape[-2:]
+            update = torch.cat([p.grad.view(-1, rows, cols) for p in params])
+
+            state = self.state[params[0]]
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(update)
             buffer = state["momentum_buffer"].lerp_(update, 1 - group["momentum"])
             update.lerp_(buffer, group["momentum"])  # Nesterov
-            share = self.zeropower(update[mine]) if len(update[mine]) else update[mine]
+
+            # Each rank orthogonalises its share; the sum puts the shares together.
+            share = update[mine]
+            if len(share):
+                share = self.zeropower(share)
             update.zero_()[mine] = share
-            updates = self.dist.all_sum(update).split([p.numel() // (rows * cols) for p in params])
+            self.dist.all_sum(update)
+
+            updates = update.split([p.numel() // (rows * cols) for p in params])
             updates = [u.view_as(p) for u, p in zip(updates, params, strict=True)]
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-            scale = (
-                max(1, rows / cols) ** 0.5
-            )  # the RMS change of an activation is the same for tall and wide ones
+            # So that the RMS change of an activation is the same for tall and wide matrices.
+            scale = max(1, rows / cols) ** 0.5
             torch._foreach_add_(params, updates, alpha=-group["lr"] * scale)
 
 
 def build_optimizers(hp: Hyperparameters, model: GPT, dist: Dist) -> list[torch.optim.Optimizer]:
-    """Muon for matrices and experts, AdamW for the embedding and for everything small; each parameter exactly once."""
-    by_role = {
-        role: [p for name, p in model.named_parameters() if role_of(name) == role] for role in ROLES
+    """Give every parameter to the optimizer of its role, exactly once."""
+    params = {"muon": [], "embedding": [], "adamw": []}
+    for role in ROLES:  # by role, then by name
+        members = [p for name, p in model.named_parameters() if role_of(name) == role.name]
+        if members:
+            params[role.optimizer] += members
+    embedding = {
+        "params": params["embedding"],
+        "lr": hp.embed_lr,
+        "weight_decay": hp.embed_weight_decay,
     }
-    large, small = (
-        by_role["matrix"] + by_role["expert"],
-        by_role["vector"] + by_role["mu_matrix"] + by_role["router"],
-    )
-    muon = Muon(large, hp.matrix_lr, hp.muon_weight_decay, dist, can_compile(hp, dist.device))
-    groups = [
-        {"params": by_role["embedding"], "lr": hp.embed_lr, "weight_decay": hp.embed_weight_decay}
-    ]
-    groups += [
-        {"params": small, "lr": hp.scalar_lr, "weight_decay": 0.0}
-    ]  # decay would hold gains at their start
-    adam = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, fused=dist.device.type == "cuda")
-    covered = sorted(
-        id(p)
-        for optimizer in (muon, adam)
-        for group in optimizer.param_groups
-        for p in group["params"]
-    )
-    assert covered == sorted(map(id, model.parameters())), (
-        "every parameter needs exactly one optimizer group"
-    )
-    for group in muon.param_groups + adam.param_groups:
+    # Weight decay would hold gains at their start.
+    small = {"params": params["adamw"], "lr": hp.scalar_lr, "weight_decay": 0.0}
+    is_cuda = dist.device.type == "cuda"
+    adamw = torch.optim.AdamW([embedding, small], betas=(0.9, 0.95), eps=1e-8, fused=is_cuda)
+    compiles = can_compile(hp, dist.device)
+    muon = Muon(params["muon"], hp.matrix_lr, hp.muon_weight_decay, dist, compiles)
+
+    groups = muon.param_groups + adamw.param_groups
+    covered = sorted(id(p) for group in groups for p in group["params"])
+    assert covered == sorted(map(id, model.parameters())), "a parameter has no or two optimizers"
+    for group in groups:
         group["base_lr"] = group["lr"]
-    return [muon, adam]
+    return [muon, adamw]
 
 
-def sgdr_bounds(hp: Hyperparameters) -> list[float]:
-    """Starts of the cycles and the end, as fractions of the budget; every cycle is twice as long as the one before.
-    With depth recurrence the last restart is where that begins: the loss spikes there, and wants a high LR."""
-    bounds = [(2**i - 1) / (2**hp.sgdr_cycles - 1) for i in range(hp.sgdr_cycles + 1)]
-    aligned = hp.loop_passes > 1 and hp.sgdr_cycles > 1 and 0 < hp.loop_from < 1
-    return (
-        [start * hp.loop_from / bounds[-2] for start in bounds[:-1]] + [1.0] if aligned else bounds
-    )
+def sgdr_restart(hp: Hyperparameters) -> float:
+    """Return the fraction of the budget at which the second cycle of SGDR begins.
+
+    It is twice as long as the first, or begins with the depth recurrence: the loss spikes there,
+    and wants a high LR.
+    """
+    if hp.model.loop_passes > 1 and 0 < hp.loop_from < 1:
+        return hp.loop_from
+    return 1 / 3
 
 
 def lr_scale(hp: Hyperparameters, frac: float) -> float:
-    """Multiplier of all learning rates when the fraction `frac` of the budget is used (SGDR: arXiv 1608.03983)."""
+    """Return the multiplier of all learning rates at the fraction `frac` of the budget."""
     if hp.schedule == "linear":
-        return max(hp.min_lr, min(1.0, (1 - frac) / hp.warmdown_frac)) if hp.warmdown_frac else 1.0
-    bounds = sgdr_bounds(hp)
-    cycle = sum(frac >= start for start in bounds[1:-1])
-    position = min((frac - bounds[cycle]) / (bounds[cycle + 1] - bounds[cycle]), 1.0)
-    return hp.min_lr + max(0.7**cycle - hp.min_lr, 0.0) * 0.5 * (1 + math.cos(math.pi * position))
+        if hp.warmdown_frac == 0:
+            return 1.0
+        return max(hp.min_lr, min(1.0, (1 - frac) / hp.warmdown_frac))
+
+    # Cosine cycles with warm restarts (SGDR, arXiv 1608.03983), the second 0.7 times as high.
+    restart = sgdr_restart(hp)
+    if frac < restart:
+        peak = 1.0
+        position = frac / restart
+    else:
+        peak = 0.7
+        position = min((frac - restart) / (1 - restart), 1.0)
+    height = max(peak - hp.min_lr, 0.0)
+    return hp.min_lr + height * 0.5 * (1 + math.cos(math.pi * position))
 
 
 def set_schedules(
     hp: Hyperparameters, optimizers: list[torch.optim.Optimizer], frac: float
 ) -> float:
-    """Set learning rates and Muon's momentum for `frac` of the budget. Returns the LR multiplier."""
-    scale, start = lr_scale(hp, frac), min(0.85, hp.muon_momentum)
-    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-        group["lr"] = group["base_lr"] * scale
-        if "momentum" in group:
-            group["momentum"] = start + (hp.muon_momentum - start) * min(frac / 0.1, 1.0)
+    """Set learning rates and Muon's momentum for `frac` of the budget. Returns the multiplier."""
+    scale = lr_scale(hp, frac)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["base_lr"] * scale
+            if isinstance(optimizer, Muon):
+                start = min(0.85, hp.muon_momentum)
+                warmup = min(frac / 0.1, 1.0)
+                group["momentum"] = start + (hp.muon_momentum - start) * warmup
     return scale
 
 
 def average_weight(hp: Hyperparameters, frac: float, count: int) -> float:
-    """Weight of the newest parameters in a running average that has taken in `count` before; 0 = leave them out."""
+    """Return the newest parameters' weight in an average of `count` before; 0 = leave them out."""
     if hp.average == "ema":  # its warm-up keeps a short run from averaging over the bad start
         return 1 - min(hp.ema_decay, (1 + count) / (10 + count))
-    return 1 / (1 + count) if hp.average == "swa" and frac >= hp.swa_start_frac else 0.0
+    if hp.average == "swa":  # the end of the last descent, equal weights
+        descent = sgdr_restart(hp) if hp.schedule == "sgdr" else 1 - hp.warmdown_frac
+        if frac >= max(0.85, descent):
+            return 1 / (1 + count)
+    return 0.0
 
 
-# ---- Quantization ----------------------------------------------------------------------------------------------------
-STEPS = torch.exp2(
-    (torch.arange(256, dtype=torch.float64) - 192) / 8
-).float()  # a byte a row meets k within 4.5 %
+# ---- Quantization --------------------------------------------------------------------------------
+
+# A scale is stored as one byte c and means 2^((c - 192) / 8): 2^-24 to 2^7.9, within 4.5 % of any.
+UNIT_CODE = 192
+CODES_PER_OCTAVE = 8
+SCALES = torch.exp2((torch.arange(256, dtype=torch.float64) - UNIT_CODE) / CODES_PER_OCTAVE).float()
+COLUMN_CODES = (160, 216)  # factors on columns stay within 2^-4 to 2^3
+GPTQ_DAMPING = 0.01  # added to the Hessian's diagonal, times its mean
+GPTQ_BLOCK = 128  # columns whose errors are moved together
 
 
-def quant_rule(hp: Hyperparameters, name: str) -> tuple[int, float] | None:
-    """(bits, k) of a tensor, k = 0 where the largest weight alone sets the step; None = kept as it is."""
-    rules = dict.fromkeys(("matrix", "expert", "mu_matrix"), (hp.matrix_bits, hp.matrix_clip))
-    rules |= {
-        "embedding": (hp.embed_bits, hp.embed_clip),
-        "vector": (8, 0.0),
-        "router": None,
-        "table": None,
-    }
-    return rules[role_of(name)]
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """A tensor as small integers times the scale of their row and, for the embedding, column."""
+
+    symbols: Tensor  # (..., R, C) int8
+    row_codes: Tensor  # (..., R, 1) uint8, codes of scales
+    column_codes: Tensor | None = None  # (C,) uint8
+
+    def scale(self) -> Tensor:
+        """Return the scale of every symbol, float32, shaped to broadcast."""
+        return decode_scales(self.row_codes, self.column_codes)
+
+    def dequantize(self) -> Tensor:
+        """Return the weights, float32."""
+        return self.symbols.float() * self.scale()
 
 
-def step_codes(weight: Tensor, bits: int, clip: float) -> Tensor:
-    """Index into STEPS of every row, (..., C) -> (..., 1) uint8. The step is clip * std(row) / (2^(bits-1) - 1)
-    (SDClip, upstream PR #1394), which sets the entropy and hence the size, or as much more as an outlier needs."""
-    weight, levels = weight.float(), 2 ** (bits - 1) - 1
+def decode_scales(codes: Tensor, column_codes: Tensor | None = None) -> Tensor:
+    """Return the scales that uint8 codes stand for, times those of columns, float32."""
+    scale = SCALES.to(codes.device)[codes.long()]
+    return scale if column_codes is None else scale * decode_scales(column_codes)
+
+
+def largest_symbol(bits: int) -> int:
+    return 2 ** (bits - 1) - 1
+
+
+def bits_and_clip(hp: Hyperparameters, name: str) -> tuple[int, float] | None:
+    """Return bits and k of a tensor; k = 0: the largest weight sets the scale; None: not rounded."""
+    rule = find_role(name).rule
+    if rule == "matrix":
+        return hp.matrix_bits, hp.matrix_clip
+    if rule == "embedding":
+        return hp.embed_bits, hp.embed_clip
+    return (8, 0.0) if rule == "int8" else None
+
+
+def row_scale_codes(weight: Tensor, bits: int, clip: float) -> Tensor:
+    """Return the code of every row's scale, (..., C) -> (..., 1) uint8.
+
+    The scale is clip * std(row) / largest symbol (SDClip, PR #1394), which sets the entropy and
+    hence the size, or as much more as an outlier needs.
+    """
+    weight = weight.float()
     std = (weight - weight.mean(-1, keepdim=True)).square().mean(-1, keepdim=True).sqrt()
-    typical = 8 * (clip * std / levels).log2()
-    needed = (
-        8 * (weight.abs().amax(-1, keepdim=True) / levels).log2() - 1e-3
-    )  # one that just fits is large enough
-    return (torch.maximum(typical.round(), needed.ceil()) + 192).clamp(0, 255).to(torch.uint8)
+    typical = CODES_PER_OCTAVE * (clip * std / largest_symbol(bits)).log2()
+    outlier = weight.abs().amax(-1, keepdim=True) / largest_symbol(bits)
+    needed = CODES_PER_OCTAVE * outlier.log2() - 1e-3  # one that just fits is large enough
+    codes = torch.maximum(typical.round(), needed.ceil()) + UNIT_CODE
+    return codes.clamp(0, 255).to(torch.uint8)
 
 
-def column_codes(hessian: Tensor | None, weight: Tensor) -> Tensor:
-    """Index into STEPS of a factor on each column's steps, (C,) uint8: 1, or the inverse fourth root of the inputs'
-    second moments. Some inputs of a head are a hundred times as active as the rest; cf. AWQ, arXiv 2306.00978."""
+def column_scale_codes(hessian: Tensor | None, weight: Tensor) -> Tensor:
+    """Return the code of a factor on each column's scale, (C,) uint8.
+
+    It is the inverse fourth root of the input's second moment, 1 without a Hessian: some inputs of
+    a head are a hundred times as active as the rest; cf. AWQ, arXiv 2306.00978.
+    """
     if hessian is None or not hessian.isfinite().all():
-        return torch.full(weight.shape[-1:], 192, dtype=torch.uint8, device=weight.device)
-    activity = hessian.diagonal().clamp(min=1e-4 * hessian.diagonal().mean().item() + 1e-30).log2()
-    return (192 + 8 / 4 * (activity.mean() - activity)).round().clamp(160, 216).to(torch.uint8)
+        return torch.full(weight.shape[-1:], UNIT_CODE, dtype=torch.uint8, device=weight.device)
+    diagonal = hessian.diagonal()
+    activity = diagonal.clamp(min=1e-4 * diagonal.mean().item() + 1e-30).log2()
+    codes = UNIT_CODE + CODES_PER_OCTAVE / 4 * (activity.mean() - activity)
+    return codes.round().clamp(*COLUMN_CODES).to(torch.uint8)
 
 
-def steps_of(*codes: Tensor) -> Tensor:
-    return math.prod(STEPS.to(code.device)[code.long()] for code in codes)
+def round_to_nearest(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
+    limit = largest_symbol(bits)
+    return (weight.float() / scale).round().clamp(-limit, limit)
 
 
-def round_to_nearest(weight: Tensor, step: Tensor, bits: int) -> Tensor:
-    levels = 2 ** (bits - 1) - 1
-    return (weight.float() / step).round().clamp(-levels, levels)
+def quantize_tensor(
+    weight: Tensor, bits: int, clip: float, column_codes: Tensor | None = None
+) -> QuantizedTensor:
+    """Round to nearest, with a scale for every row and, given codes, a factor on every column."""
+    balanced = weight if column_codes is None else weight / decode_scales(column_codes)
+    row_codes = row_scale_codes(balanced, bits, clip)
+    symbols = round_to_nearest(weight, decode_scales(row_codes, column_codes), bits)
+    return QuantizedTensor(symbols.to(torch.int8), row_codes, column_codes)
 
 
-def dequantize(symbols: Tensor, *codes: Tensor) -> Tensor:
-    return symbols.float() * steps_of(*codes)
+def store_tensor(
+    hp: Hyperparameters, name: str, weight: Tensor, factor: float, hessian: Tensor | None
+) -> QuantizedTensor | Tensor:
+    """Round one tensor by its role's rule; what has no bits is kept, routers as float16.
+
+    Vectors that 8 bits would change by over 1 % are float16 too. Raises ConfigError for weights
+    that are not finite or too large.
+    """
+    rule = bits_and_clip(hp, name)
+    column_codes = None
+    limit = torch.tensor(torch.finfo(torch.float16).max)
+    if rule:
+        limit = SCALES[-1] * largest_symbol(rule[0])
+    if find_role(name).rule == "embedding":
+        column_codes = column_scale_codes(hessian, weight)
+        limit = limit * decode_scales(column_codes)
+    fits = bool((weight.float().abs() <= limit).all())
+    require(fits, f"{name}: not finite or too large, nothing exported")
+
+    if rule is None:
+        return weight.half() if weight.is_floating_point() else weight
+    bits, clip = rule
+    quantized = quantize_tensor(weight, bits, factor * clip, column_codes)
+    if find_role(name).rule == "int8":
+        error = quantized.dequantize() - weight
+        if error.norm() > 0.01 * weight.norm():
+            return weight.half()
+    return quantized
 
 
-def gptq(weight: Tensor, step: Tensor, bits: int, hessian: Tensor, damping: float) -> Tensor | None:
-    """GPTQ (arXiv 2210.17323) with act-order: rounds one column after another, the most active input first, and moves
-    each error to the columns still to come, of which an input that was never active has none. weight and step (R, C),
-    moments of the input (C, C) -> symbols (R, C) float32; None if these are not finite or not positive definite."""
-    hessian, diagonal = hessian.double(), hessian.diagonal().double()
+def gptq(weight: Tensor, scale: Tensor, bits: int, hessian: Tensor) -> Tensor | None:
+    """Round by GPTQ (arXiv 2210.17323) with act-order, the most active input's column first.
+
+    Each column's error moves to the columns still to come; an input that was never active takes
+    none. weight and scale (R, C), second moments of the input (C, C) -> symbols (R, C) float32, or
+    None if these are not finite or not positive definite.
+    """
+    hessian = hessian.double()
+    diagonal = hessian.diagonal()
     order = diagonal.argsort(descending=True)
-    damped = hessian + torch.diag(damping * diagonal.mean() + (diagonal == 0).double())
+    damped = hessian + torch.diag(GPTQ_DAMPING * diagonal.mean() + (diagonal == 0).double())
     upper, failed = torch.linalg.cholesky_ex(damped[order][:, order])
     if not failed:
         upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(upper), upper=True)
     if failed or not upper.isfinite().all():
         return None
-    upper, weight, step = (
-        upper.float(),
-        weight.float().T[order],
-        step.T[order],
-    )  # columns as rows, close in memory
+
+    # Columns become rows, which lie close in memory.
+    upper = upper.float()
+    weight = weight.float().T[order]
+    scale = scale.T[order]
     symbols = torch.empty_like(weight)
-    for start in range(0, len(order), 128):
-        block, rest = slice(start, start + 128), slice(start + 128, None)
-        errors = torch.zeros_like(weight[block])
-        for i, j in enumerate(range(start, start + len(errors))):
-            symbols[j] = round_to_nearest(weight[j], step[j], bits)
-            errors[i] = (weight[j] - symbols[j] * step[j]) / upper[j, j]
-            weight[j + 1 : start + 128].addr_(upper[j, j + 1 : start + 128], errors[i], alpha=-1)
-        weight[rest].addmm_(upper[block, rest].T, errors, alpha=-1)
+    for start in range(0, len(order), GPTQ_BLOCK):
+        end = start + GPTQ_BLOCK
+        errors = torch.zeros_like(weight[start:end])
+        for j in range(start, min(end, len(order))):
+            symbols[j] = round_to_nearest(weight[j], scale[j], bits)
+            error = (weight[j] - symbols[j] * scale[j]) / upper[j, j]
+            errors[j - start] = error
+            weight[j + 1 : end].addr_(upper[j, j + 1 : end], error, alpha=-1)
+        weight[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1)
     return symbols[order.argsort()].T
 
 
 def matrices_of(tensors: dict[str, Tensor], name: str) -> list[list[Tensor]]:
-    """The matrices whose inputs the Hessians under `name` describe: one per expert of expert_up; the down projections
-    of the shared expert and of all others side by side, as they add up to one output; else the tensor itself."""
+    """Return the matrices, each in parts side by side, whose inputs Hessians `name` describe.
+
+    Of expert_up one for each expert; the down projections of the shared expert and of all others
+    are one, as they add up to one output.
+    """
     if name.endswith("expert_up"):
         return [[matrix] for matrix in tensors[name]]
-    return [[tensors[name], *tensors.get(name.removesuffix("down.weight") + "expert_down", ())]]
+    parts = [tensors[name]]
+    if name.endswith("mlp.down.weight"):
+        parts += tensors.get(name.replace("down.weight", "expert_down"), ())
+    return [parts]
+
+
+def round_by_gptq(
+    weights: list[Tensor], scales: list[Tensor], symbols: list[Tensor], hessian: Tensor, bits: int
+) -> bool:
+    """Replace, in place, the symbols of a matrix in parts. Returns False for a bad Hessian."""
+    result = gptq(torch.cat(weights, -1), torch.cat(scales, -1), bits, hessian)
+    if result is None:
+        return False
+    new_parts = result.split([part.size(-1) for part in weights], -1)
+    for old, scale, new in zip(symbols, scales, new_parts, strict=True):
+        # In a row of zeros the errors of others would become weights.
+        old.copy_(torch.where(scale > SCALES[0], new, old))
+    return True
 
 
 def quantize(
-    hp: Hyperparameters, state: dict, factor: float = 1.0, hessians: dict | None = None
-) -> tuple[dict, list]:
-    """(symbols int8, step codes uint8 of rows, in the embedding also of columns) of tensors with a rule, (tensor,) of
-    others; `factor` multiplies every k. Tensors named in `hessians` are rounded by GPTQ, the rest to nearest, as those
-    whose Hessian is of no use, listed. Vectors that 8 bits would change by over 1 % stay float16. Raises Refusal."""
-    parts, unusable, hessians = {}, [], hessians or {}
-    for name, tensor in state.items():
-        parts[name], rule = (tensor,), quant_rule(hp, name)
-        gains = [column_codes(hessians.get(name), tensor)] * (role_of(name) == "embedding")
-        limit = steps_of(*gains) * (
-            STEPS[-1].item() * (2 ** (rule[0] - 1) - 1) if rule else 65_504
-        )  # float16's
-        require(
-            bool((tensor.float().abs() <= limit).all()),
-            f"{name}: not finite or too large, nothing exported",
-        )
-        if rule:
-            codes = step_codes(tensor / steps_of(*gains), rule[0], factor * rule[1])
-            parts[name] = (
-                round_to_nearest(tensor, steps_of(codes, *gains), rule[0]).to(torch.int8),
-                codes,
-                *gains,
-            )
-        coarse = (
-            role_of(name) == "vector"
-            and (dequantize(*parts[name]) - tensor).norm() > 0.01 * tensor.norm()
-        )
-        if coarse or role_of(name) == "router":
-            parts[name] = (tensor.half(),)
-    symbols = {name: part[0] for name, part in parts.items()}
-    steps = {
-        name: steps_of(*part[1:]).expand_as(part[0])
-        for name, part in parts.items()
-        if len(part) > 1
-    }
+    hp: Hyperparameters, state: dict[str, Tensor], factor: float = 1.0, hessians: dict | None = None
+) -> tuple[dict[str, QuantizedTensor | Tensor], list[str]]:
+    """Quantize a state dict; `factor` multiplies every k. Raises ConfigError.
+
+    Tensors named in `hessians` are rounded by GPTQ. Also returns the names of those whose Hessian
+    was of no use, which like the rest are rounded to nearest.
+    """
+    hessians = hessians or {}
+    quantized = {}
+    symbols = {}
+    scales = {}
+    for name, weight in state.items():
+        stored = store_tensor(hp, name, weight, factor, hessians.get(name))
+        quantized[name] = stored
+        if isinstance(stored, QuantizedTensor):
+            symbols[name] = stored.symbols
+            scales[name] = stored.scale().expand_as(weight)
+
+    unusable = []
     for name, hessian in hessians.items():
-        jobs = zip(
-            *(matrices_of(tensors, name) for tensors in (state, steps, symbols)), strict=True
-        )
-        for H, (weights, all_steps, targets) in zip(
-            hessian.view(-1, *hessian.shape[-2:]), jobs, strict=True
-        ):
-            result = gptq(
-                torch.cat(weights, -1),
-                torch.cat(all_steps, -1),
-                quant_rule(hp, name)[0],
-                H,
-                hp.gptq_damping,
-            )
-            if result is None:
-                unusable += [name] * (name not in unusable)
-                continue
-            for old, step, new in zip(
-                targets, all_steps, result.split([t.size(-1) for t in targets], -1), strict=True
-            ):
-                old.copy_(
-                    torch.where(step > STEPS[0], new, old)
-                )  # errors of others would fill a row of zeros
-    return parts, unusable
+        bits, _ = bits_and_clip(hp, name)
+        weight_parts = matrices_of(state, name)
+        scale_parts = matrices_of(scales, name)
+        symbol_parts = matrices_of(symbols, name)
+        for i, matrix in enumerate(hessian.view(-1, *hessian.shape[-2:])):
+            done = round_by_gptq(weight_parts[i], scale_parts[i], symbol_parts[i], matrix, bits)
+            if not done and name not in unusable:
+                unusable.append(name)
+    return quantized, unusable
 
 
-# ---- Artifact --------------------------------------------------------------------------------------------------------
-# PREFIX | JSON header | streams, each compressed by itself. The model knobs in the header give the names and shapes of
-# all tensors, `storage` a letter for each (q = symbols and steps, h = float16, t = uint8), `streams` codecs and bytes.
-PREFIX = struct.Struct(
-    "<8sHI32s"
-)  # magic, version, bytes of the header, SHA-256 of all other bytes
-ARTIFACT_MAGIC, ARTIFACT_VERSION, CODECS = b"TRMOE\r\n\x1a", 3, {1: "zstd", 2: "brotli"}
-MAX_WEIGHTS, MAX_HEADER_BYTES = (
-    1 << 27,
-    1 << 16,
-)  # bound what a stranger's file may cost: seconds, and 2 GiB
+# ---- Artifact ------------------------------------------------------------------------------------
+# PREFIX | JSON header | streams, each compressed by itself. The model's knobs in the header give
+# names and shapes of all tensors, `storage` a letter for each, `streams` codecs and bytes.
+
+PREFIX = struct.Struct("<8sHI32s")  # magic, version, bytes of the header, SHA-256 of all else
+ARTIFACT_MAGIC = b"TRMOE\r\n\x1a"
+ARTIFACT_VERSION = 4
+ZSTD, BROTLI = 1, 2  # numbers of the codecs in the header
+MAX_WEIGHTS = 1 << 27  # bounds what a stranger's file may cost: seconds, and 2 GiB
+MAX_HEADER_BYTES = 1 << 16
+STORAGE = {"matrix": "q", "embedding": "q", "int8": "qh", "float16": "h", "uint8": "t"}  # by rule
 
 
-def import_codec(name: str) -> tuple:
-    """(compress, decompress up to about a size, error class) of a codec; imported on use, as reading needs only one."""
+def compress(data: bytes, fast: bool = False) -> tuple[int, bytes]:
+    """Return the codec's number and the smaller of zstd-22 and brotli-11, or `fast`, zstd-22."""
+    import zstandard
+
+    packed = ZSTD, zstandard.ZstdCompressor(22).compress(data)
+    if fast or importlib.util.find_spec("brotli") is None:
+        return packed
+    import brotli
+
+    smaller = brotli.compress(data, quality=11, lgwin=24)
+    return (BROTLI, smaller) if len(smaller) < len(packed[1]) else packed
+
+
+def decompress(data: bytes, codec: int, size: int, source: Path) -> bytes:
+    """Unpack `size` bytes. Raises ConfigError when there are more, or fewer, or damaged ones."""
+    damaged = f"{source}: damaged artifact"
+    require(codec in (ZSTD, BROTLI), f"{damaged}, no codec {codec}")
     try:
-        if name == "zstd":
-            import zstandard as zstd
+        if codec == ZSTD:
+            import zstandard
 
-            reader = zstd.ZstdDecompressor().stream_reader
-            return (
-                zstd.ZstdCompressor(22).compress,
-                lambda data, size: reader(data).read(size),
-                zstd.ZstdError,
-            )
-        import brotli
+            payload = zstandard.ZstdDecompressor().stream_reader(data).read(size + 1)
+        else:
+            import brotli
 
-        unpack, pack = brotli.Decompressor().process, partial(brotli.compress, quality=11, lgwin=24)
-        return pack, lambda data, size: unpack(data, output_buffer_limit=size), brotli.error
+            payload = brotli.Decompressor().process(data, output_buffer_limit=size + 1)
     except ImportError as error:
-        raise Refusal(
-            f"codec {name} needs the Python package {error.name}: pip install {error.name}"
-        ) from None
-
-
-def compress(data: bytes, codec: str) -> tuple[int, bytes]:
-    """Number of the codec and what it makes of `data`; auto keeps the smaller of zstd-22 and brotli-11."""
-    packed = (
-        (number, import_codec(name)[0](data))
-        for number, name in CODECS.items()
-        if codec in (name, "auto")
-    )
-    return min(packed, key=lambda item: len(item[1]))
-
-
-def decompress(data: bytes, number: int, size: int, source: Path) -> bytes:
-    """`size` bytes from a stream. Raises Refusal when it holds more, or less, or is damaged."""
-    require(number in CODECS, f"{source}: damaged artifact, no codec {number}")
-    _, unpack, codec_error = import_codec(CODECS[number])
-    try:
-        payload = unpack(data, size + 1)
-    except codec_error as error:
-        raise Refusal(f"{source}: damaged artifact, {CODECS[number]} says {error}") from error
-    require(
-        len(payload) == size,
-        f"{source}: damaged artifact, a stream does not unpack to {size} bytes",
-    )
+        package = error.name
+        message = f"{source} needs the Python package {package}: pip install {package}"
+        raise ConfigError(message) from None
+    except Exception as error:  # each codec has an error class of its own
+        raise ConfigError(f"{damaged}, a stream does not unpack ({error})") from error
+    require(len(payload) == size, f"{damaged}, a stream does not unpack to {size} bytes")
     return payload
 
 
-def layout(
-    shapes: dict[str, tuple[int, ...]], storage: str
-) -> dict[str, list[tuple[str, str, np.dtype, tuple]]]:
-    """Streams in order, each a list of (tensor, part, dtype, shape). Raises ValueError for impossible storage."""
-    streams: dict[str, list] = {}
-    require(
-        sum(map(math.prod, shapes.values())) <= MAX_WEIGHTS,
-        f"too large a model, over {MAX_WEIGHTS:,} weights",
-    )
-    for (name, shape), kind in zip(shapes.items(), storage, strict=True):
-        role = role_of(name)
-        if kind not in {"vector": "qh", "router": "h", "table": "t"}.get(role, "q"):
-            raise ValueError(f"{name} cannot be stored as {kind!r}")
-        entries = (
-            [("float16", "kept", "<f2", shape)] if kind == "h" else [("table", "kept", "u1", shape)]
-        )
-        if kind == "q":
-            entries = [(role if role == "vector" else name, "symbols", "i1", shape)]
-            entries += [("steps", "codes", "u1", (*shape[:-1], 1))]
-            entries += [("steps", "gains", "u1", shape[-1:])] * (role == "embedding")
-        for stream, part, dtype, part_shape in entries:
-            streams.setdefault(stream, []).append((name, part, np.dtype(dtype), part_shape))
+class Part(NamedTuple):
+    """A piece of a tensor in a stream."""
+
+    tensor: str
+    field: str  # of QuantizedTensor, or "kept"
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+
+def layout(shapes: dict[str, tuple[int, ...]], storage: str) -> dict[str, list[Part]]:
+    """Return the streams in order, by name; tensors share those of vectors, codes and float16.
+
+    `storage` has a letter for each tensor: q = symbols and scale codes, h = float16, t = uint8.
+    Raises ConfigError for impossible storage.
+    """
+    weights = sum(map(math.prod, shapes.values()))
+    require(weights <= MAX_WEIGHTS, f"too large a model, over {MAX_WEIGHTS:,} weights")
+    require(len(storage) == len(shapes), f"storage of {len(storage)} tensors, not {len(shapes)}")
+    streams = collections.defaultdict(list)
+    for (name, shape), letter in zip(shapes.items(), storage, strict=True):
+        role = find_role(name)
+        require(letter in STORAGE[role.rule], f"{name} cannot be stored as {letter!r}")
+        if letter == "h":
+            streams["float16"].append(Part(name, "kept", np.dtype("<f2"), shape))
+        elif letter == "t":
+            streams["table"].append(Part(name, "kept", np.dtype("u1"), shape))
+        else:
+            symbols = role.name if role.name == "vector" else name
+            row_shape = (*shape[:-1], 1)
+            streams[symbols].append(Part(name, "symbols", np.dtype("i1"), shape))
+            streams["scales"].append(Part(name, "row_codes", np.dtype("u1"), row_shape))
+            if role.rule == "embedding":
+                part = Part(name, "column_codes", np.dtype("u1"), shape[-1:])
+                streams["scales"].append(part)
     return streams
 
 
+def part_bytes(tensor: QuantizedTensor | Tensor, part: Part) -> bytes:
+    """Return a part of a stored tensor as it goes to the codec."""
+    kept = vars(tensor)[part.field] if isinstance(tensor, QuantizedTensor) else tensor
+    return kept.cpu().numpy().astype(part.dtype).tobytes()
+
+
+def storage_letter(tensor: QuantizedTensor | Tensor) -> str:
+    if isinstance(tensor, QuantizedTensor):
+        return "q"
+    return "h" if tensor.dtype == torch.float16 else "t"
+
+
 def pack(
-    hp: Hyperparameters, parts: dict, tokenizer_sha256: str, codec: str
+    config: ModelConfig, tensors: dict, tokenizer_sha256: str, fast: bool = False
 ) -> tuple[bytes, dict[str, int]]:
-    """The artifact of quantized tensors, and its bytes by role of the tensors, with the streams that tensors share."""
-    storage = "".join(
-        {torch.uint8: "t", torch.float16: "h", torch.int8: "q"}[p[0].dtype] for p in parts.values()
-    )
-    plan = layout({name: tuple(part[0].shape) for name, part in parts.items()}, storage)
-    index = {"kept": 0, "symbols": 0, "codes": 1, "gains": 2}
+    """Return the artifact of quantized tensors, and its bytes by role or shared stream."""
+    storage = "".join(storage_letter(tensor) for tensor in tensors.values())
+    shapes = {}
+    for name, tensor in tensors.items():
+        whole = tensor.symbols if isinstance(tensor, QuantizedTensor) else tensor
+        shapes[name] = tuple(whole.shape)
+    plan = layout(shapes, storage)
 
-    def stream_of(entries: list[tuple]) -> tuple[int, bytes]:
-        return compress(
-            b"".join(
-                parts[name][index[part]].cpu().numpy().tobytes() for name, part, *_ in entries
-            ),
-            codec,
-        )
-
+    raw = [b"".join(part_bytes(tensors[p.tensor], p) for p in parts) for parts in plan.values()]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        streams = dict(zip(plan, pool.map(stream_of, plan.values()), strict=True))
-    header = {
-        "model": {name: getattr(hp, name) for name in MODEL_KNOBS},
-        "tokenizer_sha256": tokenizer_sha256,
-    }
-    header |= {
-        "storage": storage,
-        "streams": [(number, len(data)) for number, data in streams.values()],
-    }
+        streams = list(pool.map(partial(compress, fast=fast), raw))
+
+    header = {"model": vars(config), "tokenizer_sha256": tokenizer_sha256, "storage": storage}
+    header["streams"] = [(codec, len(data)) for codec, data in streams]
     text = json.dumps(header, separators=(",", ":")).encode()
-    body, prefix = (
-        text + b"".join(data for _, data in streams.values()),
-        (ARTIFACT_MAGIC, ARTIFACT_VERSION, len(text)),
-    )
-    sizes = collections.Counter(header=PREFIX.size + len(text))
-    for stream, (_, data) in streams.items():
-        sizes[role_of(stream) if stream in parts else stream] += len(data)
-    return PREFIX.pack(
-        *prefix, hashlib.sha256(PREFIX.pack(*prefix, bytes(32)) + body).digest()
-    ) + body, sizes
+    body = text + b"".join(data for _, data in streams)
+    unsigned = PREFIX.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(text), bytes(32))
+    digest = hashlib.sha256(unsigned + body).digest()
+
+    sizes = collections.Counter({"header": PREFIX.size + len(text)})
+    for name, (_, data) in zip(plan, streams, strict=True):
+        sizes[role_of(name) if name in tensors else name] += len(data)
+    return unsigned[:-32] + digest + body, dict(sizes)
 
 
 def load_artifact(
-    path: Path, hp: Hyperparameters, device: torch.device
+    path: Path, hp: Hyperparameters, device: torch.device, context: int = 0
 ) -> tuple[GPT, Hyperparameters, str]:
-    """The only reader of artifacts: the model, `hp` with the artifact's model knobs, and its tokenizer's SHA-256."""
+    """Read an artifact, of which this is the only reader. Raises ConfigError.
+
+    Returns the model for windows of `context` tokens, 0 = as trained, `hp` with the artifact's
+    model, and its tokenizer's SHA-256.
+    """
     require(path.is_file(), f"{path}: no such artifact")
-    require(
-        PREFIX.size <= path.stat().st_size < MAX_SUBMISSION_BYTES,
-        f"{path}: too short or too long for an artifact",
-    )
-    data, what = path.read_bytes(), f"{path}: damaged artifact"
+    fits = PREFIX.size <= path.stat().st_size < MAX_SUBMISSION_BYTES
+    require(fits, f"{path}: too short or too long for an artifact")
+    data = path.read_bytes()
     magic, version, header_bytes, digest = PREFIX.unpack_from(data)
     require(magic == ARTIFACT_MAGIC, f"{path} is not an artifact of this trainer")
-    require(
-        version == ARTIFACT_VERSION,
-        f"{path}: artifact version {version}, this trainer reads {ARTIFACT_VERSION}",
-    )
-    intact = (
-        hashlib.sha256(data[: PREFIX.size - 32] + bytes(32) + data[PREFIX.size :]).digest()
-        == digest
-    )
-    require(intact, f"{what}, the checksum does not match")
-    require(header_bytes <= MAX_HEADER_BYTES, f"{what}, a header of {header_bytes:,} bytes")
+    readable = f"{path}: artifact version {version}, this trainer reads {ARTIFACT_VERSION}"
+    require(version == ARTIFACT_VERSION, readable)
+    damaged = f"{path}: damaged artifact"
+    unsigned = data[: PREFIX.size - 32] + bytes(32) + data[PREFIX.size :]
+    is_intact = hashlib.sha256(unsigned).digest() == digest
+    require(is_intact, f"{damaged}, the checksum does not match")
+    require(header_bytes <= MAX_HEADER_BYTES, f"{damaged}, a header of {header_bytes:,} bytes")
+
     offset = PREFIX.size + header_bytes
     try:
         header = json.loads(data[PREFIX.size : offset])
         tokenizer_sha256 = str(header["tokenizer_sha256"])
-        numbers, sizes = zip(*(map(int, stream) for stream in header["streams"]), strict=True)
-        hp = replace(hp, **{name: header["model"][name] for name in MODEL_KNOBS})
-        hp = replace(
-            hp, train_batch_tokens=hp.train_seq_len
-        ).validate()  # the environment's need not fit
+        streams = [(int(codec), int(size)) for codec, size in header["streams"]]
+        knobs = {name: header["model"][name] for name in knob_fields(ModelConfig)}
+        config = ModelConfig(**knobs).validate()
         with torch.device("meta"):
-            model = GPT(hp)
+            model = GPT(config, hp.torch_dtype, context)
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         plan = layout(shapes, str(header["storage"]))
-    except Refusal as error:
-        raise Refusal(f"{path}: {error}") from error
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise Refusal(f"{what}, bad header ({error})") from error
-    fill = len(sizes) == len(plan) and min(sizes) >= 0 and offset + sum(sizes) == len(data)
-    require(fill, f"{what}, its streams do not fill it")
-    parts: dict[str, dict[str, Tensor]] = {name: {} for name in shapes}
-    for entries, number, size in zip(plan.values(), numbers, sizes, strict=True):
-        unpacked = sum(math.prod(shape) * dtype.itemsize for *_, dtype, shape in entries)
-        stream, offset = (
-            io.BytesIO(decompress(data[offset : offset + size], number, unpacked, path)),
-            offset + size,
-        )
-        for name, part, dtype, shape in entries:
-            array = np.frombuffer(stream.read(math.prod(shape) * dtype.itemsize), dtype).reshape(
-                shape
-            )
-            parts[name][part] = torch.from_numpy(array.astype(dtype.newbyteorder("=")))
-    state = {
-        name: dequantize(part.pop("symbols"), *part.values()) if "symbols" in part else part["kept"]
-        for name, part in parts.items()
-    }
-    require(
-        all(bool(tensor.isfinite().all()) for tensor in state.values()),
-        f"{what}, a weight is not finite",
-    )
-    table = state["expert_table"].sort(-1).values
-    require(
-        bool((table < hp.num_experts).all() and table.diff(dim=-1).all()),
-        f"{what}, expert out of range or twice",
-    )
+        raise ConfigError(f"{damaged}, bad header ({error})") from error
+    sizes = [size for _, size in streams]
+    is_filled = len(sizes) == len(plan) and min(sizes) >= 0 and offset + sum(sizes) == len(data)
+    require(is_filled, f"{damaged}, its streams do not fill it")
+
+    fields_of = {name: {} for name in shapes}
+    for parts, (codec, size) in zip(plan.values(), streams, strict=True):
+        unpacked = sum(math.prod(part.shape) * part.dtype.itemsize for part in parts)
+        stream = io.BytesIO(decompress(data[offset : offset + size], codec, unpacked, path))
+        offset += size
+        for part in parts:
+            raw = stream.read(math.prod(part.shape) * part.dtype.itemsize)
+            array = np.frombuffer(raw, part.dtype).reshape(part.shape)
+            native = array.astype(part.dtype.newbyteorder("="))
+            fields_of[part.tensor][part.field] = torch.from_numpy(native)
+    state = {}
+    for name, found in fields_of.items():
+        state[name] = found["kept"] if "kept" in found else QuantizedTensor(**found).dequantize()
+
+    is_finite = all(bool(tensor.isfinite().all()) for tensor in state.values())
+    require(is_finite, f"{damaged}, a weight is not finite")
+    experts_exist = bool((state["expert_table"] < config.num_experts).all())
+    require(experts_exist, f"{damaged}, an expert that does not exist")
     model.load_state_dict(state, strict=True, assign=True)
-    return model.float().to(device).eval(), hp, tokenizer_sha256
+    return model.float().to(device).eval(), replace(hp, model=config), tokenizer_sha256
 
 
-class Fitted(collections.namedtuple("Fitted", "artifact sizes parts factor unusable")):
-    """An artifact, its bytes by role, quantized tensors, the factor on every k, tensors whose Hessian was of no use."""
+@dataclass(frozen=True)
+class Fitted:
+    """An artifact that keeps the cap, and how it came about."""
 
-    def budget(self) -> str:
-        """Table of what every role takes, with the entropy of its symbols, tensor by tensor, as the floor in bytes."""
-        lines = [
-            f"{'role':<10}{'weights':>12}{'bytes':>12}{'bits/weight':>13}{'entropy floor':>15}"
-        ]
-        for role, size in self.sizes.items():
-            tensors = [p for name, p in self.parts.items() if role_of(name) == role and len(p) > 1]
-            weights, floor = (
-                sum(p[0].numel() for p in tensors),
-                entropy_bytes(*(p[0] for p in tensors)),
-            )
-            known = f"{weights:>12,}{size:>12,}{8 * size / max(weights, 1):>13.3f}{floor:>15,.0f}"
-            lines.append(f"{role:<10}" + (known if weights else f"{'':>12}{size:>12,}"))
-        return (
-            "\n".join(lines) + f"\n{'total':<22}{len(self.artifact):>12,}  (k x {self.factor:.4f})"
-        )
+    artifact: bytes
+    sizes: dict[str, int]  # bytes by role or shared stream
+    tensors: dict[str, QuantizedTensor | Tensor]
+    factor: float  # on every k
+    unusable: list[str]  # tensors whose Hessian was of no use
 
 
-def entropy_bytes(*tensors: Tensor) -> float:
-    """Least size of tensors of 8 bits for a coder that knows each one's frequencies and nothing else; others as is."""
+def stored_parts(tensors: Iterable[QuantizedTensor | Tensor]) -> list[Tensor]:
+    """Return every tensor that an artifact of these stores."""
+    parts = []
+    for tensor in tensors:
+        if isinstance(tensor, QuantizedTensor):
+            parts += [part for part in vars(tensor).values() if part is not None]
+        else:
+            parts.append(tensor)
+    return parts
+
+
+def entropy_bytes(tensors: list[Tensor]) -> float:
+    """Return the least bytes for a coder that knows each tensor's frequencies and nothing else.
+
+    Those of more than 8 bits count as they are.
+    """
     total = 0.0
-    for tensor in (tensor for tensor in tensors if tensor.numel()):
+    for tensor in tensors:
+        if tensor.numel() == 0:
+            continue
         bits = 8.0 * tensor.element_size()
         if bits == 8:
             shares = torch.bincount(tensor.flatten().int() + 128).double() / tensor.numel()
@@ -1790,99 +1918,165 @@ def entropy_bytes(*tensors: Tensor) -> float:
     return total
 
 
-def factor_for(hp: Hyperparameters, state: dict, goal: float) -> tuple[float, float]:
-    """The finest factor on every k, 1/8 to 4, at which rounding to nearest leaves at most `goal` bytes of entropy, or
-    the coarsest if there is none; and these bytes."""
+def budget_table(fitted: Fitted) -> str:
+    """Return a table of what every role takes, and the entropy of its symbols as the floor."""
+    lines = [f"{'role':<10}{'weights':>12}{'bytes':>12}{'bits/weight':>13}{'entropy floor':>15}"]
+    for role, size in fitted.sizes.items():
+        symbols = []
+        for name, tensor in fitted.tensors.items():
+            if role_of(name) == role and isinstance(tensor, QuantizedTensor):
+                symbols.append(tensor.symbols)
+        if not symbols:
+            lines.append(f"{role:<10}{'':>12}{size:>12,}")
+            continue
+        weights = sum(tensor.numel() for tensor in symbols)
+        floor = entropy_bytes(symbols)
+        line = f"{role:<10}{weights:>12,}{size:>12,}{8 * size / weights:>13.3f}{floor:>15,.0f}"
+        lines.append(line)
+    lines.append(f"{'total':<22}{len(fitted.artifact):>12,}  (k x {fitted.factor:.4f})")
+    return "\n".join(lines)
+
+
+FINEST = 1 / 8  # factor on every k
+COARSEST = 4.0
+AIMS = (0.9996, 0.9996, 0.9996, 0.9996, 0.9996, 0.98)  # shares of the target, try by try
+
+
+def factor_for(hp: Hyperparameters, state: dict[str, Tensor], goal: float) -> tuple[float, float]:
+    """Return the finest factor on every k whose symbols have at most `goal` bytes of entropy.
+
+    It lies between FINEST and COARSEST, which is the answer if none is coarse enough, and is found
+    by bisection of its logarithm, rounding to nearest. Also returns the entropy, bytes.
+    """
 
     def entropy(exponent: float) -> float:
-        return entropy_bytes(
-            *(x for part in quantize(hp, state, 2.0**exponent)[0].values() for x in part)
-        )
+        quantized, _ = quantize(hp, state, 2.0**exponent)
+        return entropy_bytes(stored_parts(quantized.values()))
 
-    low, high = -3.0, -3.0 if entropy(-3.0) <= goal else 2.0
-    while high - low > 2**-12:
-        middle = (low + high) / 2
-        low, high = (low, middle) if entropy(middle) <= goal else (middle, high)
-    return 2.0**high, entropy(high)
+    fine = math.log2(FINEST)
+    if entropy(fine) <= goal:
+        return FINEST, entropy(fine)
+    coarse = math.log2(COARSEST)
+    while coarse - fine > 2**-12:
+        middle = (fine + coarse) / 2
+        if entropy(middle) <= goal:
+            coarse = middle
+        else:
+            fine = middle
+    return 2.0**coarse, entropy(coarse)
 
 
 def fit(
     hp: Hyperparameters,
-    state: dict,
+    state: dict[str, Tensor],
     tokenizer_sha256: str,
-    codec: str,
-    hessians: dict | None = None,
+    hessians: dict[str, Tensor] | None = None,
+    fast: bool = False,
 ) -> Fitted:
-    """The finest artifact whose size and the code's are at most TARGET_BYTES, within ~0.1 % where k decides the size; k
-    as given if that is 0. Each try corrects the entropy to aim at. Raises Refusal if the largest k is not enough."""
-    target, ratio, best = max(hp.target_bytes - submission_bytes(hp, 0, "code")[0], 1), 1.015, None
-    for aim in (*[0.9996] * 5, 0.98):
-        factor, entropy = (
-            factor_for(hp, state, aim * target / ratio) if hp.target_bytes else (1.0, math.inf)
-        )
-        parts, unusable = quantize(hp, state, factor, hessians)
-        fitted = Fitted(*pack(hp, parts, tokenizer_sha256, codec), parts, factor, unusable)
-        size = len(fitted.artifact)
-        if not hp.target_bytes or (
-            size <= target and (factor == 2.0**-3 or size >= 0.999 * target)
-        ):
+    """Return the finest artifact that keeps TARGET_BYTES with the code; k as given if that is 0.
+
+    The entropy of the symbols tells the size before compression; each try corrects the ratio of
+    both by the size it came to, so that the result fills the target to ~0.1 %. Raises ConfigError
+    if the coarsest k is not enough.
+    """
+    code_bytes, _ = submission_bytes(hp, 0, "code")
+    target = max(hp.target_bytes - code_bytes, 1)
+    ratio = 1.015  # of bytes to entropy, a first guess
+    best = None
+    for aim in AIMS:
+        factor, entropy = 1.0, math.inf
+        if hp.target_bytes:
+            factor, entropy = factor_for(hp, state, aim * target / ratio)
+        tensors, unusable = quantize(hp, state, factor, hessians)
+        artifact, sizes = pack(hp.model, tensors, tokenizer_sha256, fast)
+        fitted = Fitted(artifact, sizes, tensors, factor, unusable)
+        size = len(artifact)
+        if hp.target_bytes == 0:
             return fitted
-        if size <= target and (best is None or size > len(best.artifact)):
-            best = fitted
-        excess = f"{size - target:,} bytes too large; lower MODEL_DIM={hp.model_dim} or NUM_LAYERS={hp.num_layers}"
+        if size <= target:
+            if factor == FINEST or size >= 0.999 * target:
+                return fitted
+            if best is None or size > len(best.artifact):
+                best = fitted
+        is_hopeless = best is None and (aim == AIMS[-1] or factor == COARSEST)
         require(
-            best is not None or (aim > 0.98 and factor < 4.0),
-            f"TARGET_BYTES={hp.target_bytes}: {excess}",
+            not is_hopeless,
+            f"TARGET_BYTES={hp.target_bytes}: {size - target:,} bytes too large; lower "
+            f"MODEL_DIM={hp.model.model_dim} or NUM_LAYERS={hp.model.num_layers}",
         )
         ratio = size / entropy
     return best
 
 
 def submission_source() -> bytes:
-    """This file and, after a NUL, eval_sliding.py beside it."""
-    files = Path(__file__).resolve(), Path(__file__).resolve().with_name("eval_sliding.py")
+    """Return this file and, after a NUL, eval_sliding.py beside it."""
+    here = Path(__file__).resolve()
+    files = [here, here.with_name("eval_sliding.py")]
     return b"\0".join(path.read_bytes() for path in files if path.exists())
 
 
 def pack_source(source: bytes) -> bytes:
-    """The text that a record's train_gpt.py carries between the lines of its loader: xz in base85, ASCII."""
+    """Return what a record's train_gpt.py carries in its loader: xz in base85, ASCII."""
     return base64.b85encode(lzma.compress(source, preset=9))
 
 
 def submission_bytes(hp: Hyperparameters, model_bytes: int, what: str) -> tuple[int, int]:
-    """Bytes of the code, packed as a record ships it, and of code plus model. Raises Refusal at the cap."""
-    code = LOADER_BYTES + len(pack_source(submission_source()))
-    cap = f"the cap is {MAX_SUBMISSION_BYTES:,}; lower MODEL_DIM={hp.model_dim} or raise MATRIX_CLIP={hp.matrix_clip}"
+    """Return bytes of the code as a record ships it, and of both. Raises ConfigError at the cap."""
+    code_bytes = LOADER_BYTES + len(pack_source(submission_source()))
+    total = code_bytes + model_bytes
     require(
-        code + model_bytes < MAX_SUBMISSION_BYTES,
-        f"{what}: {code:,} bytes of code + {model_bytes:,}, {cap}",
+        total < MAX_SUBMISSION_BYTES,
+        f"{what}: {code_bytes:,} bytes of code + {model_bytes:,}, the cap is "
+        f"{MAX_SUBMISSION_BYTES:,}; lower MODEL_DIM={hp.model.model_dim} or raise "
+        f"MATRIX_CLIP={hp.matrix_clip}",
     )
-    return code, code + model_bytes
+    return code_bytes, total
 
 
 def dry_run(hp: Hyperparameters, model: GPT) -> Fitted:
-    """The artifact to come, estimated on Gaussian stand-ins, whose symbols have the entropy of trained rows."""
-    rng, state = torch.Generator().manual_seed(0), model.state_dict()
-    state |= {
-        n: torch.randn(t.shape, generator=rng) for n, t in state.items() if t.is_floating_point()
-    }
-    return fit(hp, state, "0" * 64, "zstd" if hp.codec == "auto" else hp.codec)
+    """Estimate the artifact by Gaussian weights, whose symbols have the entropy of trained ones."""
+    generator = torch.Generator().manual_seed(0)
+    state = {}
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point():
+            tensor = torch.randn(tensor.shape, generator=generator)
+        state[name] = tensor
+    return fit(hp, state, "0" * 64, fast=True)
 
 
-# ---- Evaluation ------------------------------------------------------------------------------------------------------
+# ---- Evaluation ----------------------------------------------------------------------------------
+
+
 def scoring_windows(num_targets: int, seq_len: int, stride: int) -> Tensor:
-    """Windows that score `stride` targets each, (W, 3) int64: start, first target, end; where the text has them, with
-    `seq_len - stride` tokens of context or more."""
+    """Return windows that score `stride` targets each, (W, 3) int64: start, first target, end.
+
+    They have `seq_len - stride` tokens of context or more, where the text has them.
+    """
     first = torch.arange(0, num_targets, stride)
-    return torch.stack(
-        [(first + stride - seq_len).clamp(min=0), first, (first + stride).clamp(max=num_targets)], 1
-    )
+    start = (first + stride - seq_len).clamp(min=0)
+    end = (first + stride).clamp(max=num_targets)
+    return torch.stack([start, first, end], dim=1)
 
 
-class Score(
-    collections.namedtuple("Score", "val_loss bpb target_tokens scored_bytes seconds partial")
-):
-    """Of an evaluation, in nats per token and in bits per byte, which is a val_bpb unless partial."""
+@dataclass(frozen=True)
+class Windowing:
+    """How a split is cut into windows."""
+
+    seq_len: int  # tokens per window
+    stride: int  # targets scored per window
+    batch_size: int  # windows per forward pass
+
+
+@dataclass(frozen=True)
+class Score:
+    """Result of an evaluation."""
+
+    val_loss: float  # nats per token
+    bpb: float  # bits per byte: val_bpb unless partial
+    target_tokens: int
+    scored_bytes: int
+    seconds: float
+    partial: bool
 
     def __str__(self) -> str:
         name = "PARTIAL" if self.partial else "val"
@@ -1890,120 +2084,125 @@ class Score(
 
 
 class Scorer:
-    """Scores windows of a split; keeps the loss of every target, in nats, and how often it has been scored."""
+    """Scores a split; keeps the loss of every target, in nats, and how often it was scored."""
 
     def __init__(
-        self, forward, val: ValData, hp: Hyperparameters, dist: Dist, stride: int, label: str
+        self, forward: Callable, val: ValData, dist: Dist, windowing: Windowing, label: str
     ):
-        self.forward, self.val, self.dist, self.stride, self.label = (
-            forward,
-            val,
-            dist,
-            stride,
-            label,
-        )
-        self.num_targets, self.seq_len = len(val.tokens) - 1, hp.eval_seq_len or hp.train_seq_len
-        self.batch_size = max(1, hp.micro_batch_tokens // self.seq_len)  # windows per forward pass
-        self.windows = scoring_windows(self.num_targets, self.seq_len, stride).to(dist.device)
-        self.sums = torch.zeros(
-            2, self.num_targets + 1, device=dist.device
-        )  # the last column is for padding
-        batch = (
-            torch.arange(len(self.windows), device=dist.device) // self.batch_size
-        )  # shared whole: same rounding
+        self.forward = forward
+        self.val = val
+        self.dist = dist
+        self.seq_len = windowing.seq_len
+        self.stride = windowing.stride
+        self.batch_size = windowing.batch_size
+        self.num_targets = len(val.tokens) - 1
+        windows = scoring_windows(self.num_targets, self.seq_len, self.stride)
+        self.windows = windows.to(dist.device)
+        self.sums = torch.zeros(2, self.num_targets + 1, device=dist.device)  # last: padding
+
+        # Ranks share whole batches, so that a window has the same neighbours at any world size.
+        batch = torch.arange(len(windows), device=dist.device) // self.batch_size
         self.share = self.windows[batch % dist.world_size == dist.rank]
         self.progress = Progress(label, len(self.share), dist.rank)
+        self.started = time.perf_counter()
 
     def batch(
         self, windows: Tensor, stride: int, size: int
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-        """Inputs (B, T), targets (B, S), scored positions (B, S), None for all, and the column of each loss (B, S), for
-        windows (W, 3) and empty ones up to B. A window's last input is repeated to its end: nothing beyond is read."""
+        """Return inputs (B, T), targets, scored positions and loss columns, (B, S), of windows.
+
+        Empty windows fill up to `size`. Positions are None for all. A window's last input is
+        repeated to its end: nothing beyond is read.
+        """
         start, first, end = F.pad(windows, (0, 0, 0, size - len(windows))).T[..., None]
-        position_BT = (
-            (start + torch.arange(self.seq_len, device=windows.device))
-            .minimum(end - 1)
-            .clamp(min=0)
-        )
-        target_BS = first + torch.arange(stride, device=windows.device)
-        column_BS = torch.where(target_BS < end, target_BS, self.num_targets)
-        target_BS = target_BS.minimum(end - 1).clamp(min=0)
-        scored_BS = None if stride == self.seq_len else target_BS - start
-        return (
-            self.val.tokens[position_BT].long(),
-            self.val.tokens[target_BS + 1].long(),
-            scored_BS,
-            column_BS,
-        )
+        positions_BT = start + torch.arange(self.seq_len, device=windows.device)
+        positions_BT = positions_BT.minimum(end - 1).clamp(min=0)
+        targets_BS = first + torch.arange(stride, device=windows.device)
+        columns_BS = torch.where(targets_BS < end, targets_BS, self.num_targets)
+        targets_BS = targets_BS.minimum(end - 1).clamp(min=0)
+        scored_BS = None if stride == self.seq_len else targets_BS - start
+        input_ids = self.val.tokens[positions_BT].long()
+        target_ids = self.val.tokens[targets_BS + 1].long()
+        return input_ids, target_ids, scored_BS, columns_BS
 
     @torch.no_grad()
     def score(self, windows: Tensor) -> None:
         """Score windows (W, 3), in batches of one shape."""
         for batch in windows.split(self.batch_size):
-            input_ids, target_ids, scored_BS, column_BS = self.batch(
-                batch, self.stride, self.batch_size
-            )
-            nll_BS = self.forward(input_ids, target_ids, reduction="none", scored=scored_BS)
-            self.sums.index_add_(
-                1, column_BS.flatten(), torch.stack([nll_BS, torch.ones_like(nll_BS)]).flatten(1)
-            )
+            input_ids, target_ids, scored, columns = self.batch(batch, self.stride, self.batch_size)
+            nll_BS = self.forward(input_ids, target_ids, reduction="none", scored=scored)
+            once_BS = torch.ones_like(nll_BS)
+            self.sums.index_add_(1, columns.flatten(), torch.stack([nll_BS, once_BS]).flatten(1))
             self.progress.update(self.progress.done + len(batch))
 
     def total(self, finished: bool = True) -> Score:
-        """Of all ranks, each target once, or unless finished of this one; float64, in the order of the text, whatever
-        the ranks and batches. Raises Refusal."""
-        nll, times = (self.dist.all_sum(self.sums) if finished else self.sums)[:, :-1]
-        once, partial = times == 1, self.val.partial or not finished
-        assert not finished or bool(once.all()), (
-            f"{int((~once).sum())} of {self.num_targets} targets not scored once"
-        )
-        nats, scored_bytes = nll[once].double().sum().item(), int(self.val.target_bytes[once].sum())
-        require(
-            math.isfinite(nats) and scored_bytes > 0,
-            f"{self.label}: total loss {nats} over {scored_bytes} bytes",
-        )
-        count, seconds = int(once.sum()), time.perf_counter() - self.progress.started
-        return Score(
-            nats / count, nats / math.log(2) / scored_bytes, count, scored_bytes, seconds, partial
-        )
+        """Add up all ranks' losses, each target once; this rank's so far unless `finished`.
+
+        In float64 and in the order of the text, whatever the ranks and batches. Raises ConfigError.
+        """
+        sums = self.dist.all_sum(self.sums) if finished else self.sums
+        nll, times = sums[:, :-1]
+        once = times == 1
+        count = int(once.sum())
+        if finished:
+            assert count == self.num_targets, f"{self.num_targets - count} targets not scored once"
+        nats = nll[once].double().sum().item()
+        scored_bytes = int(self.val.target_bytes[once].sum())
+        is_valid = math.isfinite(nats) and scored_bytes > 0
+        require(is_valid, f"{self.progress.label}: total loss {nats} over {scored_bytes} bytes")
+        seconds = time.perf_counter() - self.started
+        partial = self.val.partial or not finished
+        bpb = nats / math.log(2) / scored_bytes
+        return Score(nats / count, bpb, count, scored_bytes, seconds, partial)
 
 
-def evaluate(
-    model: nn.Module, val: ValData, hp: Hyperparameters, dist: Dist, stride: int, label: str
-) -> Score:
-    """Score the split by windows that score `stride` targets, a whole window in plain validation. Raises Refusal."""
-    scorer = Scorer(model, val, hp, dist, stride, label)
-    scorer.score(scorer.share)
+def evaluate(forward: Callable, val: ValData, hp: Hyperparameters, dist: Dist, label: str) -> Score:
+    """Validate plainly, in windows of TRAIN_SEQ_LEN that score all of theirs. Raises ConfigError."""
+    seq_len = hp.model.train_seq_len
+    windowing = Windowing(seq_len, seq_len, max(1, hp.micro_batch_tokens // seq_len))
+    scorer = Scorer(forward, val, dist, windowing, label)
+    with scorer.progress:
+        scorer.score(scorer.share)
     return scorer.total()
 
 
-# ---- Training --------------------------------------------------------------------------------------------------------
+# ---- Training ------------------------------------------------------------------------------------
+
+WARMUP_STEPS = 3  # per graph, where there is something to compile or to load
+
+
 class Gradients:
-    """The loss and all gradients as views of one flat buffer: one all-reduce, one norm and one memset per step."""
+    """The loss and all gradients as views of one buffer: one all-reduce, norm and memset a step."""
 
     def __init__(self, model: GPT, dist: Dist):
-        self.dist, params = dist, list(model.parameters())
-        starts = np.cumsum(
-            [64] + [-(-p.numel() // 64) * 64 for p in params]
-        ).tolist()  # aligned for vector loads
+        self.dist = dist
+        params = list(model.parameters())
+        padded = [math.ceil(p.numel() / 64) * 64 for p in params]  # aligned for vector loads
+        starts = np.cumsum([64, *padded]).tolist()
         self.flat = torch.zeros(starts[-1], device=dist.device)
         for p, start in zip(params, starts, strict=False):
             p.grad = self.flat[start : start + p.numel()].view_as(p)
 
     def average_and_clip(self, max_norm: float) -> None:
-        """Mean over ranks of loss and gradients; then shrink the gradients to an L2 norm of at most `max_norm`."""
+        """Average over ranks; then shrink the gradients to an L2 norm of at most `max_norm`."""
         self.dist.all_sum(self.flat).div_(self.dist.world_size)
         if max_norm:
-            self.flat[64:].mul_((max_norm / (self.flat[64:].norm() + 1e-6)).clamp(max=1.0))
+            gradients = self.flat[64:]
+            gradients.mul_((max_norm / (gradients.norm() + 1e-6)).clamp(max=1.0))
 
 
 def train_step(
-    model, optimizers: list, gradients: Gradients, batches: list, max_norm: float, looped=True
+    forward: Callable,
+    optimizers: list[torch.optim.Optimizer],
+    gradients: Gradients,
+    batches: list[tuple[Tensor, Tensor]],
+    max_norm: float,
+    looped: bool = True,
 ) -> Tensor:
-    """One optimizer step over micro-batches (input_ids, target_ids). Returns the mean loss of all ranks, a tensor."""
+    """Take one optimizer step over micro-batches. Returns the mean loss of all ranks, a tensor."""
     gradients.flat.zero_()
     for input_ids, target_ids in batches:
-        loss = model(input_ids, target_ids, looped=looped) / len(batches)
+        loss = forward(input_ids, target_ids, looped=looped) / len(batches)
         loss.backward()
         gradients.flat[0] += loss.detach()
     gradients.average_and_clip(max_norm)
@@ -2013,29 +2212,24 @@ def train_step(
 
 
 def warm_up(
-    model: nn.Module, raw_model: GPT, optimizers: list, gradients: Gradients, loader: TokenLoader
+    forward: Callable,
+    model: GPT,
+    optimizers: list[torch.optim.Optimizer],
+    gradients: Gradients,
+    loader: TokenLoader,
 ) -> None:
-    """Compile everything on random tokens and leave no trace: weights and optimizer states are restored."""
-    hp, generator = loader.hp, torch.Generator().manual_seed(0)
-    weights, states = (
-        copy.deepcopy(raw_model.state_dict()),
-        copy.deepcopy([o.state_dict() for o in optimizers]),
-    )
-    for looped in [
-        looped for looped in sorted({hp.loop_is_on(0.0), True}) for _ in range(hp.warmup_steps)
-    ]:
-        tokens = torch.randint(
-            hp.vocab_size, (2, loader.num_sequences, hp.train_seq_len), generator=generator
-        )
-        train_step(
-            model,
-            optimizers,
-            gradients,
-            [tuple(tokens.to(loader.dist.device))],
-            hp.grad_clip_norm,
-            looped,
-        )
-    raw_model.load_state_dict(weights)
+    """Compile both graphs on random tokens; weights and optimizer states are restored."""
+    hp = loader.hp
+    generator = torch.Generator().manual_seed(0)
+    weights = copy.deepcopy(model.state_dict())
+    states = copy.deepcopy([optimizer.state_dict() for optimizer in optimizers])
+    shape = (2, loader.num_sequences, hp.model.train_seq_len)
+    for looped in sorted({hp.loop_is_on(0.0), True}):
+        for _ in range(WARMUP_STEPS):
+            tokens = torch.randint(hp.model.vocab_size, shape, generator=generator)
+            batch = tuple(tokens.to(loader.dist.device))
+            train_step(forward, optimizers, gradients, [batch], hp.grad_clip_norm, looped)
+    model.load_state_dict(weights)
     for optimizer, state in zip(optimizers, states, strict=True):
         optimizer.load_state_dict(state)
 
@@ -2044,389 +2238,471 @@ def timing(seconds: float, steps: int) -> str:
     return f"train_time:{1000 * seconds:.0f}ms step_avg:{1000 * seconds / max(steps, 1):.2f}ms"
 
 
+class Clock:
+    """Training time, s, the same on all ranks; stops for validation, and says when to end."""
+
+    def __init__(self, hp: Hyperparameters, dist: Dist, elapsed: float):
+        self.hp = hp
+        self.dist = dist
+        self.cap = hp.training_seconds
+        self.elapsed = elapsed  # at the last tick
+        self.started = dist.synchronize() - elapsed
+        self.signalled = 0  # number of a signal that any rank has received
+        self.caught = 0  # by this one
+        self.handlers = [signal.signal(number, self.catch) for number in SIGNALS]
+
+        # Steps that have to end inside the cap: the next, and two by which the host may be ahead
+        # of a GPU; with recurrence each of them may be as much longer as there are layers more.
+        order = hp.model.execution_order(True)
+        self.ahead = (1 if dist.device.type == "cpu" else 3) * len(order) / hp.model.num_layers
+
+    def catch(self, number: int, frame: object) -> None:
+        """Note a signal, to end with the step."""
+        self.caught = self.caught or number
+
+    def release(self) -> None:
+        """Give the signals back to their handlers, and end the time of training."""
+        for number, handler in zip(SIGNALS, self.handlers, strict=True):
+            signal.signal(number, handler)
+        (self.elapsed,) = self.dist.all_max(self.dist.synchronize() - self.started)
+
+    def tick(self, step: int) -> None:
+        """Agree with all ranks on time and signals. Raises ConfigError if the time went back."""
+        before = self.elapsed
+        now = time.perf_counter() - self.started
+        self.elapsed, self.signalled = self.dist.all_max(now, self.caught)
+        back = before - self.elapsed
+        require(back <= 0, f"the clock went back by {back:.1f} s at step {step}: stopped")
+
+    def is_over(self, step: int) -> bool:
+        """Tell whether another step might not end inside the cap."""
+        return self.cap > 0 and step > 0 and self.elapsed * (1 + self.ahead / step) > self.cap
+
+    def frac(self, step: int) -> float:
+        """Return the fraction of the budget that is used."""
+        of_time = self.elapsed / self.cap if self.cap else 0.0
+        return max(of_time, step / self.hp.iterations)
+
+    def pause(self) -> None:
+        """Stop for what does not count as training."""
+        self.paused = self.dist.synchronize()
+
+    def go_on(self) -> None:
+        """Count again."""
+        self.started += self.dist.synchronize() - self.paused
+
+
+@dataclass
+class Progression:
+    """Where a training stands; goes into checkpoints."""
+
+    step: int = 0  # optimizer steps done
+    elapsed: float = 0.0  # s of training
+    averaged: int = 0  # steps that the average holds
+
+
 class Checkpoints:
-    """logs/<RUN_ID>.step<N>.npz: all that the next step depends on, at any world size; no step draws from an RNG, and
-    the order of the data follows from SEED and the step. Raises Refusal."""
+    """logs/<RUN_ID>.step<N>.pt: all that the next step depends on, at any world size.
+
+    No step draws from an RNG, and the order of the data follows from SEED and the step.
+    """
 
     def __init__(
         self, log: Log, model: GPT, optimizers: list, average: list[Tensor], loader: TokenLoader
     ):
-        self.log, self.model, self.optimizers, self.average, self.hp = (
-            log,
-            model,
-            optimizers,
-            average,
-            loader.hp,
-        )
-        self.rank, self.step, self.elapsed, self.kept = loader.dist.rank, 0, 0.0, []
-        self.fixed = {
-            name: getattr(self.hp, name) for name in (*MODEL_KNOBS, "seed", "train_batch_tokens")
+        self.log = log
+        self.model = model
+        self.optimizers = optimizers
+        self.average = average
+        self.hp = loader.hp
+        self.is_main = loader.dist.rank == 0
+        self.last = Progression()
+        self.kept: list[Path] = []
+        self.fixed = vars(self.hp.model) | {
+            "seed": self.hp.seed,
+            "train_batch_tokens": self.hp.train_batch_tokens,
+            "train_windows": loader.num_windows,
         }
-        self.fixed["train_windows"], self.pattern = (
-            loader.num_windows,
-            f"{self.hp.run_id}.step{'[0-9]' * 8}.npz",
-        )
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Every tensor that a step changes, by name."""
-        parts = {"model": self.model.state_dict()}
-        parts["average"] = dict(
-            zip([name for name, _ in self.model.named_parameters()], self.average, strict=True)
-        )
-        for i, optimizer in enumerate(self.optimizers):
-            parts |= {
-                f"optimizer{i}/{p}": state for p, state in optimizer.state_dict()["state"].items()
-            }
+    def state(self) -> dict:
+        """Return every tensor that a step changes."""
+        names = [name for name, _ in self.model.named_parameters()]
         return {
-            f"{part}/{name}": tensor
-            for part, named in parts.items()
-            for name, tensor in named.items()
+            "model": self.model.state_dict(),
+            "average": dict(zip(names, self.average, strict=True)),
+            "optimizers": [optimizer.state_dict()["state"] for optimizer in self.optimizers],
         }
 
-    def save(self, step: int, elapsed: float, averaged: int, now: bool) -> None:
-        """After so many steps and s of training, if CHECKPOINT_EVERY has passed, or `now`; the last two are kept."""
-        every, path = self.hp.checkpoint_every, LOG_FOLDER / f"{self.hp.run_id}.step{step:08d}.npz"
-        past = elapsed - self.elapsed if every.endswith("s") else step - self.step
-        if not every or step == self.step or not (now or past >= int(every.rstrip("s"))):
+    def is_due(self, now: Progression) -> bool:
+        """Tell whether CHECKPOINT_EVERY has passed since the last one."""
+        every = self.hp.checkpoint_every
+        if every.endswith("s"):
+            return now.elapsed - self.last.elapsed >= int(every[:-1])
+        return now.step - self.last.step >= int(every)
+
+    def save(self, now: Progression, at_once: bool) -> None:
+        """Save if it is due or `at_once`, and keep the last two. Raises ConfigError."""
+        if not self.hp.checkpoint_every or now.step == self.last.step:
             return
-        if self.rank == 0:
-            tensors, file = self.tensors(), io.BytesIO()
-            finite = all(bool(tensor.isfinite().all()) for tensor in tensors.values())
-            require(
-                finite,
-                f"weights or moments are not finite at step {step}: stopped, {path} not written",
-            )
-            arrays = {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
-            np.savez(file, meta=json.dumps([self.fixed, (step, elapsed, averaged)]), **arrays)
+        if not at_once and not self.is_due(now):
+            return
+        path = LOG_FOLDER / f"{self.hp.run_id}.step{now.step:08d}.pt"
+        if self.is_main:
+            for tensor in self.model.state_dict().values():
+                finite = bool(tensor.isfinite().all())
+                require(finite, f"a weight is not finite at step {now.step}: stopped, not saved")
+            file = io.BytesIO()
+            torch.save({"fixed": self.fixed, "now": vars(now), "state": self.state()}, file)
             write_atomically(path, file.getbuffer())
-            for old in set(LOG_FOLDER.glob(self.pattern)) - {path, *self.kept[-1:]}:
-                old.unlink()
-        self.step, self.elapsed, self.kept = step, elapsed, [*self.kept, path]
+            for old in self.found():
+                if old != path and old not in self.kept[-1:]:
+                    old.unlink()
+        self.last = replace(now)
+        self.kept.append(path)
         self.log(
-            f"checkpoint:{path} train_time:{1000 * elapsed:.0f}ms (to go on: RUN_ID={self.hp.run_id} RESUME=auto)"
+            f"checkpoint:{path} train_time:{1000 * now.elapsed:.0f}ms "
+            f"(to go on: the same command with RUN_ID={self.hp.run_id})"
         )
 
-    def resume(self) -> tuple[int, float, int]:
-        """Load what RESUME names. Returns steps done, s of training, and how many steps the average holds."""
-        found, flaws = sorted(LOG_FOLDER.glob(self.pattern)), []
-        paths = {"off": [], "auto": found[::-1]}.get(self.hp.resume, [Path(self.hp.resume)])
-        apart = (
-            self.hp.resume == "auto"
-            or not found
-            or found[-1].resolve() in [path.resolve() for path in paths]
-        )
-        require(
-            apart,
-            f"{max(found, default='')} is there: RESUME=auto goes on from it, another RUN_ID leaves it",
-        )
-        for optimizer in self.optimizers * (len(paths) > 0):
+    def found(self) -> list[Path]:
+        """Return this run's checkpoints, oldest first."""
+        return sorted(LOG_FOLDER.glob(f"{self.hp.run_id}.step{'[0-9]' * 8}.pt"))
+
+    def resume(self) -> Progression:
+        """Load the newest intact checkpoint of RUN_ID, if there is any.
+
+        Raises ConfigError if it is of another run, if all are damaged, or, without
+        CHECKPOINT_EVERY, if there is one at all.
+        """
+        found = self.found()
+        if not found:
+            return Progression()
+        goes_on = self.hp.checkpoint_every != ""
+        require(goes_on, f"{found[-1]} is there: CHECKPOINT_EVERY goes on, another RUN_ID begins")
+        for optimizer in self.optimizers:
             optimizer.step()  # makes the states that are loaded next
-        for path in paths:
+        flaws = []
+        for path in reversed(found):
             try:
-                with np.load(path, allow_pickle=False) as file:
-                    knobs, (step, elapsed, averaged) = json.loads(str(file["meta"]))
-                    other = [
-                        f"{k.upper()}={knobs[k]}, now {v}"
-                        for k, v in self.fixed.items()
-                        if v != knobs[k]
-                    ]
-                    require(not other, f"{path} is of another run: {'; '.join(other)}")
-                    for name, tensor in self.tensors().items():
-                        tensor.copy_(torch.from_numpy(file[name]))
-                self.step, self.elapsed, self.kept = step, elapsed, [path]
-                self.log(f"resumed:{path} step:{step} train_time:{1000 * elapsed:.0f}ms")
-                return step, elapsed, averaged
-            except Refusal:
+                self.load(path)
+            except ConfigError:
                 raise
-            except Exception as error:  # a zip file can be damaged in many ways
-                flaws.append(f"{path}: damaged checkpoint ({error})")
+            except Exception as error:  # a file can be damaged in many ways
+                reason = (str(error) or type(error).__name__).splitlines()[0]
+                flaws.append(f"{path}: damaged checkpoint ({reason})")
                 self.log(f"warning: {flaws[-1]}")
-        require(not flaws, "; ".join(flaws))
-        return 0, 0.0, 0
+                continue
+            self.kept = [path]
+            spent = 1000 * self.last.elapsed
+            self.log(f"resumed:{path} step:{self.last.step} train_time:{spent:.0f}ms")
+            return replace(self.last)
+        raise ConfigError("; ".join(flaws))
+
+    @torch.no_grad()
+    def load(self, path: Path) -> None:
+        """Copy a checkpoint into model, optimizers and average, all of it or none."""
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        other = []
+        for name, value in self.fixed.items():
+            if saved["fixed"][name] != value:
+                other.append(f"{name.upper()}={saved['fixed'][name]}, now {value}")
+        require(not other, f"{path} is of another run: {'; '.join(other)}")
+        now = Progression(**saved["now"])
+        pairs = list(paired_tensors(self.state(), saved["state"]))
+        for tensor, new in pairs:
+            tensor.copy_(new)
+        self.last = now
 
 
-def train(hp: Hyperparameters, dist: Dist, log: Log, model: GPT, loader: TokenLoader, val: ValData):
-    """Train until ITERATIONS or the wall-clock cap; leave averaged weights in `model`. Returns steps and seconds."""
-    compiles, cap, accum = (
-        can_compile(hp, dist.device),
-        hp.training_seconds,
-        hp.grad_accum_steps(dist.world_size),
-    )
+def paired_tensors(here: Any, saved: Any) -> Iterable[tuple[Tensor, Tensor]]:
+    """Yield the tensors at the same place of two nested states. Raises ValueError if they differ."""
+    if isinstance(here, Tensor):
+        if here.shape != saved.shape or here.dtype != saved.dtype:
+            raise ValueError("a tensor of another shape or dtype")
+        yield here, saved
+        return
+    keys = range(len(here)) if isinstance(here, list) else here
+    if len(here) != len(saved):
+        raise ValueError("other tensors")
+    for key in keys:
+        yield from paired_tensors(here[key], saved[key])
+
+
+def train(
+    hp: Hyperparameters, dist: Dist, log: Log, model: GPT, loader: TokenLoader, val: ValData
+) -> Progression:
+    """Train until ITERATIONS or the wall-clock cap; leave averaged weights in `model`."""
+    compiles = can_compile(hp, dist.device)
     forward = torch.compile(model, fullgraph=True, dynamic=False) if compiles else model
-    optimizers, gradients, started = (
-        build_optimizers(hp, model, dist),
-        Gradients(model, dist),
-        time.perf_counter(),
-    )
+    optimizers = build_optimizers(hp, model, dist)
+    gradients = Gradients(model, dist)
     weights = [p.detach() for p in model.parameters()]
     average = [p.clone() for p in weights]
     checkpoints = Checkpoints(log, model, optimizers, average, loader)
-    step, elapsed, averaged = checkpoints.resume()
-    loader.position = step * hp.train_batch_tokens // hp.train_seq_len
-    warm_up(forward, model, optimizers, gradients, loader)
+    now = checkpoints.resume()
+    accum_steps = hp.grad_accum_steps(dist.world_size)
+    loader.position = now.step * hp.train_batch_tokens // hp.model.train_seq_len
+
+    # What is compiled, or first used on a GPU, is so before the clock starts.
+    warms_up = compiles or dist.device.type == "cuda"
+    started = dist.synchronize()
+    if warms_up:
+        with Progress("compile and warm up", 1, dist.rank):
+            warm_up(forward, model, optimizers, gradients, loader)
+    warmup_steps = WARMUP_STEPS if warms_up else 0
     log(
-        f"warmup_step:{hp.warmup_steps}/{hp.warmup_steps} random tokens, undone, {dist.synchronize() - started:.1f}s "
-        f"compile:{'fullgraph' if compiles else 'off'} grad_accum_steps:{accum}"
+        f"warmup_step:{warmup_steps}/{warmup_steps} random tokens, undone, "
+        f"{dist.synchronize() - started:.1f}s compile:{'fullgraph' if compiles else 'off'} "
+        f"grad_accum_steps:{accum_steps}"
     )
-    progress, loss, started = (
-        Progress("train", 1.0, dist.rank),
-        math.nan,
-        dist.synchronize() - elapsed,
-    )
-    on_cpu, looped = (
-        dist.device.type == "cpu",
-        hp.loop_is_on(0.0),
-    )  # on a CPU, reading the loss costs nothing
-    # Steps that must end inside the cap: the next, and the two by which the host may be ahead of a GPU.
-    ahead = (1 if on_cpu else 3) * len(hp.execution_order(True)) / hp.num_layers
-    caught: list[int] = []
-    handlers = [
-        signal.signal(number, lambda number, frame: caught.append(number)) for number in SIGNALS
-    ]
-    while True:
-        before, (elapsed, signalled) = (
-            elapsed,
-            dist.all_max(time.perf_counter() - started, sum(caught[:1])),
-        )
-        require(
-            elapsed >= before,
-            f"the clock went back by {before - elapsed:.1f} s at step {step}: stopped",
-        )
-        out_of_time = cap > 0 and step > 0 and elapsed * (1 + ahead / step) > cap
-        ended = out_of_time or step == hp.iterations
-        checkpoints.save(step, elapsed, averaged, now=ended or signalled > 0)
-        if signalled:
-            log(
-                f"interrupted after step {step}, CHECKPOINT_EVERY={hp.checkpoint_every or 'off: nothing saved'}"
-            )
-            raise KeyboardInterrupt(int(signalled))
-        if ended:
-            break
-        if hp.val_loss_every and step and step % hp.val_loss_every == 0:
-            paused = dist.synchronize()
-            score = evaluate(
-                partial(model, looped=looped), val, hp, dist, hp.train_seq_len, "validate"
-            )
-            log(f"step:{step}/{hp.iterations} {score} {timing(elapsed, step)}")
-            started += dist.synchronize() - paused
-        frac = max(elapsed / cap if cap else 0.0, step / hp.iterations)
-        if hp.loop_is_on(frac) and not looped:
-            looped = True
-            log(f"layer_loop:enabled step:{step} frac:{frac:.3f} order:{hp.execution_order(True)}")
-        scale, batches = (
-            set_schedules(hp, optimizers, frac),
-            [loader.next_batch() for _ in range(accum)],
-        )
-        device_loss = train_step(forward, optimizers, gradients, batches, hp.grad_clip_norm, looped)
-        newest = average_weight(hp, frac, averaged)
-        if newest:
-            torch._foreach_lerp_(average, weights, newest)
-            averaged += 1
-        step += 1
-        logged = step <= 10 or step % hp.train_log_every == 0
-        if logged or on_cpu:
-            loss = device_loss.item()
-            require(
-                math.isfinite(loss),
-                f"training loss is {loss} at step {step}: stopped, nothing exported",
-            )
-        spent = time.perf_counter() - started
-        speed = f"{timing(spent, step)} lr_scale:{scale:.3f} tok/s: {step * hp.train_batch_tokens / spent:.0f}"
-        if logged:
-            log(f"step:{step}/{hp.iterations} train_loss:{loss:.6f} {speed}")
-        progress.update(frac, f"step {step} loss {loss:.3f} {speed}")
-    for number, handler in zip(SIGNALS, handlers, strict=True):
-        signal.signal(number, handler)
-    elapsed = dist.all_max(dist.synchronize() - started)[0]
-    if out_of_time:
-        log(
-            f"stopping_early: wallclock_cap train_time:{1000 * elapsed:.0f}ms step:{step}/{hp.iterations}"
-        )
-    if averaged:
+
+    progress = Progress("train", 1.0, dist.rank)
+    clock = Clock(hp, dist, now.elapsed)
+    looped = hp.loop_is_on(0.0)
+    fiftieths = 0  # of the budget, when a line was last logged
+    with progress:
+        while True:
+            clock.tick(now.step)
+            now.elapsed = clock.elapsed
+            ended = clock.is_over(now.step) or now.step == hp.iterations
+            checkpoints.save(now, at_once=ended or clock.signalled > 0)
+            if clock.signalled:
+                saved = f"CHECKPOINT_EVERY={hp.checkpoint_every or 'off: nothing saved'}"
+                log(f"interrupted after step {now.step}, {saved}")
+                raise KeyboardInterrupt(int(clock.signalled))
+            if ended:
+                break
+
+            if hp.val_loss_every and now.step and now.step % hp.val_loss_every == 0:
+                clock.pause()
+                score = evaluate(partial(model, looped=looped), val, hp, dist, "validate")
+                log(f"step:{now.step}/{hp.iterations} {score} {timing(now.elapsed, now.step)}")
+                clock.go_on()
+
+            frac = clock.frac(now.step)
+            if hp.loop_is_on(frac) and not looped:
+                looped = True
+                order = hp.model.execution_order(True)
+                log(f"layer_loop:enabled step:{now.step} frac:{frac:.3f} order:{order}")
+            scale = set_schedules(hp, optimizers, frac)
+            batches = [loader.next_batch() for _ in range(accum_steps)]
+            loss = train_step(forward, optimizers, gradients, batches, hp.grad_clip_norm, looped)
+            newest = average_weight(hp, frac, now.averaged)
+            if newest:
+                torch._foreach_lerp_(average, weights, newest)
+                now.averaged += 1
+            now.step += 1
+
+            # Reading the loss makes a GPU wait, so it is read for about fifty lines alone.
+            is_logged = now.step <= 10 or now.step == hp.iterations or int(50 * frac) > fiftieths
+            fiftieths = int(50 * frac)
+            spent = time.perf_counter() - clock.started
+            rate = now.step * hp.train_batch_tokens / spent
+            speed = f"{timing(spent, now.step)} lr_scale:{scale:.3f} tok/s: {rate:.0f}"
+            if is_logged:
+                last_loss = loss.item()
+                finite = math.isfinite(last_loss)
+                stopped = f"training loss is {last_loss} at step {now.step}: stopped"
+                require(finite, f"{stopped}, nothing exported")
+                log(f"step:{now.step}/{hp.iterations} train_loss:{last_loss:.6f} {speed}")
+            progress.update(frac, f"step {now.step} {speed}")
+
+    clock.release()
+    now.elapsed = clock.elapsed
+    if now.step < hp.iterations:
+        milliseconds = f"train_time:{1000 * now.elapsed:.0f}ms"
+        log(f"stopping_early: wallclock_cap {milliseconds} step:{now.step}/{hp.iterations}")
+    if now.averaged:
         torch._foreach_copy_(weights, average)
-    return step, elapsed
+    return now
 
 
 @torch.no_grad()
 def collect_hessians(
     hp: Hyperparameters, dist: Dist, log: Log, model: GPT, loader: TokenLoader
-) -> tuple[dict, float]:
-    """Second moments X^T X of every matrix's input over the tokens that reach it, summed over ranks: (C, C); (E, C, C)
-    for expert_up; of shared and routed hidden units together for a routed down projection. Stops after GPTQ_BATCHES
-    training micro-batches or, under a wall-clock cap, before GPTQ_RESERVE_SECONDS are over. Also returns seconds."""
+) -> tuple[dict[str, Tensor], float]:
+    """Return second moments X^T X of every matrix's input over the tokens that reach it, and s.
+
+    (C, C) each; (E, C, C) for expert_up; of shared and routed hidden units together for a routed
+    down projection. Stops after GPTQ_BATCHES training micro-batches or, under a wall-clock cap,
+    when their time is over.
+    """
     sums: dict[str, Tensor] = {}
 
-    def add(name: str, *inputs: Tensor) -> None:
-        moments = [x.mT @ x for x in (y.flatten(0, -2).float() for y in inputs)]
-        sums[name] = sums.get(name, 0) + (
-            torch.stack(moments) if name.endswith("expert_up") else moments[0]
-        )
+    def add(name: str, x: Tensor) -> None:
+        x = x.flatten(0, -2).float()
+        sums[name] = sums.get(name, 0) + x.mT @ x
 
     def observe(name: str, module: nn.Module, args: tuple) -> None:
         if isinstance(module, CastedLinear):
             add(f"{name}.weight", args[0])
-        elif isinstance(module, TokenRoutedMLP) and module.routed:
-            chosen_BTE = module.choose(args[0], *args[1])[0]
-            add(f"{name}.up.weight", args[0])
-            add(f"{name}.down.weight", module.hidden(args[0], chosen_BTE))
-            add(f"{name}.expert_up", *(args[0][chosen > 0] for chosen in chosen_BTE.unbind(-1)))
+        elif isinstance(module, TokenRoutedMLP) and module.config.is_routed:
+            x, route = args
+            share_BTE, _ = module.choose(x, route)
+            add(f"{name}.up.weight", x)
+            add(f"{name}.down.weight", module.hidden(x, share_BTE))
+            for expert, share_BT in enumerate(share_BTE.unbind(-1)):
+                add(f"{name}.expert_up.{expert}", x[share_BT > 0])
 
-    with torch.device(
-        "meta"
-    ):  # the masked dispatch, as only that has all hidden units side by side
-        observed = GPT(replace(hp, dispatch="masked"))
+    # The masked dispatch, as only that has all hidden units side by side.
+    with torch.device("meta"):
+        observed = GPT(replace(hp.model, dispatch="masked"), model.dtype)
     observed.load_state_dict(model.state_dict(), assign=True)
     for name, module in observed.named_modules():
         module.register_forward_pre_hook(partial(observe, name))
-    started, batches, elapsed = dist.synchronize(), 0, 0.0
-    reserve = hp.gptq_reserve_seconds if hp.max_wallclock_seconds else math.inf
-    while (
-        batches * dist.world_size < hp.gptq_batches
-        and elapsed * (1 + 1 / max(batches, 1)) < reserve
-    ):
-        add("tok_emb.weight", observed.features(loader.next_batch()[0])[0])
-        batches, elapsed = batches + 1, dist.all_max(dist.synchronize() - started)[0]
-    tokens = batches * dist.world_size * loader.num_sequences * hp.train_seq_len
-    log(f"gptq: {len(sums)} Hessians over {tokens} training tokens in {elapsed:.1f}s")
-    return {
-        name: dist.all_sum(hessian) for name, hessian in sums.items()
-    }, dist.synchronize() - started
+
+    started = dist.synchronize()
+    batches = 0
+    elapsed = 0.0
+    reserve = hp.gptq_seconds if hp.max_wallclock_seconds else math.inf
+    with Progress("collect Hessians", hp.gptq_batches, dist.rank) as progress:
+        while batches * dist.world_size < hp.gptq_batches:
+            if elapsed * (1 + 1 / max(batches, 1)) >= reserve:
+                break
+            input_ids, _ = loader.next_batch()
+            add("tok_emb.weight", observed.features(input_ids)[0])
+            batches += 1
+            (elapsed,) = dist.all_max(dist.synchronize() - started)
+            progress.update(batches * dist.world_size)
+
+    hessians = {name: hessian for name, hessian in sums.items() if "expert_up." not in name}
+    for name in model.state_dict():
+        if name.endswith("expert_up"):
+            each = [sums[f"{name}.{expert}"] for expert in range(hp.model.num_experts)]
+            hessians[name] = torch.stack(each)
+    tokens = batches * dist.world_size * loader.num_sequences * hp.model.train_seq_len
+    log(f"gptq: {len(hessians)} Hessians over {tokens} training tokens in {elapsed:.1f}s")
+    for name in sorted(hessians):
+        dist.all_sum(hessians[name])
+    return hessians, dist.synchronize() - started
+
+
+# ---- Main ----------------------------------------------------------------------------------------
+
+
+def log_provenance(log: Log, hp: Hyperparameters, dist: Dist, environ: dict[str, str]) -> None:
+    """Log what a reader needs to repeat the run: source, versions, hardware, knobs, likely typos."""
+    folder = Path(__file__).resolve().parent
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        told = subprocess.run(command, cwd=folder, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        told = ""
+    source = Path(__file__).read_text(encoding="utf-8")
+    log(source + "=" * 100 + "\n" + subprocess.getoutput("nvidia-smi"), echo=False)
+    versions = f"torch:{torch.__version__} numpy:{np.__version__}"
+    log(f"python:{sys.version.split()[0]} {versions} commit:{told or 'unknown'}")
+    log(f"code_sha256:{hashlib.sha256(submission_source()).hexdigest()}")
+
+    values = hp.values()
+    log("\n".join(f"  {name}: {value}" for name, value in values.items()), echo=False)
+    defaults = Hyperparameters().values()
+    changed = [f"{name.upper()}={v}" for name, v in values.items() if v != defaults[name]]
+    threads = torch.get_num_threads()
+    log(f"device:{dist.device} threads:{threads} overrides: {' '.join(changed) or 'none'}")
+
+    knobs = [name.upper() for name in values]
+    for name in sorted(set(environ) - set(knobs)):
+        for match in difflib.get_close_matches(name, knobs, n=1, cutoff=0.85):
+            log(f"warning: {name} is not a knob; did you mean {match}?")
 
 
 def export(
-    hp, dist: Dist, log: Log, model: GPT, hessians: dict, tokenizer_sha256: str, path: Path
-) -> None:
-    """Write the artifact from rank 0. Raises Refusal at the cap, or when it cannot."""
+    hp: Hyperparameters, dist: Dist, log: Log, state: dict, hessians: dict, tokenizer_sha256: str
+) -> Path:
+    """Write the artifact from rank 0. Raises ConfigError at the cap, or when it cannot."""
+    path = LOG_FOLDER / f"{hp.run_id}.ptz"
     if dist.rank == 0:
-        started, fitted = (
-            time.perf_counter(),
-            fit(hp, model.state_dict(), tokenizer_sha256, hp.codec, hessians),
-        )
-        code, total = submission_bytes(hp, len(fitted.artifact), "artifact")
+        started = time.perf_counter()
+        with Progress("quantize and compress", 1):
+            fitted = fit(hp, state, tokenizer_sha256, hessians)
+        code_bytes, total = submission_bytes(hp, len(fitted.artifact), "artifact")
         write_atomically(path, fitted.artifact)
         for name in fitted.unusable:
-            log(
-                f"warning: the Hessian of {name} is not finite or not positive definite: rounded to nearest"
-            )
-        log(
-            f"{fitted.budget()}\nexport_time:{time.perf_counter() - started:.1f}s\n"
-            f"Serialized model quantized+{hp.codec}: {total - code} bytes\nCode size: {code} bytes\n"
-            f"Total submission size quantized+{hp.codec}: {total} bytes"
-        )
+            flaw = "is not finite or not positive definite: rounded to nearest"
+            log(f"warning: the Hessian of {name} {flaw}")
+        log(budget_table(fitted))
+        log(f"export_time:{time.perf_counter() - started:.1f}s")
+        log(f"Serialized model quantized+auto: {total - code_bytes} bytes")
+        log(f"Code size: {code_bytes} bytes")
+        log(f"Total submission size quantized+auto: {total} bytes")
     dist.synchronize()
+    return path
 
 
 def main() -> None:
-    """Read the knobs, train, export, score the reloaded artifact, and end the log with one JSON line."""
-    require(
-        not sys.argv[1:],
-        f"{' '.join(sys.argv[1:])}: no arguments; knobs are environment variables (README.md)",
-    )
+    """Read the knobs, train, export, score the reloaded artifact, and log one JSON line."""
+    arguments = " ".join(sys.argv[1:])
+    require(not arguments, f"{arguments}: no arguments; knobs are environment variables")
     hp = Hyperparameters.from_env(os.environ)
-    dist = Dist.from_torchrun(hp.device)
-    now = np.datetime64(int(1000 * dist.all_max(time.time())[0]), "ms")
-    hp = replace(hp, run_id=hp.run_id or str(now).replace(":", ""))
-    path = LOG_FOLDER / f"{hp.run_id}.ptz"
-    log = Log(dist, path.with_suffix(".txt"))
+    dist = Dist.from_torchrun()
+    (seconds,) = dist.all_max(time.time())
+    now = datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc)
+    hp = replace(hp, run_id=hp.run_id or now.strftime("%Y-%m-%dT%H%M%S.%f")[:-3])
+    log = Log(dist, LOG_FOLDER / f"{hp.run_id}.txt")
     log_provenance(log, hp, dist, os.environ)
-    hp = replace(
-        hp, eval_seq_len=0, eval_stride=1
-    )  # plain validation, whatever eval_sliding.py is to do
-    loader, val = TokenLoader(hp, dist), ValData.load(hp, dist.device)
-    sample, model = loader.sample(), GPT(hp)
-    model.init_weights()
-    hp = replace(hp, attention=choose_attention(model, dist.device, log))
-    table = build_expert_table(hp, np.bincount(sample, minlength=hp.vocab_size), sample)
-    model.expert_table.copy_(dist.all_sum(table * (dist.rank == 0)))
+
+    # All that can be refused is, before the training.
+    loader = TokenLoader(hp, dist)
+    val = ValData.load(hp, dist.device)
+    model = GPT(hp.model, hp.torch_dtype)
+    model.init_weights(hp.seed)
+    choose_attention(hp.attention, model, dist.device, log)
+    counts = np.bincount(loader.sample(), minlength=hp.model.vocab_size)
+    table = build_expert_table(hp.model, counts)
+    if dist.rank > 0:
+        table.zero_()
+    model.expert_table.copy_(dist.all_sum(table))
     params = sum(p.numel() for p in model.parameters())
     log(f"model_params:{params} world_size:{dist.world_size} seed:{hp.seed}")
-    log(
-        f"train_loader:dataset:{hp.dataset_dir.name} train_shards:{len(loader.paths)} windows:{loader.num_windows}"
-    )
-    log(
-        f"val_loader:shards pattern={hp.dataset_dir}/fineweb_val_*.bin tokens:{len(val.tokens) - 1}"
-    )
+    shards = f"train_shards:{len(loader.paths)} windows:{loader.num_windows}"
+    log(f"train_loader:dataset:{hp.dataset_dir.name} {shards}")
+    val_pattern = f"{hp.dataset_dir}/fineweb_val_*.bin"
+    log(f"val_loader:shards pattern={val_pattern} tokens:{len(val.tokens) - 1}")
     if dist.rank == 0:
-        expected = dry_run(hp, model)
+        if importlib.util.find_spec("brotli") is None:
+            log("brotli is not installed: zstd alone, a larger file")
+        with Progress("estimate the artifact", 1):
+            expected = dry_run(hp, model)
         _, total = submission_bytes(hp, len(expected.artifact), "dry run")
-        log(f"{expected.budget()}\ndry run: {total} bytes of code + model expected")
+        log(f"{budget_table(expected)}\ndry run: {total} bytes of code + model expected")
+
     torch.set_float32_matmul_precision("high")
-    steps, seconds = train(hp, dist, log, model.to(dist.device), loader, val)
-    hessians, reserved = (
-        collect_hessians(hp, dist, log, model, loader) if hp.gptq_batches else ({}, 0.0)
-    )
-    seconds += reserved
+    done = train(hp, dist, log, model.to(dist.device), loader, val)
+    hessians, gptq_seconds = {}, 0.0
+    if hp.gptq_batches:
+        hessians, gptq_seconds = collect_hessians(hp, dist, log, model, loader)
+    seconds = done.elapsed + gptq_seconds
     log(f"peak memory allocated: {torch.cuda.max_memory_allocated() >> 20} MiB")
-    before = evaluate(model, val, hp, dist, hp.train_seq_len, "validate")
-    log(
-        f"step:{steps}/{hp.iterations} {before} {timing(seconds, steps)}\n"
-        f"pre-quantization post-{hp.average} {before} eval_time:{1000 * before.seconds:.0f}ms"
-    )
-    export(hp, dist, log, model, hessians, val.tokenizer_sha256, path)
-    after = evaluate(
-        load_artifact(path, hp, dist.device)[0],
-        val,
-        hp,
-        dist,
-        hp.train_seq_len,
-        "validate the artifact",
-    )
-    log(f"quantized {after} eval_time:{1000 * after.seconds:.0f}ms\nfinal_roundtrip_exact {after}")
-    code, total = submission_bytes(hp, path.stat().st_size, "artifact")
-    log(
-        json.dumps(
-            {
-                "event": "train_summary",
-                "run_id": hp.run_id,
-                "artifact_path": str(path),
-                "partial": val.partial,
-                "val_bpb_float": None if val.partial else before.bpb,
-                "val_bpb": None if val.partial else after.bpb,
-                "val_loss": after.val_loss,
-                "train_seconds": seconds,
-                "tokens": steps * hp.train_batch_tokens,
-                "params": params,
-                "steps": steps,
-                "bytes_code": code,
-                "bytes_model": total - code,
-                "bytes_total": total,
-            }
-        )
-    )
 
+    before = evaluate(model, val, hp, dist, "validate")
+    log(f"step:{done.step}/{hp.iterations} {before} {timing(seconds, done.step)}")
+    milliseconds = f"eval_time:{1000 * before.seconds:.0f}ms"
+    log(f"pre-quantization post-{hp.average} {before} {milliseconds}")
+    path = export(hp, dist, log, model.state_dict(), hessians, val.tokenizer_sha256)
+    reloaded, _, _ = load_artifact(path, hp, dist.device)
+    after = evaluate(reloaded, val, hp, dist, "validate the artifact")
+    log(f"quantized {after} eval_time:{1000 * after.seconds:.0f}ms")
+    log(f"final_roundtrip_exact {after}")
 
-def out_of_memory(error: BaseException) -> bool:
-    patterns = "out of memory|allocate memory|ALLOC_FAILED|start new thread"
-    return isinstance(error, MemoryError) or re.search(patterns, str(error)) is not None
-
-
-def run_entry_point(entry) -> None:
-    """Call `entry()`; bad input, files, packages and memory end in one line and status 2, signals in 130 and 143."""
-    code, message, handlers = 0, "", [signal.signal(number, interrupt) for number in SIGNALS]
-    try:
-        entry()
-        if torch.distributed.is_initialized():  # nobody leaves while another still needs it
-            torch.distributed.all_reduce(torch.zeros(1))
-    except KeyboardInterrupt as error:
-        code = 128 + int((*error.args, signal.SIGINT)[0])
-        message = f"error: interrupted by signal {code - 128}\n"
-    except (Refusal, OSError, ImportError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not out_of_memory(error):
-            raise
-        code, message = (
-            2,
-            f"error: {'out of memory: ' * out_of_memory(error)}{str(error) or type(error).__name__}\n",
-        )
-    print(end=message, file=sys.stderr, flush=True)
-    if torch.distributed.is_initialized():
-        sys.stdout.flush()
-        os._exit(
-            code
-        )  # gloo's threads may abort an interpreter that shuts down, with another status
-    for number, handler in zip(SIGNALS, handlers, strict=True):
-        signal.signal(number, handler or signal.SIG_DFL)
-    if code:
-        sys.exit(code)
+    code_bytes, total = submission_bytes(hp, path.stat().st_size, "artifact")
+    summary = {
+        "event": "train_summary",
+        "run_id": hp.run_id,
+        "artifact_path": str(path),
+        "partial": val.partial,
+        "val_bpb_float": None if val.partial else before.bpb,
+        "val_bpb": None if val.partial else after.bpb,
+        "val_loss": after.val_loss,
+        "train_seconds": seconds,
+        "tokens": done.step * hp.train_batch_tokens,
+        "params": params,
+        "steps": done.step,
+        "bytes_code": code_bytes,
+        "bytes_model": total - code_bytes,
+        "bytes_total": total,
+    }
+    log(json.dumps(summary))
 
 
 if __name__ == "__main__":
