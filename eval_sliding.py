@@ -478,7 +478,7 @@ def audit(model: GPT, hp: Hyperparameters, config: EvalConfig, val: ValData, log
     """Test the challenge's conditions C1 to C4, byte count and invariances by the code that scores.
 
     On the first targets of the split, in two segments of three chunks; logs a table. Returns
-    whether all hold. `model` should compute in float32 with deterministic kernels. Raises ConfigError.
+    whether all hold. `model` computes in float32, deterministically. Raises ConfigError.
     """
     window = config.windowing(hp).seq_len
     count = min(len(val.tokens) - 1, 3 * window)

@@ -31,6 +31,7 @@ import sysconfig
 import threading
 import time
 import warnings
+import zipfile
 import zlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -129,42 +130,29 @@ class ModelConfig:
     def validate(self) -> "ModelConfig":
         """Return this config after all checks of it. Raises ConfigError naming the variables."""
         check_values(self)
-        heads = f"NUM_HEADS={self.num_heads}"
-        require(
-            self.model_dim % self.num_heads == 0,
-            f"MODEL_DIM={self.model_dim} {heads}: the heads must divide the width",
-        )
-        require(
-            self.num_heads % self.num_kv_heads == 0,
-            f"{heads} NUM_KV_HEADS={self.num_kv_heads}: kv heads must divide the heads",
-        )
-        require(
-            self.rope_dims % 2 == 0 and self.rope_dims <= self.head_dim,
-            f"ROPE_DIMS={self.rope_dims}: must be even, at most {self.head_dim}",
-        )
-        require(
-            self.loop_passes == 1 or self.loop_start <= self.loop_end < self.num_layers,
-            f"LOOP_START={self.loop_start} LOOP_END={self.loop_end} NUM_LAYERS={self.num_layers}: "
-            "no range of layers; LOOP_PASSES=1 turns the recurrence off",
-        )
+        D, H, L = self.model_dim, self.num_heads, self.num_layers
+        heads = f"NUM_HEADS={H} MODEL_DIM={D}: the heads must divide the width"
+        require(D % H == 0, heads)
+        kv_heads = f"NUM_KV_HEADS={self.num_kv_heads} NUM_HEADS={H}: kv heads must divide the heads"
+        require(H % self.num_kv_heads == 0, kv_heads)
+        rope = f"ROPE_DIMS={self.rope_dims}: must be even, at most {self.head_dim}"
+        require(self.rope_dims % 2 == 0 and self.rope_dims <= self.head_dim, rope)
+        loop = f"LOOP_START={self.loop_start} LOOP_END={self.loop_end} NUM_LAYERS={L}: no range"
+        inside = self.loop_start <= self.loop_end < L
+        require(inside or self.loop_passes == 1, f"{loop}; LOOP_PASSES=1 turns recurrence off")
         if self.dispatch == "grouped" and self.is_routed:
-            require(
-                not self.has_router,
-                f"ROUTING={self.routing} DISPATCH=grouped: a router learns from all experts",
-            )
-            require(
-                self.expert_dim % 8 == 0 and self.model_dim % 8 == 0,
-                f"EXPERT_DIM={self.expert_dim} MODEL_DIM={self.model_dim}: "
-                "DISPATCH=grouped needs multiples of 8",
-            )
+            router = f"ROUTING={self.routing} DISPATCH=grouped: a router learns from all experts"
+            require(not self.has_router, router)
+            dims = f"EXPERT_DIM={self.expert_dim} MODEL_DIM={D}: DISPATCH=grouped needs"
+            require(self.expert_dim % 8 == 0 and D % 8 == 0, f"{dims} multiples of 8")
         return self
 
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """Every knob of a training: env var FOO sets field foo, here or in `model`; booleans are 0 or 1.
+    """Every knob of a training: env var FOO sets field foo, here or in `model`.
 
-    The defaults are the 8xH100 record. Schedules go by the fraction of the budget that is used: of
+    Booleans are 0 or 1. The defaults are the 8xH100 record. Schedules go by the fraction of the budget that is used: of
     the wall-clock cap if there is one, else of the steps.
     """
 
@@ -211,7 +199,7 @@ class Hyperparameters:
         return cls().override(**parse_knobs(cls, environ))
 
     def override(self, **knobs: object) -> "Hyperparameters":
-        """Return a validated copy with these knobs, the model's or the run's. Raises ConfigError."""
+        """Return a checked copy with these knobs, the model's or the run's. Raises ConfigError."""
         of_model = {name: knobs[name] for name in knobs if name in knob_fields(ModelConfig)}
         of_run = {name: knobs[name] for name in knobs if name not in of_model}
         return replace(self, model=replace(self.model, **of_model), **of_run).validate()
@@ -410,13 +398,11 @@ class Log:
         except OSError as error:
             raise ConfigError(f"cannot write {self.path}: {error.strerror}") from error
         if echo:
-            if sys.stderr.isatty():
-                print("\r\033[K", end="", file=sys.stderr, flush=True)
             print(text, flush=True)
 
 
 class Progress:
-    """Says on stderr every 5 s what a long stage is doing; on a terminal one line, redrawn.
+    """Says on stderr every 5 s what a long stage is doing.
 
     A thread does, so that a stage that cannot call `update`, like a compilation, is not silent.
     """
@@ -427,7 +413,6 @@ class Progress:
         self.done = 0.0
         self.note = ""
         self.started = time.perf_counter()
-        self.on_terminal = sys.stderr.isatty()
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self.report, daemon=True) if rank == 0 else None
 
@@ -440,30 +425,21 @@ class Progress:
         self.ended.set()
         if self.thread:
             self.thread.join()
-            if self.on_terminal:
-                print("\r\033[K", end="", file=sys.stderr, flush=True)
 
     def update(self, done: float, note: str = "") -> None:
         """Tell how much is done, in the unit of `total`, and what else to show."""
         self.done = done
         self.note = note
 
-    def line(self) -> str:
-        """Return what to show now."""
-        spent = time.perf_counter() - self.started
-        if not self.done:
-            return f"{self.label}: {spent:.0f}s {self.note}"
-        left = spent * (self.total - self.done) / self.done
-        return f"{self.label}: {self.done / self.total:.0%} ETA {max(left, 0):.0f}s {self.note}"
-
     def report(self) -> None:
         """Print until the stage has ended."""
-        while not self.ended.wait(0.5 if self.on_terminal else 5.0):
-            line = self.line().rstrip()
-            if self.on_terminal:
-                print(f"\r{line[:99]:<99}", end="", file=sys.stderr, flush=True)
-            else:
-                print(line, file=sys.stderr, flush=True)
+        while not self.ended.wait(5.0):
+            spent = time.perf_counter() - self.started
+            shown = f"{self.label}: {spent:.0f}s {self.note}"
+            if self.done:
+                left = spent * max(self.total - self.done, 0) / self.done
+                shown = f"{self.label}: {self.done / self.total:.0%} ETA {left:.0f}s {self.note}"
+            print(shown.rstrip(), file=sys.stderr, flush=True)
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -806,7 +782,7 @@ def build_expert_table(config: ModelConfig, token_counts: np.ndarray) -> Tensor:
 
 # ---- Model ---------------------------------------------------------------------------------------
 # Shape suffixes: B batch, T tokens, S scored positions, D model_dim, H heads, K head_dim, F hidden
-# units, V vocabulary, E experts, L layers, R layers run, N = B * T. Plain x is the stream (B, T, D).
+# units, V vocabulary, E experts, L layers, R layers run, N = B * T. Plain x is (B, T, D).
 
 
 def norm(x: Tensor) -> Tensor:
@@ -1513,7 +1489,7 @@ def largest_symbol(bits: int) -> int:
 
 
 def bits_and_clip(hp: Hyperparameters, name: str) -> tuple[int, float] | None:
-    """Return bits and k of a tensor; k = 0: the largest weight sets the scale; None: not rounded."""
+    """Return bits and k of a tensor; k = 0: by the largest weight; None: not rounded."""
     rule = find_role(name).rule
     if rule == "matrix":
         return hp.matrix_bits, hp.matrix_clip
@@ -2157,7 +2133,7 @@ class Scorer:
 
 
 def evaluate(forward: Callable, val: ValData, hp: Hyperparameters, dist: Dist, label: str) -> Score:
-    """Validate plainly, in windows of TRAIN_SEQ_LEN that score all of theirs. Raises ConfigError."""
+    """Validate plainly, in windows of TRAIN_SEQ_LEN without overlap. Raises ConfigError."""
     seq_len = hp.model.train_seq_len
     windowing = Windowing(seq_len, seq_len, max(1, hp.micro_batch_tokens // seq_len))
     scorer = Scorer(forward, val, dist, windowing, label)
@@ -2317,56 +2293,40 @@ class Checkpoints:
         self.hp = loader.hp
         self.is_main = loader.dist.rank == 0
         self.last = Progression()
-        self.kept: list[Path] = []
-        self.fixed = vars(self.hp.model) | {
-            "seed": self.hp.seed,
-            "train_batch_tokens": self.hp.train_batch_tokens,
-            "train_windows": loader.num_windows,
-        }
-
-    def state(self) -> dict:
-        """Return every tensor that a step changes."""
-        names = [name for name, _ in self.model.named_parameters()]
-        return {
-            "model": self.model.state_dict(),
-            "average": dict(zip(names, self.average, strict=True)),
-            "optimizers": [optimizer.state_dict()["state"] for optimizer in self.optimizers],
-        }
-
-    def is_due(self, now: Progression) -> bool:
-        """Tell whether CHECKPOINT_EVERY has passed since the last one."""
-        every = self.hp.checkpoint_every
-        if every.endswith("s"):
-            return now.elapsed - self.last.elapsed >= int(every[:-1])
-        return now.step - self.last.step >= int(every)
-
-    def save(self, now: Progression, at_once: bool) -> None:
-        """Save if it is due or `at_once`, and keep the last two. Raises ConfigError."""
-        if not self.hp.checkpoint_every or now.step == self.last.step:
-            return
-        if not at_once and not self.is_due(now):
-            return
-        path = LOG_FOLDER / f"{self.hp.run_id}.step{now.step:08d}.pt"
-        if self.is_main:
-            for tensor in self.model.state_dict().values():
-                finite = bool(tensor.isfinite().all())
-                require(finite, f"a weight is not finite at step {now.step}: stopped, not saved")
-            file = io.BytesIO()
-            torch.save({"fixed": self.fixed, "now": vars(now), "state": self.state()}, file)
-            write_atomically(path, file.getbuffer())
-            for old in self.found():
-                if old != path and old not in self.kept[-1:]:
-                    old.unlink()
-        self.last = replace(now)
-        self.kept.append(path)
-        self.log(
-            f"checkpoint:{path} train_time:{1000 * now.elapsed:.0f}ms "
-            f"(to go on: the same command with RUN_ID={self.hp.run_id})"
-        )
+        run = {"seed": self.hp.seed, "train_batch_tokens": self.hp.train_batch_tokens}
+        self.fixed = vars(self.hp.model) | run | {"train_windows": loader.num_windows}
 
     def found(self) -> list[Path]:
         """Return this run's checkpoints, oldest first."""
         return sorted(LOG_FOLDER.glob(f"{self.hp.run_id}.step{'[0-9]' * 8}.pt"))
+
+    def save(self, now: Progression, at_once: bool) -> None:
+        """Save if CHECKPOINT_EVERY has passed or `at_once`; keep two. Raises ConfigError."""
+        every = self.hp.checkpoint_every
+        if not every or now.step == self.last.step:
+            return
+        passed = now.step - self.last.step
+        if every.endswith("s"):
+            passed = now.elapsed - self.last.elapsed
+        if passed < int(every.rstrip("s")) and not at_once:
+            return
+
+        path = LOG_FOLDER / f"{self.hp.run_id}.step{now.step:08d}.pt"
+        if self.is_main:
+            for name, tensor in self.model.state_dict().items():
+                is_finite = bool(tensor.isfinite().all())
+                require(is_finite, f"{name} is not finite at step {now.step}: {path} not written")
+            saved = {"fixed": self.fixed, "now": vars(now), "model": self.model.state_dict()}
+            saved["average"] = self.average
+            saved["optimizers"] = [o.state_dict()["state"] for o in self.optimizers]
+            file = io.BytesIO()
+            torch.save(saved, file)
+            write_atomically(path, file.getbuffer())
+            for old in self.found()[:-2]:
+                old.unlink()
+        self.last = replace(now)
+        again = f"(to go on: the same command with RUN_ID={self.hp.run_id})"
+        self.log(f"checkpoint:{path} train_time:{1000 * now.elapsed:.0f}ms {again}")
 
     def resume(self) -> Progression:
         """Load the newest intact checkpoint of RUN_ID, if there is any.
@@ -2379,12 +2339,21 @@ class Checkpoints:
             return Progression()
         goes_on = self.hp.checkpoint_every != ""
         require(goes_on, f"{found[-1]} is there: CHECKPOINT_EVERY goes on, another RUN_ID begins")
-        for optimizer in self.optimizers:
-            optimizer.step()  # makes the states that are loaded next
         flaws = []
         for path in reversed(found):
             try:
-                self.load(path)
+                # All of the file is read and checked, which torch.load does not, before a change.
+                with zipfile.ZipFile(path) as archive:
+                    damaged = archive.testzip()
+                if damaged:
+                    raise ValueError(f"{damaged} does not match its checksum")
+                saved = torch.load(path, map_location="cpu", weights_only=True)
+                self.refuse_other_run(path, saved["fixed"])
+                self.last = Progression(**saved["now"])
+                self.model.load_state_dict(saved["model"])
+                for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
+                    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+                torch._foreach_copy_(self.average, saved["average"])
             except ConfigError:
                 raise
             except Exception as error:  # a file can be damaged in many ways
@@ -2392,40 +2361,18 @@ class Checkpoints:
                 flaws.append(f"{path}: damaged checkpoint ({reason})")
                 self.log(f"warning: {flaws[-1]}")
                 continue
-            self.kept = [path]
             spent = 1000 * self.last.elapsed
             self.log(f"resumed:{path} step:{self.last.step} train_time:{spent:.0f}ms")
             return replace(self.last)
         raise ConfigError("; ".join(flaws))
 
-    @torch.no_grad()
-    def load(self, path: Path) -> None:
-        """Copy a checkpoint into model, optimizers and average, all of it or none."""
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+    def refuse_other_run(self, path: Path, fixed: dict[str, object]) -> None:
+        """Raise ConfigError naming what differs from the run that saved `path`."""
         other = []
         for name, value in self.fixed.items():
-            if saved["fixed"][name] != value:
-                other.append(f"{name.upper()}={saved['fixed'][name]}, now {value}")
+            if fixed[name] != value:
+                other.append(f"{name.upper()}={fixed[name]}, now {value}")
         require(not other, f"{path} is of another run: {'; '.join(other)}")
-        now = Progression(**saved["now"])
-        pairs = list(paired_tensors(self.state(), saved["state"]))
-        for tensor, new in pairs:
-            tensor.copy_(new)
-        self.last = now
-
-
-def paired_tensors(here: Any, saved: Any) -> Iterable[tuple[Tensor, Tensor]]:
-    """Yield the tensors at the same place of two nested states. Raises ValueError if they differ."""
-    if isinstance(here, Tensor):
-        if here.shape != saved.shape or here.dtype != saved.dtype:
-            raise ValueError("a tensor of another shape or dtype")
-        yield here, saved
-        return
-    keys = range(len(here)) if isinstance(here, list) else here
-    if len(here) != len(saved):
-        raise ValueError("other tensors")
-    for key in keys:
-        yield from paired_tensors(here[key], saved[key])
 
 
 def train(
@@ -2581,7 +2528,7 @@ def collect_hessians(
 
 
 def log_provenance(log: Log, hp: Hyperparameters, dist: Dist, environ: dict[str, str]) -> None:
-    """Log what a reader needs to repeat the run: source, versions, hardware, knobs, likely typos."""
+    """Log what repeats the run: source, versions, hardware, knobs; and likely typos."""
     folder = Path(__file__).resolve().parent
     command = ["git", "describe", "--always", "--dirty"]
     try:
