@@ -765,18 +765,19 @@ def build_expert_table(config: ModelConfig, token_counts: np.ndarray) -> Tensor:
 
     It depends on counts of training tokens alone. Routers that read the stream start from it.
     """
+    if not config.is_routed:
+        return torch.zeros(0, config.vocab_size, dtype=torch.uint8)
     ids = np.arange(config.vocab_size, dtype=np.uint32)
     rows = []
     for layer in range(config.num_layers):
         if config.routing in ("zipf", "hybrid"):
             rows.append(zipf_assignment(token_counts, config.num_experts, layer))
-        elif config.routing == "hash":
-            salt = mix32(np.uint32([layer + 1]))
-            rows.append(mix32(ids ^ salt) % config.num_experts)
         elif config.routing in ("modulo", "learned", "soft"):
             rows.append(ids % config.num_experts)
-    if not rows:
-        return torch.zeros(0, config.vocab_size, dtype=torch.uint8)
+        else:
+            assert config.routing == "hash", f"ROUTING={config.routing} has no table"
+            salt = mix32(np.uint32([layer + 1]))
+            rows.append(mix32(ids ^ salt) % config.num_experts)
     return torch.from_numpy(np.stack(rows).astype(np.uint8))
 
 
@@ -2440,17 +2441,17 @@ def train(
                 now.averaged += 1
             now.step += 1
 
-            # Reading the loss makes a GPU wait, so it is read for about fifty lines alone.
+            # Reading the loss makes a GPU wait, so there it is read for about fifty lines alone.
             is_logged = now.step <= 10 or now.step == hp.iterations or int(50 * frac) > fiftieths
             fiftieths = int(50 * frac)
+            if is_logged or dist.device.type == "cpu":
+                last_loss = loss.item()
+                stopped = f"training loss is {last_loss} at step {now.step}: stopped"
+                require(math.isfinite(last_loss), f"{stopped}, nothing exported")
             spent = time.perf_counter() - clock.started
             rate = now.step * hp.train_batch_tokens / spent
             speed = f"{timing(spent, now.step)} lr_scale:{scale:.3f} tok/s: {rate:.0f}"
             if is_logged:
-                last_loss = loss.item()
-                finite = math.isfinite(last_loss)
-                stopped = f"training loss is {last_loss} at step {now.step}: stopped"
-                require(finite, f"{stopped}, nothing exported")
                 log(f"step:{now.step}/{hp.iterations} train_loss:{last_loss:.6f} {speed}")
             progress.update(frac, f"step {now.step} {speed}")
 
