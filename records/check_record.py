@@ -1,21 +1,22 @@
-"""Check a records folder as a reviewer does: paperwork against logs, bytes, times, seeds, statistics, and the script.
+"""Check a records folder as a reviewer does: paperwork, bytes, times, seeds, statistics, script.
 
     python records/check_record.py records/track_non_record_16mb/2026-11-24_CpuProfile
-    python records/check_record.py FOLDER --against 1394          # Welch's test against a row of leaderboard.csv
-    python records/check_record.py FOLDER --no-run                # do not run its script
+    python records/check_record.py FOLDER --against 1394   # Welch's test against a public row
+    python records/check_record.py FOLDER --no-run         # do not run its script
 
-Works on any folder, ours or a stranger's, with logs in our dialect or in either of upstream's. Prints a table and
-nothing else; exit status 1 if a check fails, 2 for a folder that is none. Unless --no-run is given, the folder's script
-is imported and run for ten steps on the CPU, from a copy of the folder alone: look at a stranger's script first.
+Works on any folder, ours or a stranger's, with logs in our dialect or in either of upstream's.
+Prints a table and nothing else. A finding is FAIL where it disqualifies: numbers that contradict
+the logs, too many bytes or seconds, leaks, seeds or configurations that differ. It is a remark
+where it does not: form, the rounding of a fifth decimal, a table that is missing. Exit status 1 if
+anything fails, 2 for a folder that is none. Unless --no-run is given, the folder's script is
+run for ten steps on the CPU, from a copy of the folder alone: look at a stranger's script first.
 """
 
-import argparse
 import ast
-import datetime
-import functools
+import base64
 import hashlib
-import importlib.util
 import json
+import lzma
 import os
 import random
 import re
@@ -28,86 +29,27 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import sentencepiece
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data"))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+from common import NUMBER, ROOT, ArgumentParser, markdown_table
 from leaderboard import CHALLENGE_TARGETS, find_baseline, logs_in
 from make_record import MAX_SECONDS, TRACKS, differences, environment
-from runlog import NUMBER, Run
-from tokenize_docs import ShardWriter, train_tokenizer
+from runlog import RunLog
 
-from train_gpt import BOS_ID, MAX_SUBMISSION_BYTES, Refusal, require, run_entry_point
+from train_gpt import MAX_SUBMISSION_BYTES, Refusal, require, run_entry_point
 
+PASS, REMARK, FAIL, UNKNOWN = "pass", "remark", "FAIL", "-"
 NUMERIC = (int, float)
+FIFTH_DECIMAL = 2e-5  # a figure that is off by less was rounded, not made up
 SCORE_DIGITS = 4  # after the point: with fewer, a score is taken to end in zeros
-REQUIRED = {"author": str, "github_id": str, "name": str, "blurb": str, "date": str}
-REQUIRED |= {
-    "val_bpb": NUMERIC,
-    "val_loss": NUMERIC,
-    "bytes_total": int,
-}  # what accepted records have
-OPTIONAL = {
-    "bytes_code": int,
-    "bytes_model": int,
-    "val_bpb_std": NUMERIC,
-    "val_loss_std": NUMERIC,
-    "track": str,
-}
-OPTIONAL |= {
-    "seeds": (list, dict),
-    "seed_results": dict,
-    "hardware": str,
-    "step_stop": int,
-    "compliance": dict,
-}
-OPTIONAL |= {
-    "pre_quant_val_bpb": NUMERIC,
-    "pre_quant_val_loss": NUMERIC,
-    "wallclock_seconds": NUMERIC,
-}
-ABSENT = (
-    "flash_attn",
-    "flash_attn_interface",
-    "zstandard",
-    "brotli",
-    "huggingface_hub",
-    "matplotlib",
-    "scipy",
-)
+NUMBERS = ("val_bpb", "val_loss", "bytes_total")  # that every accepted submission.json has
+TEXTS = ("author", "github_id", "name", "blurb", "date")
 SMOKE = {"ITERATIONS": "10", "TRAIN_BATCH_TOKENS": "4096", "TRAIN_SEQ_LEN": "256"}
 SMOKE_SECONDS = 1800
-NEEDS_GPU = "CUDA is required|not compiled with CUDA|[Nn]o NVIDIA driver|No CUDA GPUs|CUDA (is )?not available"
-LEAKY_SHARDS = (
-    1499  # of a CaseOps preparation that put validation documents into training (upstream PR #2127)
+NEEDS_GPU = (
+    r"CUDA is required|not compiled with CUDA|[Nn]o NVIDIA driver|No CUDA GPUs"
+    r"|CUDA (is )?not available"
 )
-IMPORT = f"""
-import json, pathlib, sys
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {ABSENT}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}, which is optional")
-sys.meta_path.insert(0, Absent())
-sys.path.insert(0, ".")
-sys.argv = ["train_gpt.py"]
-import train_gpt
-knobs = train_gpt.Hyperparameters
-shape = {{name: getattr(knobs, name) for name in ("model_dim", "num_layers", "vocab_size")}}
-files = [pathlib.Path(train_gpt.__file__).with_name(name) for name in ("train_gpt.py", "eval_sliding.py")]
-sources = [path.read_text(encoding="utf-8") for path in files if path.exists()]
-sys.stderr.write("\\n" + json.dumps({{"sources": sources, **shape}}))
-"""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One row of the table."""
-
-    check: str
-    text: str
-    holds: bool | None  # None: could not be checked, or is only for information
+LEAKY_SHARDS = 1499  # of a preparation that trained on validation documents (upstream PR #2127)
+Findings = Iterator[tuple[str, str]]  # severity and text
 
 
 @dataclass
@@ -115,7 +57,7 @@ class Folder:
     """A records folder as found. `submission` is {} where there is none that can be read."""
 
     path: Path
-    runs: list[Run]
+    runs: list[RunLog]
     submission: dict
     readme: str
     script: Path | None
@@ -123,74 +65,77 @@ class Folder:
 
     @classmethod
     def read(cls, path: Path) -> "Folder":
-        """Raises Refusal when `path` is no folder or holds nothing of a record."""
+        """Read a folder. Raises ConfigError when it is none or holds nothing of a record."""
         require(path.is_dir(), f"{path}: no such folder")
         runs, unreadable = {}, []
         for log in reversed(logs_in(path)):
             try:
-                run = Run.read(log)
+                run = RunLog.read(log)
             except Refusal as error:
                 unreadable.append(str(error))
-            else:
+                continue
+            if run.dialect != "unknown" or run.score:
                 runs[run.text] = run  # once, where train.log repeats the log of a seed
-        runs = sorted(runs.values(), key=lambda run: run.path)
-        runs = [run for run in runs if run.dialect != "unknown" or run.score]
-        scripts = (
-            [path / "train_gpt.py"]
-            if (path / "train_gpt.py").exists()
-            else sorted(path.glob("train*.py"))
-        )
+
+        scripts = sorted(path.glob("train*.py"), key=lambda script: script.name != "train_gpt.py")
         readme = path / "README.md"
-        anything = (
-            runs or unreadable or scripts or readme.exists() or (path / "submission.json").exists()
-        )
-        require(
-            anything,
-            f"{path}: neither a log, a script, a README.md nor a submission.json: no records folder",
-        )
+        paperwork = path / "submission.json"
+        found = runs or unreadable or scripts or readme.exists() or paperwork.exists()
+        nothing = "neither a log, a script, a README.md nor a submission.json"
+        require(found, f"{path}: {nothing}: no records folder")
         try:
-            submission = json.loads((path / "submission.json").read_text(encoding="utf-8"))
+            submission = json.loads(paperwork.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
             submission = {}
-        submission = submission if isinstance(submission, dict) else {}
-        text = readme.read_text(encoding="utf-8", errors="replace") if readme.exists() else ""
-        return cls(path, runs, submission, text, scripts[0] if scripts else None, unreadable)
+        return cls(
+            path=path,
+            runs=sorted(runs.values(), key=lambda run: run.path),
+            submission=submission if isinstance(submission, dict) else {},
+            readme=readme.read_text("utf-8", errors="replace") if readme.exists() else "",
+            script=scripts[0] if scripts else None,
+            unreadable=unreadable,
+        )
+
+    @property
+    def place(self) -> str:
+        """The name of the track's folder, track_..., that it lies in."""
+        return self.path.resolve().parent.name
 
     @property
     def is_record(self) -> bool:
         """Whether the folder competes, for which the limits of time and the statistics hold."""
-        place = self.path.resolve().parent.name
-        track = (
-            place.removeprefix("track_")
-            if place.startswith("track_")
-            else self.submission.get("track")
-        )
-        return track == TRACKS[0]
+        if self.place.startswith("track_"):
+            return self.place == f"track_{TRACKS[0]}"
+        return self.submission.get("track") == TRACKS[0]
 
     @property
-    def scored(self) -> list[Run]:
+    def scored(self) -> list[RunLog]:
+        """The runs that state a final score."""
         return [run for run in self.runs if run.score is not None]
 
 
-def digits(text: str) -> int:
-    """After the decimal point."""
-    return len(text.partition(".")[2])
-
-
 def is_number(value: object) -> bool:
-    """Whether a value of a JSON file is a finite number, which true and false are not."""
+    """Say whether a value of a JSON file is a finite number, which true and false are not."""
     return isinstance(value, NUMERIC) and not isinstance(value, bool) and abs(value) < 1e15
 
 
-def agrees(stated: object, values: list[float | None]) -> bool:
-    """Whether a figure is one of `values`, at the precision with which it is stated."""
-    text = stated if isinstance(stated, str) else repr(stated)
-    step = 10.0 ** -digits(text)
-    return any(v is not None and abs(float(text) - v) <= 0.5 * step + 1e-9 * abs(v) for v in values)
+def agrees(stated: object, values: list[float], digits: int = 0) -> bool:
+    """Say whether a figure is one of `values`, at the precision, or `digits`, it is stated with."""
+    decimals = max(digits, len(str(stated).partition(".")[2]))
+    return any(abs(float(stated) - v) <= 0.5 * 10.0**-decimals + 1e-9 * abs(v) for v in values)
 
 
-def seed_of(run: Run) -> int | None:
-    """As the log says or, in logs that do not, as its file is named."""
+def compare(name: str, stated: object, values: list[float | None], digits: int = 0) -> Findings:
+    """Find a figure that is none of those that the logs give; None is one that they do not give."""
+    known = [value for value in values if value is not None]
+    if not known or agrees(stated, known, digits):
+        return
+    off = min(abs(float(stated) - value) for value in known)
+    yield REMARK if off < FIFTH_DECIMAL else FAIL, f"{name} is {stated}, the logs give {known[0]}"
+
+
+def seed_of(run: RunLog) -> int | None:
+    """Return the seed as the log says or, in logs that do not, as its file is named."""
     named = re.search(r"(?:seed|train)_?(\d+)", run.path.stem)
     return run.seed if run.seed is not None else int(named[1]) if named else None
 
@@ -198,540 +143,412 @@ def seed_of(run: Run) -> int | None:
 # ---- Paperwork
 
 
-def check_files(folder: Folder) -> Iterator[Finding]:
+def check_files(folder: Folder) -> Findings:
+    """Find what is missing from the folder or does not belong there."""
     expected = {
         "README.md": folder.readme,
         "submission.json": (folder.path / "submission.json").exists(),
+        "train_gpt.py": folder.script,
+        "a log (train_seed<SEED>.log)": folder.runs,
     }
-    missing = [name for name, there in expected.items() if not there]
-    missing += [] if folder.script else ["train_gpt.py"]
-    missing += [] if folder.runs else ["a log (train_seed<SEED>.log)"]
-    foreign = [
-        path.name
-        for path in sorted(folder.path.rglob("*"))
-        if path.suffix in (".ptz", ".pt", ".bin", ".npy")
-    ]
-    faults = [f"missing: {', '.join(missing)}"] if missing else []
-    faults += [f"models and data do not belong here: {', '.join(foreign)}"] if foreign else []
-    faults += folder.unreadable
-    text = f"README, submission.json, script, {len(folder.runs)} logs"
-    yield Finding("files", "; ".join(faults) or text, not faults)
-    named = re.fullmatch(r"\d{4}-\d\d-\d\d_[A-Za-z0-9_.+-]+", folder.path.resolve().name)
-    yield Finding("name", f"{folder.path.resolve().name}: YYYY-MM-DD_Name", bool(named))
+    missing = ", ".join(name for name, there in expected.items() if not there)
+    if missing:
+        yield FAIL, f"missing: {missing}"
+    for text in folder.unreadable:
+        yield FAIL, text
+    for path in sorted(folder.path.rglob("*")):
+        if path.suffix in (".ptz", ".pt", ".bin", ".npy"):
+            yield REMARK, f"models and data do not belong here: {path.name}"
+    name = folder.path.resolve().name
+    if not re.fullmatch(r"\d{4}-\d\d-\d\d_[A-Za-z0-9_.+-]+", name):
+        yield REMARK, f"{name}: not named YYYY-MM-DD_Name"
+    yield PASS, f"README, submission.json, script, {len(folder.runs)} logs"
 
 
-def type_faults(submission: dict) -> Iterator[str]:
-    """What is missing from a submission.json or of another type than in accepted records."""
-    for key, kind in (REQUIRED | OPTIONAL).items():
-        value = submission.get(key)
-        if key not in submission:
-            if key in REQUIRED:
-                yield f"no {key}"
-        elif value is None and key.endswith("_std"):
-            continue
-        elif not isinstance(value, kind) or isinstance(value, bool):
-            yield f"{key} is {json.dumps(value)[:30]}"
-        elif isinstance(value, NUMERIC) and not (
-            is_number(value) and (value > 0 or key.endswith("_std"))
-        ):
-            yield f"{key} is {str(value)[:30]}"
-        elif value == "":
-            yield f"{key} is empty"
-    try:
-        datetime.date.fromisoformat(str(submission.get("date"))[:10])
-    except ValueError:
-        yield f"date is {submission.get('date')!r}"
-
-
-def check_submission(folder: Folder) -> Iterator[Finding]:
-    if not folder.submission:
-        yield Finding("submission.json", "missing, or no JSON object", False)
+def check_submission(folder: Folder) -> Findings:
+    """Find keys of submission.json that are missing or of another type than in accepted records."""
+    stated = folder.submission
+    if not stated:
+        yield FAIL, "missing, or no JSON object"
         return
-    faults, place = list(type_faults(folder.submission)), folder.path.resolve().parent.name
-    track = str(folder.submission.get("track", "")).replace("-", "_")
-    if (
-        place.startswith("track_")
-        and track
-        and not track.startswith(place.removeprefix("track_")[:5])
-    ):
-        faults.append(f"track is {track}, the folder lies in {place}")
-    text = "; ".join(faults) or f"{len(folder.submission)} keys of the right types"
-    yield Finding("submission.json", text, not faults)
+    for key in [*NUMBERS, *TEXTS]:
+        value = stated.get(key)
+        if key not in stated:
+            yield REMARK, f"no {key}"
+        elif key in NUMBERS and not (is_number(value) and value > 0):
+            yield FAIL, f"{key} is {json.dumps(value)[:30]}"
+        elif key in TEXTS and not (isinstance(value, str) and value):
+            yield REMARK, f"{key} is {json.dumps(value)[:30]}"
+    if not re.match(r"\d{4}-\d\d-\d\d", str(stated.get("date"))):
+        yield REMARK, f"date is {stated.get('date')!r}, not YYYY-MM-DD"
+    track = str(stated.get("track", "")).replace("-", "_")
+    own = folder.place.removeprefix("track_")[:5]
+    if folder.place.startswith("track_") and track and not track.startswith(own):
+        yield FAIL, f"track is {track}, the folder lies in {folder.place}"
+    yield PASS, f"{len(stated)} keys of the right types"
 
 
-def check_seeds(folder: Folder) -> Iterator[Finding]:
-    """Which runs there are, that each is finished, and that submission.json has the same."""
-    unscored = [run.path.name for run in folder.runs if run.score is None]
-    partial = [run.path.name for run in folder.scored if run.score.partial]
-    seeds, faults = [seed_of(run) for run in folder.scored], []
-    faults += [f"no final score in {', '.join(unscored)}"] if unscored else []
-    faults += [f"PARTIAL score in {', '.join(partial)}"] if partial else []
-    repeated = sorted({seed for seed in seeds if seed is not None and seeds.count(seed) > 1})
-    faults += [f"several logs of seed {', '.join(map(str, repeated))}"] if repeated else []
-    for key in ("seeds", "seed_results"):
-        stated = folder.submission.get(key)
-        if isinstance(stated, (list, dict)) and {str(seed) for seed in stated} != {
-            str(seed) for seed in seeds
-        }:
-            found = ", ".join(map(str, stated)), ", ".join(map(str, seeds))
-            faults.append(f"submission.json has {key} {found[0]}, the logs {found[1]}")
-    for run in folder.scored:
+def check_seeds(folder: Folder) -> Findings:
+    """Find runs that are not finished, and seeds that are repeated or not those submitted."""
+    for run in folder.runs:
+        if run.score is None:
+            yield FAIL, f"no final score in {run.path.name}"
+        elif run.score.partial:
+            yield FAIL, f"PARTIAL score in {run.path.name}"
         named = re.search(r"seed_?(\d+)", run.path.stem)
         if named and run.seed is not None and int(named[1]) != run.seed:
-            faults.append(f"{run.path.name} is the log of seed {run.seed}")
-    text = f"{len(seeds)}: {', '.join(map(str, seeds))}" + (
-        "" if len(seeds) >= 3 else "; a record needs three"
-    )
-    yield Finding(
-        "seeds", "; ".join(faults) or text, not faults and (len(seeds) >= 3 or not folder.is_record)
-    )
+            yield FAIL, f"{run.path.name} is the log of seed {run.seed}"
+
+    seeds = [str(seed_of(run)) for run in folder.scored]
+    for seed in sorted(set(seeds)):
+        if seed != "None" and seeds.count(seed) > 1:
+            yield FAIL, f"several logs of seed {seed}"
+    for key in ("seeds", "seed_results"):
+        stated = folder.submission.get(key)
+        if isinstance(stated, (list, dict)) and {str(seed) for seed in stated} != set(seeds):
+            submitted = ", ".join(map(str, stated))
+            yield FAIL, f"submission.json has {key} {submitted}, the logs {', '.join(seeds)}"
+    text = f"{len(seeds)}: {', '.join(seeds)}"
+    if folder.is_record and len(seeds) < 3:
+        yield FAIL, f"{text}; a record needs three"
+    yield PASS, text
 
 
-def check_scores(folder: Folder) -> Iterator[Finding]:
-    """submission.json against the logs: the mean, the spread, and every seed's results."""
-    runs, stated, faults = folder.scored, folder.submission, []
-    if not runs:
-        return
-    means = {
-        "val_bpb": [run.score.bpb for run in runs],
-        "val_loss": [run.score.loss for run in runs],
-    }
-    for key, values in means.items():
-        spread = statistics.stdev(values) if len(values) > 1 else None
-        for name, value in ((key, statistics.fmean(values)), (f"{key}_std", spread)):
-            found = stated.get(name)
-            few = is_number(found) and name == "val_bpb" and digits(repr(found)) < SCORE_DIGITS
-            exact = f"{found:.{SCORE_DIGITS}f}" if few else found
-            if is_number(found) and value is not None and not agrees(exact, [value]):
-                population = name.endswith("_std") and agrees(found, [statistics.pstdev(values)])
-                faults += [] if population else [f"{name} is {found}, the logs give {value:.8f}"]
-    for name, allowed in summaries(runs).items():
-        found, numbers = stated.get(name), [value for value in allowed if is_number(value)]
-        wrong = (
-            found not in allowed
-            if isinstance(found, str)
-            else is_number(found) and not agrees(found, numbers)
-        )
-        faults += [f"{name} is {found}, the logs give {allowed[0]}"] if allowed and wrong else []
-    results = stated.get("seed_results")
-    for run in runs if isinstance(results, dict) else ():
-        own, facts = (
-            results.get(str(seed_of(run)), {}),
-            {"val_bpb": [run.score.bpb], "val_loss": [run.score.loss]},
-        )
-        facts |= {"artifact_bytes": [run.bytes_model, run.bytes_total], "steps": [run.steps]}
-        facts |= {
-            "train_time_s": [run.train_seconds],
-            "eval_time_s": [run.eval_seconds, run.score.seconds],
-        }
-        for key, values in facts.items():
-            if isinstance(own, dict) and is_number(own.get(key)) and not agrees(own[key], values):
-                faults.append(f"seed {seed_of(run)} {key} is {own[key]}, its log has {values[0]}")
-    mean = statistics.fmean(means["val_bpb"])
-    yield Finding(
-        "scores", "; ".join(faults) or f"val_bpb {mean:.5f}, every seed as in its log", not faults
-    )
-
-
-def summaries(runs: list[Run]) -> dict[str, list]:
-    """What else a submission.json may say of all runs: mean, extremes, or any of them; empty where no log has it."""
+def facts_of(runs: list[RunLog]) -> dict[str, list]:
+    """Return what a submission.json may say of all runs, by its keys; the first is the best."""
+    bpb, loss = [run.score.bpb for run in runs], [run.score.loss for run in runs]
+    facts = {"val_bpb": [statistics.fmean(bpb)], "val_loss": [statistics.fmean(loss)]}
+    if len(runs) > 1:
+        facts["val_bpb_std"] = [statistics.stdev(bpb), statistics.pstdev(bpb)]
+        facts["val_loss_std"] = [statistics.stdev(loss), statistics.pstdev(loss)]
     before = [run.final("float") for run in runs if run.final("float")]
     columns = {
         "pre_quant_val_bpb": [row.bpb for row in before],
         "pre_quant_val_loss": [row.loss for row in before],
-    }
-    columns |= {
         "step_stop": [run.steps for run in runs],
         "wallclock_seconds": [run.train_seconds for run in runs],
-    }
-    columns |= {
         "eval_time_seconds": [run.eval_seconds for run in runs],
-        "bytes_model": [r.bytes_model for r in runs],
     }
-    found = {}
     for name, values in columns.items():
         known = [value for value in values if value is not None]
-        found[name] = [statistics.fmean(known), max(known), *known] if known else []
-    # Of a number that has to be a whole one, the mean is rounded; of bytes only the largest counts.
-    found["step_stop"] += [round(found["step_stop"][0])] if found["step_stop"] else []
-    found["bytes_model"] = found["bytes_model"][1:2]
-    torch = sorted({run.versions["torch"] for run in runs if "torch" in run.versions})
-    return found | {"pytorch_version": torch + [version.split("+")[0] for version in torch]}
+        if known:  # the mean, which may be rounded, the largest, or any of them
+            mean = statistics.fmean(known)
+            facts[name] = [mean, round(mean), max(known), *known]
+    facts["bytes_model"] = [max((run.bytes_model or 0 for run in runs), default=0) or None]
+    return facts
 
 
-def figures_of(run: Run) -> dict[str, float]:
-    """What a README may say of a run, by a name that is the same for all of its seeds."""
+def check_scores(folder: Folder) -> Findings:
+    """Compare the figures of submission.json with the logs: of all runs, and of every seed."""
+    runs, stated = folder.scored, folder.submission
+    if not runs:
+        return
+    for name, values in facts_of(runs).items():
+        if is_number(stated.get(name)):
+            digits = SCORE_DIGITS if name == "val_bpb" else 0
+            yield from compare(name, stated[name], values, digits)
+    versions = {run.versions.get("torch", "").partition("+")[0] for run in runs} - {""}
+    torch = stated.get("pytorch_version")
+    if isinstance(torch, str) and versions and torch.partition("+")[0] not in versions:
+        yield FAIL, f"pytorch_version is {torch}, the logs give {', '.join(sorted(versions))}"
+
+    results = stated.get("seed_results")
+    for run in runs if isinstance(results, dict) else []:
+        own = results.get(str(seed_of(run)))
+        facts = {
+            "val_bpb": [run.score.bpb],
+            "val_loss": [run.score.loss],
+            "artifact_bytes": [run.bytes_model, run.bytes_total],
+            "steps": [run.steps],
+            "train_time_s": [run.train_seconds],
+            "eval_time_s": [run.eval_seconds, run.score.seconds],
+        }
+        for key, values in facts.items():
+            if isinstance(own, dict) and is_number(own.get(key)):
+                yield from compare(f"seed {seed_of(run)} {key}", own[key], values)
+    mean = statistics.fmean(run.score.bpb for run in runs)
+    yield PASS, f"val_bpb {mean:.5f}, every seed as in its log"
+
+
+def figures_of(run: RunLog) -> dict[str, float]:
+    """Return what a README may say of a run, by a name that is the same for all of its seeds."""
     figures = {
-        f"{row.label} {what}": value for row in run.finals for what, value in row._asdict().items()
+        "bytes_code": run.bytes_code,
+        "bytes_model": run.bytes_model,
+        "bytes_total": run.bytes_total,
+        "steps": run.steps,
+        "train seconds": run.train_seconds,
+        "eval seconds": run.eval_seconds,
+        "params": run.params,
     }
-    figures |= {
-        f"last {what}": value for row in run.val[-1:] for what, value in row._asdict().items()
-    }
-    figures |= (
-        {f"score {what}": value for what, value in run.score._asdict().items()} if run.score else {}
-    )
-    names = "bytes_code bytes_model bytes_total steps train_seconds eval_seconds params"
-    figures |= {name: getattr(run, name) for name in names.split(" ")}
-    averages = re.findall(r"step_avg:([\d.]+)ms", run.text)
-    figures |= {"step_avg": float(averages[-1])} if averages else {}
+    for row in [*run.finals, run.score]:
+        figures |= {f"{row.label} loss": row.loss, f"{row.label} bpb": row.bpb}
+        figures |= {f"{row.label} seconds": row.seconds}
+    for row in run.val[-1:]:
+        figures |= {"last loss": row.loss, "last bpb": row.bpb}
+    for average in re.findall(r"step_avg:([\d.]+)ms", run.text)[-1:]:
+        figures["step_avg"] = float(average)
     if run.train_seconds is not None and run.steps:
         figures["ms per step"] = 1000 * run.train_seconds / run.steps
-    return {name: float(value) for name, value in figures.items() if isinstance(value, NUMERIC)}
+    return {name: float(value) for name, value in figures.items() if value is not None}
 
 
 def rows_of_figures(text: str, seeds: set[str]) -> list[tuple[str, list[str]]]:
-    """Of the first table in Markdown with a row for one of the seeds: the first cell of every row, and the figures in
-    its other cells, those with four decimals or five digits, which are scores or bytes."""
+    """Return the rows of the first table with a row for a seed: first cell, figures of the others.
+
+    Figures have four decimals or five digits: they are scores or bytes.
+    """
     for table in re.findall(r"(?:^\|.*\n?)+", text, re.M):
-        rows = [
-            [cell.strip(" *`") for cell in line.strip().strip("|").split("|")]
-            for line in table.splitlines()
-        ]
-        if seeds & {row[0] for row in rows}:
-            plain = [[re.match(r"\d[\d,]*(?:\.\d+)?", cell) for cell in row] for row in rows]
-            figures = [[match[0].replace(",", "") for match in row[1:] if match] for row in plain]
-            shown = [[x for x in row if re.fullmatch(r"\d+\.\d{4,}|\d{5,}", x)] for row in figures]
-            return [(row[0], numbers) for row, numbers in zip(rows, shown, strict=True)]
+        rows = []
+        for line in table.splitlines():
+            first, *cells = [cell.strip(" *`") for cell in line.strip().strip("|").split("|")]
+            numbers = [re.match(r"\d[\d,]*(?:\.\d+)?", cell) for cell in cells]
+            plain = [number[0].replace(",", "") for number in numbers if number]
+            rows.append((first, [x for x in plain if re.fullmatch(r"\d+\.\d{4,}|\d{5,}", x)]))
+        if seeds & {first for first, _ in rows}:
+            return rows
     return []
 
 
-def check_readme(folder: Folder) -> Iterator[Finding]:
-    """The rows of seeds and of means in its table of results, and the number in bold, against the logs."""
+def check_readme(folder: Folder) -> Findings:
+    """Compare the README's rows of seeds and of means, and its numbers in bold, with the logs."""
     figures = {str(seed_of(run)): figures_of(run) for run in folder.scored}
-    common = set.intersection(*map(set, figures.values())) if figures else set()
-    over_seeds = [[own[name] for own in figures.values()] for name in common]
-    allowed = {seed: list(own.values()) for seed, own in figures.items()}
-    means = [summary(values) for values in over_seeds for summary in (statistics.fmean, max)]
-    faults, checked, rows = [], 0, rows_of_figures(folder.readme, set(figures))
-    absent = set(figures) - {first for first, _ in rows} if rows else set()
-    faults += [f"no row for seed {seed}" for seed in sorted(absent)]
+    if not figures:
+        return
+    means = []
+    for name in set.intersection(*map(set, figures.values())):
+        values = [own[name] for own in figures.values()]
+        means += [statistics.fmean(values), max(values)]
+
+    rows, checked = rows_of_figures(folder.readme, set(figures)), 0
     for first, stated in rows:
-        mean = re.match("mean|average", first, re.I)
-        if first in figures or mean:
-            checked += len(stated)
-            wrong = [x for x in stated if not agrees(x, means if mean else allowed[first])]
-            faults += [
-                f"{first if mean else f'seed {first}'}: {x} is not what the logs give"
-                for x in wrong
-            ]
-    scores = [statistics.fmean(run.score.bpb for run in folder.scored)] if folder.scored else []
-    bold = re.findall(rf"\*\*val_bpb:? *[:=]? *{NUMBER}", folder.readme)
-    faults += [
-        f"**val_bpb: {stated}** is not the mean of the logs"
-        for stated in bold
-        if not agrees(stated, scores)
-    ]
-    spread = (
-        [statistics.stdev(run.score.bpb for run in folder.scored)] if len(folder.scored) > 1 else []
-    )
-    stds = re.findall(r"^\*\*val_bpb: \S+\*\* \(\d+-seed mean, std ([\d.]+)\)", folder.readme, re.M)
-    faults += [
-        f"std {stated} is not that of the logs" for stated in stds if not agrees(stated, spread)
-    ]
-    faults += [] if checked or not folder.scored else ["no table with a row of figures per seed"]
-    yield Finding(
-        "README",
-        "; ".join(faults) or f"{checked + len(bold)} figures, each as in the logs",
-        not faults,
-    )
+        if first in figures:
+            name, allowed = f"seed {first}", list(figures[first].values())
+        elif re.match("mean|average", first, re.I):
+            name, allowed = first, means
+        else:
+            continue
+        checked += len(stated)
+        for figure in stated:
+            for severity, _ in compare(name, figure, allowed):
+                yield severity, f"{name}: {figure} is not what the logs give"
+    if not rows:
+        yield REMARK, "no table with a row of figures per seed"
+    for seed in sorted(set(figures) - {first for first, _ in rows}) if rows else []:
+        yield REMARK, f"no row for seed {seed}"
+
+    facts = facts_of(folder.scored)
+    for stated in re.findall(rf"\*\*val_bpb:? *[:=]? *{NUMBER}", folder.readme):
+        yield from compare("**val_bpb**", stated, facts["val_bpb"])
+    for stated in re.findall(
+        r"^\*\*val_bpb: \S+ \(\d+-seed mean, std ([\d.]+)\)", folder.readme, re.M
+    ):
+        yield from compare("std", stated, facts.get("val_bpb_std", []))
+    yield PASS, f"{checked} figures in its table, each as in the logs"
 
 
 # ---- Limits
 
 
-def check_bytes(folder: Folder) -> Iterator[Finding]:
-    """The script's size, the sums, the cap, and that the largest total is the one submitted."""
-    totals, faults = [run.bytes_total for run in folder.runs if run.bytes_total is not None], []
+def check_bytes(folder: Folder) -> Findings:
+    """Check the script's size, the sums, the cap, and that the largest total is submitted."""
     size = folder.script.stat().st_size if folder.script else None
     for run in folder.runs:
         code, model, total = run.bytes_code, run.bytes_model, run.bytes_total
+        name = run.path.name
         if total is None:
-            faults.append(f"{run.path.name} states no total")
-        elif code is not None and model is not None and code + model != total:
-            faults.append(f"{run.path.name}: {code:,} + {model:,} is not {total:,}")
-        elif code is not None and size is not None and code != size:
-            counted = (
-                f"{run.path.name} counts {code:,} bytes of code, {folder.script.name} has {size:,}"
+            yield REMARK, f"{name} states no total"
+            continue
+        if total >= MAX_SUBMISSION_BYTES:
+            yield FAIL, f"{name}: {total:,} bytes, over the cap"
+        if code is not None and model is not None and code + model != total:
+            yield FAIL, f"{name}: {code:,} + {model:,} is not {total:,}"
+        if code is not None and size is not None and code != size:
+            # A stranger may have counted the code packed, and put it here as it is read.
+            severity = REMARK if code < size and run.dialect != "ours" else FAIL
+            yield (
+                severity,
+                f"{name} counts {code:,} bytes of code, {folder.script.name} has {size:,}",
             )
-            faults.append(counted + (", packed it may have fewer" if code < size else ""))
-        faults += (
-            [f"{run.path.name}: {total:,} bytes, over the cap"]
-            if (total or 0) >= MAX_SUBMISSION_BYTES
-            else []
-        )
+
+    totals = [run.bytes_total for run in folder.runs if run.bytes_total is not None]
     stated = folder.submission.get("bytes_total")
-    if totals and isinstance(stated, int) and stated != max(totals):
-        faults.append(f"bytes_total is {stated:,}, the largest in the logs {max(totals):,}")
+    if totals and is_number(stated) and stated != max(totals):
+        severity = REMARK if agrees(round(stated), [statistics.fmean(totals), *totals]) else FAIL
+        yield severity, f"bytes_total is {stated:,}, the largest in the logs {max(totals):,}"
     coded = folder.submission.get("bytes_code")
-    if isinstance(coded, int) and size is not None and coded != size:
-        faults.append(f"bytes_code is {coded:,}, {folder.script.name} has {size:,}")
-    room = MAX_SUBMISSION_BYTES - max(totals, default=0)
-    yield Finding(
-        "bytes",
-        "; ".join(faults) or f"{max(totals, default=0):,}, {room:,} below the cap",
-        not faults,
-    )
+    if is_number(coded) and size is not None and coded != size:
+        severity = REMARK if coded < size and coded in [r.bytes_code for r in folder.runs] else FAIL
+        yield severity, f"bytes_code is {coded:,}, {folder.script.name} has {size:,}"
+    largest = max(totals, default=0)
+    yield PASS, f"{largest:,}, {MAX_SUBMISSION_BYTES - largest:,} below the cap"
 
 
-def check_time(folder: Folder) -> Iterator[Finding]:
-    slowest = {}
-    for what in ("train", "eval"):
-        seconds = [
-            s
-            for run in folder.runs
-            if (s := run.train_seconds if what == "train" else run.eval_seconds)
-        ]
-        slowest[what] = max(seconds, default=None)
-    text = (
-        ", ".join(f"{what} {s:.3f} s" if s else f"{what} not stated" for what, s in slowest.items())
-        + " at most"
-    )
-    resumed = [run.path.name for run in folder.runs if run.resumed]
-    text += f"; interrupted and resumed: {', '.join(resumed)}" if resumed else ""
-    in_time = not resumed and all(s is not None and s < MAX_SECONDS for s in slowest.values())
-    holds = in_time if folder.is_record else None
-    yield Finding("time", text + f", less than {MAX_SECONDS:.0f} s each allowed", holds)
+def check_time(folder: Folder) -> Findings:
+    """Check the limits of the record track. The step during which the clock runs out may end."""
+    shown = []
+    for run in folder.runs:
+        step = run.train_seconds / run.steps if run.train_seconds and run.steps else 0.0
+        for what, spent, grace in (
+            ("train", run.train_seconds, step),
+            ("eval", run.eval_seconds, 0.0),
+        ):
+            text = f"{run.path.name}: {what} " + (f"{spent:.3f} s" if spent else "not stated")
+            shown.append(text)
+            if folder.is_record and spent is None:
+                yield REMARK, text
+            elif folder.is_record and spent >= MAX_SECONDS:
+                severity = REMARK if spent < MAX_SECONDS + grace else FAIL
+                yield severity, f"{text}, less than {MAX_SECONDS:.0f} s are allowed"
+        if run.resumed and folder.is_record:
+            yield FAIL, f"{run.path.name}: interrupted and resumed"
+    yield PASS if folder.is_record else UNKNOWN, "; ".join(shown)
 
 
-def check_configuration(folder: Folder) -> Iterator[Finding]:
-    if not folder.runs:
-        return
-    found, counts = differences(folder.runs), {run.targets for run in folder.runs}
-    found += ["train_shards 1499: validation documents in training"] if leaky(folder.runs) else []
-    text = f"one, {len(folder.runs[0].configuration)} settings, {', '.join(f'{n:,}' for n in counts if n)} targets"
-    yield Finding("configuration", "; ".join(found) or text, not found)
-    if folder.is_record:
-        whole = None if None in counts else min(counts) >= CHALLENGE_TARGETS
-        text = {None: "the logs do not state the number of targets", True: "the whole split"}
-        yield Finding("validation", text.get(whole, f"{counts} targets, the split has more"), whole)
+def check_configuration(folder: Folder) -> Findings:
+    """Check that all seeds have one configuration, the whole split, and no validation text."""
+    for difference in differences(folder.runs):
+        yield FAIL, difference
+    counts = [run.targets for run in folder.runs]
+    for run in folder.runs:
+        if re.search(rf"train_shards:\s*{LEAKY_SHARDS}\b", run.text):
+            yield FAIL, f"{run.path.name}: train_shards 1499: validation documents in training"
+        elif folder.is_record and run.targets is None:
+            yield REMARK, f"{run.path.name} does not state its number of validation targets"
+        elif folder.is_record and run.targets < CHALLENGE_TARGETS:
+            yield FAIL, f"{run.path.name}: {run.targets:,} targets, the split has more"
+    if folder.runs:
+        settings = len(folder.runs[0].configuration)
+        yield PASS, f"one, {settings} settings, {counts[0]} validation targets"
 
 
-def leaky(runs: list[Run]) -> bool:
-    return any(re.search(rf"train_shards:\s*{LEAKY_SHARDS}\b", run.text) for run in runs)
-
-
-def check_statistics(folder: Folder, against: list[str]) -> Iterator[Finding]:
-    """Welch's test against a row, and the bar of 0.005 nats per token in both units."""
+def check_statistics(folder: Folder, against: list[str]) -> Findings:
+    """Test by Welch against a row, by the bar of 0.005 nats per token in both units."""
     names, runs = against or (["best"] if folder.is_record else []), folder.scored
     if not names or not runs:
-        yield Finding("statistics", "not compared; --against names a row", None)
+        yield UNKNOWN, "not compared; --against names a row"
         return
     baseline = find_baseline(names)
-    if not baseline.same_text(runs[0]):
-        said = (
-            "validated on another text"
-            if runs[0].targets
-            else "which text the logs were validated on is unknown"
-        )
-        yield Finding("statistics", f"{baseline.name}: {said}", False if runs[0].targets else None)
+    same_text = baseline.same_text(runs[0])
+    if not same_text:
+        said = "unknown" if same_text is None else "not the same"
+        severity = UNKNOWN if same_text is None else FAIL
+        yield severity, f"against {baseline.name}: the text of the validation is {said}"
         return
-    result = baseline.compare(
-        [r.score.bpb for r in runs], statistics.fmean(r.nats_per_bpb for r in runs)
-    )
-    holds = result.reached if folder.is_record else None
-    yield Finding("statistics", f"against {baseline.name}: {result.verdict}", holds)
+    nats = statistics.fmean(run.nats_per_bpb for run in runs)
+    result = baseline.compare([run.score.bpb for run in runs], nats)
+    severity = UNKNOWN
+    if folder.is_record and result.reached is not None:
+        severity = PASS if result.reached else FAIL
+    yield severity, f"against {baseline.name}: {result.verdict}"
 
 
 # ---- Script
 
 
-def run_script(
-    arguments: list[str], cwd: Path, env: dict[str, str], seconds: int
-) -> tuple[int, str, str]:
-    """Python on `arguments` without a GPU and without this repository on its path. Exit status, stdout, stderr."""
+def run_script(arguments: list[str], cwd: Path, env: dict[str, str]) -> tuple[int, str, str]:
+    """Run Python without a GPU and without this repository. Return status, stdout and stderr."""
     kept = ("PATH", "HOME", "LANG", "TMPDIR", "VIRTUAL_ENV", "OMP_NUM_THREADS", "CC", "CXX")
-    base = {name: os.environ[name] for name in kept if name in os.environ} | {
-        "CUDA_VISIBLE_DEVICES": ""
-    }
+    own = {name: os.environ[name] for name in kept if name in os.environ}
+    env = own | {"CUDA_VISIBLE_DEVICES": ""} | env
+    command = [sys.executable, *arguments]
     try:
-        command = [sys.executable, *arguments]
-        done = subprocess.run(
-            command, cwd=cwd, env=base | env, capture_output=True, timeout=seconds
-        )
+        done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, timeout=SMOKE_SECONDS)
     except subprocess.TimeoutExpired:
-        return 124, "", f"not done after {seconds} s"
-    return done.returncode, *(
-        output.decode(errors="replace") for output in (done.stdout, done.stderr)
+        return 124, "", f"not done after {SMOKE_SECONDS} s"
+    return (
+        done.returncode,
+        done.stdout.decode(errors="replace"),
+        done.stderr.decode(errors="replace"),
     )
 
 
 def last_line(text: str) -> str:
-    return (text.strip().splitlines() or ["no output"])[-1][:200]
+    """Return the last line that is not empty, which says what was wrong."""
+    lines = text.strip().splitlines()
+    return lines[-1][:200] if lines else "no output"
 
 
-def syntax_fault(path: Path) -> str | None:
-    """What Python 3.10 would not read, as far as can be told here."""
+def unpack(packed: str) -> bytes:
+    """Return the source in a script that our own or a stranger's tool has packed; b"" if unreadable."""
     try:
-        source = path.read_bytes().decode("utf-8")
+        return lzma.decompress(base64.b85decode(packed))
+    except (ValueError, lzma.LZMAError):
+        return b""
+
+
+def check_script(folder: Folder) -> Findings:
+    """Check that Python 3.10 reads the script, and that it is what the logs print."""
+    try:
+        source = folder.script.read_text(encoding="utf-8")
         ast.parse(source, feature_version=(3, 10))
-    except (UnicodeDecodeError, SyntaxError, ValueError) as error:
-        return f"{path.name}: {error}"
-    # From 3.12 on, ast accepts f-strings that 3.10 does not; ruff knows them.
-    if sys.version_info >= (3, 12) and importlib.util.find_spec("ruff"):
-        flags = [
-            "--isolated",
-            "--no-cache",
-            "--target-version=py310",
-            "--select=E999",
-            "--output-format=concise",
-        ]
-        code, out, _ = run_script(["-m", "ruff", "check", *flags, str(path)], path.parent, {}, 60)
-        if code and "syntax" in out:
-            return out.splitlines()[0]
-    return None
-
-
-def check_script(folder: Folder) -> Iterator[Finding]:
-    if folder.script is None:
+    except (SyntaxError, ValueError) as error:
+        yield FAIL, f"{folder.script.name}: {error}"
         return
-    fault = syntax_fault(folder.script)
-    yield Finding("syntax", fault or "UTF-8, Python 3.10", fault is None)
-    stated = [run.source for run in folder.runs if run.source]
-    packed = [run.code_hashes for run in folder.runs if run.code_hashes]
-    if stated and not packed:
-        own = folder.script.read_text(encoding="utf-8", errors="replace")
-        same = all(source.strip() == own.strip() for source in stated)
-        yield Finding(
-            "source", "the logs print the script" if same else "the logs print another script", same
-        )
+    packed = re.search(r'b85decode\("([^"]+)"\)', source)
+    digest = hashlib.sha256(unpack(packed[1])).hexdigest() if packed else None
+    for run in folder.runs:
+        if digest and run.code_hashes and run.code_hashes != {digest}:
+            yield FAIL, f"{run.path.name} ran another script than the one that is packed"
+        elif not packed and run.source and run.source.strip() != source.strip():
+            yield FAIL, f"{run.path.name} prints another script"
+    yield PASS, "UTF-8, Python 3.10"
 
 
-def check_import(folder: Folder) -> Iterator[Finding]:
-    """That the script can be imported without CUDA and without optional packages, and is the one that the logs ran."""
-    with tempfile.TemporaryDirectory() as place:
-        copy = Path(place, "record")
-        shutil.copytree(folder.path, copy)
-        if folder.script.name != "train_gpt.py":
-            shutil.copy(folder.script, copy / "train_gpt.py")
-        code, out, err = run_script(["-c", IMPORT], copy, {}, 300)
-        try:
-            found = json.loads(err.splitlines()[-1]) if code == 0 else {}
-        except ValueError:
-            found = {}
-        if not isinstance(found, dict) or "sources" not in found:
-            yield Finding("import", last_line(err), False)
-            return
-        said = f", but prints {last_line(out)!r}" if out.strip() else ""
-        shape = ", ".join(
-            f"{key} {found[key]}" for key in ("model_dim", "num_layers", "vocab_size")
-        )
-        yield Finding(
-            "import", f"without CUDA and {', '.join(ABSENT[2:4])}: {shape}{said}", not said
-        )
-        hashes = set().union(*(run.code_hashes for run in folder.runs))
-        if hashes:
-            digest = hashlib.sha256("\0".join(found["sources"]).encode()).hexdigest()
-            same, unpacked = (
-                hashes == {digest},
-                [Path(place, f"unpacked_{i}.py") for i in range(len(found["sources"]))],
-            )
-            yield Finding(
-                "source",
-                f"{digest[:12]}, as the logs say" if same else "not what the logs ran",
-                same,
-            )
-            for path, source in zip(unpacked, found["sources"], strict=True):
-                path.write_text(source, encoding="utf-8")
-            faults = [fault for fault in map(syntax_fault, unpacked) if fault]
-            yield Finding("syntax", "; ".join(faults) or "Python 3.10, unpacked", not faults)
-
-
-@functools.cache
-def smoke_tokenizer(vocab_size: int) -> bytes:
-    return train_tokenizer(smoke_text(0, 60 + vocab_size // 10), vocab_size)
-
-
-def smoke_text(seed: int, documents: int) -> list[str]:
-    """Documents of made-up words, of which there are enough for any vocabulary."""
-    rng, letters = random.Random(seed), "abcdefghijklmnopqrstuvwxyz"
-    return [
-        " ".join("".join(rng.choices(letters, k=rng.randint(2, 9))) for _ in range(200))
-        for _ in range(documents)
-    ]
-
-
-def smoke_data(folder: Path, vocab_size: int) -> dict[str, str]:
-    """Shards of made-up text and their tokenizer in `folder`, and the variables that name them."""
-    model = smoke_tokenizer(vocab_size)
-    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+def smoke_data(folder: Path, vocab_size: str) -> dict[str, str]:
+    """Make shards of made-up words and their tokenizer; return the variables that name them."""
+    rng, documents = random.Random(0), []
+    for _ in range(160 + int(vocab_size) // 10):
+        words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 9)))] * 2
+        words += ["".join(rng.choices("etaoinshrdlu", k=rng.randint(2, 9))) for _ in range(200)]
+        documents.append(json.dumps({"text": " ".join(words)}) + "\n")
     folder.mkdir()
-    (folder / "smoke.model").write_bytes(model)
-    for seed, (split, documents) in enumerate({"train": 120, "val": 4}.items(), 1):
-        writer = ShardWriter(folder, split, 1 << 20)
-        for text in smoke_text(seed, documents):
-            writer.add(np.array([BOS_ID, *processor.encode(text)], dtype=np.uint16))
-        writer.flush()
+    (folder / "words.jsonl").write_text("".join(documents))
+    tool = [str(ROOT / "data" / "tokenize_docs.py"), "--train", "words.jsonl", "--output", "."]
+    tool += ["--num-val-docs", "4", "--train-tokenizer", vocab_size, "--name", "smoke"]
+    code, _, err = run_script(tool, folder, {})
+    require(code == 0, last_line(err))
     return {
-        "DATA_PATH": str(folder),
-        "TOKENIZER_PATH": str(folder / "smoke.model"),
-        "VOCAB_SIZE": str(vocab_size),
+        "DATA_PATH": str(folder / "datasets" / "smoke"),
+        "TOKENIZER_PATH": str(folder / "tokenizers" / "smoke_bpe.model"),
+        "VOCAB_SIZE": vocab_size,
     }
 
 
-def check_smoke(folder: Folder) -> Iterator[Finding]:
-    """Ten steps of the script in a copy of the folder alone and, of our own, the evaluation of what they made."""
+def check_smoke(folder: Folder) -> Findings:
+    """Run ten steps of the script in a copy of the folder alone and, of our own, score the result."""
     ours = next((run for run in folder.runs if run.dialect == "ours"), None)
-    stated = [
-        run.knobs["vocab_size"] for run in folder.runs if run.knobs.get("vocab_size", "").isdigit()
-    ]
-    vocab = stated[0] if stated else "1024"
+    stated = [run.knobs.get("vocab_size", "") for run in folder.runs]
+    vocab_size = next((vocab for vocab in stated if vocab.isdigit()), "1024")
     with tempfile.TemporaryDirectory() as place:
-        copy = Path(place, "record")
-        shutil.copytree(folder.path, copy)
-        env = (
-            (environment(ours) if ours else {})
-            | smoke_data(Path(place, "data"), int(vocab))
-            | SMOKE
-        )
-        env |= {"RUN_ID": "smoke"} | ({"DEVICE": "cpu", "DTYPE": "float32"} if ours else {})
-        code, out, err = run_script([folder.script.name], copy, env, SMOKE_SECONDS)
-        said = " ".join(f"{name}={value}" for name, value in SMOKE.items())
-        if code and re.search(NEEDS_GPU, last_line(err)):
-            yield Finding("smoke", f"needs a GPU: {last_line(err)}", None)
+        copy = shutil.copytree(folder.path, Path(place, "record"))
+        env = environment(ours) | {"DTYPE": "float32"} if ours else {}
+        env |= smoke_data(Path(place, "data"), vocab_size) | SMOKE | {"RUN_ID": "smoke"}
+        code, out, err = run_script([folder.script.name], copy, env)
+        if code or not re.search(r"^(?:step:)?10/10\b", out, re.M):
+            needs_gpu = re.search(NEEDS_GPU, last_line(err))
+            yield UNKNOWN if needs_gpu else FAIL, last_line(err)
             return
-        steps = re.findall(r"^(?:step:)?10/10\b", out, re.M)
-        yield Finding(
-            "smoke", said if code == 0 and steps else last_line(err), code == 0 and bool(steps)
-        )
-        if ours and code == 0:
+        yield PASS, " ".join(f"{name}={value}" for name, value in SMOKE.items())
+        if ours:
             packed = [] if (copy / "eval_sliding.py").exists() else [folder.script.name]
-            code, out, err = run_script(
-                [*packed, "eval_sliding.py", "logs/smoke.ptz"], copy, env, SMOKE_SECONDS
-            )
-            score = re.findall(r"^final_\S+ val_loss:.*", out, re.M)
-            yield Finding(
-                "evaluation",
-                f"eval_sliding.py: {score[0]}" if score else last_line(err),
-                bool(score),
-            )
+            scorer = [*packed, "eval_sliding.py", "logs/smoke.ptz"]
+            code, out, err = run_script(scorer, copy, env)
+            scores = re.findall(r"^final_\S+ val_loss:.*", out, re.M)
+            yield PASS if scores else FAIL, scores[0] if scores else last_line(err)
 
 
 # ---- Command line
 
 
-def check(folder: Folder, against: list[str], run: bool) -> list[Finding]:
-    """All findings in the order of the table. Raises Refusal for a row that does not exist."""
-    checks: list[Callable[[Folder], Iterator[Finding]]] = [
-        check_files,
-        check_submission,
-        check_seeds,
-        check_scores,
-    ]
-    checks += [check_readme, check_bytes, check_time, check_configuration]
-    checks += [functools.partial(check_statistics, against=against), check_script]
-    findings = [finding for each in checks for finding in guarded(each, folder)]
-    runnable = run and folder.script is not None and syntax_fault(folder.script) is None
-    for each in (check_import, check_smoke) if runnable else ():
-        if not any(finding.check == "import" and not finding.holds for finding in findings):
-            findings += guarded(each, folder)
-    return findings
+def guarded(check: Callable[[Folder], Findings], folder: Folder) -> list[tuple[str, str]]:
+    """Return the findings of one check, and that all is well only if nothing else is found.
 
-
-def guarded(each: Callable[[Folder], Iterator[Finding]], folder: Folder) -> list[Finding]:
-    """The findings of one check. What a stranger's files hold may defy any expectation: then it is one that failed."""
-    name = each.func.__name__ if isinstance(each, functools.partial) else each.__name__
+    What a stranger's files hold may defy any expectation: then it is a finding that fails.
+    """
+    found = []
     try:
-        return list(each(folder))
+        found += check(folder)
     except (
         ArithmeticError,
         AttributeError,
@@ -739,41 +556,49 @@ def guarded(each: Callable[[Folder], Iterator[Finding]], folder: Folder) -> list
         RecursionError,
         TypeError,
         ValueError,
-    ) as error:
-        return [
-            Finding(
-                name.removeprefix("check_"),
-                f"cannot be read: {type(error).__name__}: {error}",
-                False,
-            )
-        ]
+    ) as e:
+        found.append((FAIL, f"cannot be read: {type(e).__name__}: {e}"))
+    problems = [finding for finding in found if finding[0] in (REMARK, FAIL)]
+    return problems or found
+
+
+def check(folder: Folder, against: list[str], run: bool) -> list[tuple[str, str, str]]:
+    """Return the rows of the table: check, finding and severity. Raises ConfigError."""
+    checks = {
+        "files": check_files,
+        "submission.json": check_submission,
+        "seeds": check_seeds,
+        "scores": check_scores,
+        "README": check_readme,
+        "bytes": check_bytes,
+        "time": check_time,
+        "configuration": check_configuration,
+        "statistics": lambda folder: check_statistics(folder, against),
+    }
+    if folder.script is not None:
+        checks["syntax"] = check_script
+    rows = []
+    for name, each in checks.items():
+        rows += [(name, text, severity) for severity, text in guarded(each, folder)]
+
+    broken = any(name == "syntax" and severity == FAIL for name, _, severity in rows)
+    if run and folder.script is not None and not broken:
+        rows += [("smoke", text, severity) for severity, text in guarded(check_smoke, folder)]
+    return rows
 
 
 def main() -> None:
-    """Print the table of the folder on the command line. Exits with 1 if a check fails; raises Refusal."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.error = lambda message: require(False, f"{message} (--help shows examples)")
+    """Print the table of the folder on the command line. Exits with 1 if a check fails."""
+    parser = ArgumentParser(__doc__)
     parser.add_argument("folder", type=Path, metavar="FOLDER")
-    parser.add_argument(
-        "--against",
-        nargs="+",
-        default=[],
-        metavar="ROW",
-        help="a PR, best, logs or a records folder",
-    )
-    parser.add_argument("--no-run", action="store_true", help="neither import nor run the script")
+    rows = "a PR, best, logs or a records folder"
+    parser.add_argument("--against", nargs="+", default=[], metavar="ROW", help=rows)
+    parser.add_argument("--no-run", action="store_true", help="do not run the script")
     args = parser.parse_args()
     findings = check(Folder.read(args.folder), args.against, not args.no_run)
-    print("| check | finding | |\n|---|---|---|")
-    for finding in findings:
-        result, text = (
-            {True: "pass", False: "FAIL", None: "-"}[finding.holds],
-            " ".join(finding.text.split()),
-        )
-        print(f"| {finding.check} | {text.replace('|', '/')} | {result} |")
-    if any(finding.holds is False for finding in findings):
+    shown = [(name, " ".join(text.split()).replace("|", "/"), s) for name, text, s in findings]
+    print(markdown_table(["check", "finding", ""], shown))
+    if any(severity == FAIL for _, _, severity in findings):
         sys.exit(1)
 
 
