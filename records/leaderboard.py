@@ -16,47 +16,6 @@ CHALLENGE_TARGETS = 40_000_000  # the challenge's validation split has more, by 
 RECORD_NATS = 0.005  # per token, by which a record has to beat the one before, at p < 0.01
 
 
-class Entry(NamedTuple):
-    """A row of the leaderboard. Scores are means over seeds on the challenge's validation split."""
-
-    pr: str  # digits, or "baseline"
-    date: str  # ISO
-    name: str
-    author: str  # "" where unknown
-    val_bpb: float  # bits per byte
-    val_loss: float | None  # nats per token; tokenizers differ, so it compares nothing between rows
-    seeds: list[float]  # bits per byte of each seed; [] where unknown
-
-
-@cache
-def read_entries() -> list[Entry]:
-    """Return all rows in the order of the file, best first."""
-    entries = []
-    with open(CSV, encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            row["val_bpb"] = float(row["val_bpb"])
-            row["val_loss"] = float(row["val_loss"]) if row["val_loss"] else None
-            row["seeds"] = [float(score) for score in row["seeds"].split()]
-            entries.append(Entry(**row))
-    return entries
-
-
-def find_entry(name: str) -> Entry:
-    """Return the row of a PR ("1394" or "#1394"), of the naive "baseline", or the "best".
-
-    Raises ConfigError for any other name, listing those there are.
-    """
-    entries = {entry.pr: entry for entry in read_entries()}
-    if name == "best":
-        return min(entries.values(), key=lambda entry: entry.val_bpb)
-    key = name.removeprefix("#")
-    known = " ".join(entries)
-    require(
-        key in entries, f"{name}: no such row of the leaderboard, choose best or one of {known}"
-    )
-    return entries[key]
-
-
 class Comparison(NamedTuple):
     """A record against a baseline; negative is better."""
 
@@ -67,13 +26,14 @@ class Comparison(NamedTuple):
 
 
 class Baseline(NamedTuple):
-    """What a record is compared with: a row of the leaderboard, or runs."""
+    """What a record is compared with: a row of the leaderboard, or runs. Scores are their means."""
 
     name: str
-    val_bpb: float
-    val_loss: float | None
-    seeds: list[float]
-    scored: tuple[int, int] | None  # validation targets and bytes of its runs; None for a row
+    val_bpb: float  # bits per byte
+    val_loss: float | None  # nats per token; tokenizers differ, so it compares nothing between rows
+    seeds: list[float]  # bits per byte of each seed; [] where unknown
+    scored: tuple[int, int] | None = None  # validation targets and bytes of runs; None for a row
+    pr: str = ""  # of a row: digits, or "baseline"
 
     def same_text(self, run: RunLog) -> bool | None:
         """Say whether a run was validated on the text of this baseline; None if unknown."""
@@ -112,21 +72,45 @@ class Baseline(NamedTuple):
         return Comparison(bpb, nats, verdict, reached)
 
 
+@cache
+def read_rows() -> dict[str, Baseline]:
+    """Return the rows of the leaderboard by PR, in the order of the file, best first."""
+    rows = {}
+    with open(CSV, encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            loss = float(row["val_loss"]) if row["val_loss"] else None
+            seeds = [float(score) for score in row["seeds"].split()]
+            bpb, pr = float(row["val_bpb"]), row["pr"]
+            rows[pr] = Baseline(row["name"], bpb, loss, seeds, pr=pr)
+    return rows
+
+
+def find_row(name: str) -> Baseline:
+    """Return the row of a PR ("1394" or "#1394"), of the naive "baseline", or the "best".
+
+    Raises ConfigError for any other name, listing those there are.
+    """
+    rows = read_rows()
+    key = next(iter(rows)) if name == "best" else name.removeprefix("#")
+    known = " ".join(rows)
+    require(key in rows, f"{name}: no such row of the leaderboard, choose best or one of {known}")
+    return rows[key]
+
+
 def logs_in(folder: Path) -> list[Path]:
     """Return the logs of a records folder, by the names that accepted records give them."""
-    found = [path for path in folder.glob("*") if path.suffix in (".log", ".txt")]
-    found += [path for path in folder.glob("logs/*") if path.suffix in (".log", ".txt")]
-    return sorted(path for path in found if not path.name.startswith("requirements"))
+    found = [*folder.glob("*"), *folder.glob("logs/*")]
+    logs = [path for path in found if path.suffix in (".log", ".txt")]
+    return sorted(path for path in logs if not path.name.startswith("requirements"))
 
 
 def find_baseline(names: list[str]) -> Baseline:
     """Return a row by its name, or the runs of some logs or a folder. Raises ConfigError."""
     paths = [Path(name) for name in names]
     if len(names) == 1 and not paths[0].exists():
-        entry = find_entry(names[0])
-        by_number = entry.pr.isdigit() and entry.pr not in entry.name
-        title = f"{entry.name}, PR #{entry.pr}" if by_number else entry.name
-        return Baseline(title, entry.val_bpb, entry.val_loss, entry.seeds, None)
+        row = find_row(names[0])
+        by_number = row.pr.isdigit() and row.pr not in row.name
+        return row._replace(name=f"{row.name}, PR #{row.pr}" if by_number else row.name)
 
     logs = []
     for path in paths:

@@ -99,15 +99,10 @@ class Record:
     baseline: Baseline | None
     exceptions: list[str]
 
-    @property
-    def metric(self) -> str:
-        """PARTIAL_bpb for a part of the split, which is never called val_bpb."""
-        return "PARTIAL_bpb" if any(run.score.partial for run in self.runs) else "val_bpb"
 
-    @property
-    def scores(self) -> list[float]:
-        """Bits per byte of each seed."""
-        return [run.score.bpb for run in self.runs]
+def metric_of(runs: list[RunLog]) -> str:
+    """Name what is scored: PARTIAL_bpb of a part of the split, which is never called val_bpb."""
+    return "PARTIAL_bpb" if any(run.score.partial for run in runs) else "val_bpb"
 
 
 def pack_script(source: bytes) -> bytes:
@@ -213,13 +208,13 @@ def read_runs(paths: list[Path], source: bytes) -> list[RunLog]:
 # ---- README
 
 
-def seed_table(record: Record) -> str:
+def seed_table(runs: list[RunLog]) -> str:
     """Return the table of results: a row per seed, and their means."""
-    kind = SCORES[record.runs[0].score.kind]
-    header = ["Seed", "Steps", "ms/step", "Pre-quant", "Post-quant", f"{kind} {record.metric}"]
+    kind = SCORES[runs[0].score.kind]
+    header = ["Seed", "Steps", "ms/step", "Pre-quant", "Post-quant", f"{kind} {metric_of(runs)}"]
     header += ["nats/token", "Artifact bytes", "Total bytes", "Train s", "Eval s"]
     rows, scores = [], []
-    for run in record.runs:
+    for run in runs:
         before, after = run.final("float"), run.final("roundtrip")
         scores.append([before.bpb, after.bpb, run.score.bpb, run.score.loss])
         row = [run.seed, f"{run.steps:,}", f"{1000 * run.train_seconds / run.steps:.1f}"]
@@ -233,7 +228,7 @@ def seed_table(record: Record) -> str:
         std = deviation(values)
         spread = "(n=1)" if std is None else f"+- {std:.5f}"
         means.append(f"{statistics.fmean(values):.5f} {spread}")
-    largest = max(run.bytes_total for run in record.runs)
+    largest = max(run.bytes_total for run in runs)
     rows.append(["**Mean**", "", "", *means, "", f"{largest:,} (max)", "", ""])
     return markdown_table(header, rows)
 
@@ -243,8 +238,9 @@ def comparison(record: Record) -> str:
     other, runs = record.baseline, record.runs
     if other is None:
         return "There is no previous row of this text, tokenizer and budget to compare with."
-    result = other.compare(record.scores, statistics.fmean(run.nats_per_bpb for run in runs))
-    bpb = statistics.fmean(record.scores)
+    scores = [run.score.bpb for run in runs]
+    result = other.compare(scores, statistics.fmean(run.nats_per_bpb for run in runs))
+    bpb = statistics.fmean(scores)
     loss = statistics.fmean(run.score.loss for run in runs)
     other_loss = "-" if other.val_loss is None else f"{other.val_loss:.5f}"
     rows = [
@@ -252,7 +248,7 @@ def comparison(record: Record) -> str:
         [f"{other.name} (n={len(other.seeds) or '?'})", f"{other.val_bpb:.5f}", other_loss],
         ["difference", f"{result.bpb:+.5f}", f"{result.nats:+.5f}"],
     ]
-    return markdown_table(["run", record.metric, "nats/token"], rows) + f"\n\n{result.verdict}"
+    return markdown_table(["run", metric_of(runs), "nats/token"], rows) + f"\n\n{result.verdict}"
 
 
 def environment(run: RunLog) -> dict[str, str]:
@@ -272,14 +268,14 @@ def environment(run: RunLog) -> dict[str, str]:
     return shown
 
 
-def headline(record: Record) -> str:
+def headline(runs: list[RunLog]) -> str:
     """Return the line under the title: score, size, hardware and seconds."""
-    runs, std = record.runs, deviation(record.scores)
+    scores = [run.score.bpb for run in runs]
+    std = deviation(scores)
     count = "n=1" if std is None else f"{len(runs)}-seed mean, std {std:.4f}"
     size = f"{max(run.bytes_total for run in runs) / 1e6:.2f} MB"
     spent = f"{runs[0].hardware}, {max(run.train_seconds for run in runs):.0f} s"
-    score = statistics.fmean(record.scores)
-    return f"**{record.metric}: {score:.5f}** ({count}) | {size} | {spent}"
+    return f"**{metric_of(runs)}: {statistics.fmean(scores):.5f}** ({count}) | {size} | {spent}"
 
 
 def readme(record: Record, has_picture: bool) -> str:
@@ -306,9 +302,9 @@ def readme(record: Record, has_picture: bool) -> str:
     return string.Template(TEMPLATE.read_text(encoding="ascii")).substitute(
         first.knobs,
         title=record.about.name,
-        headline=headline(record),
+        headline=headline(record.runs),
         blurb=record.about.blurb,
-        results=seed_table(record),
+        results=seed_table(record.runs),
         dataset=first.dataset,
         text=text,
         bytes_code=f"{first.bytes_code:,}",
@@ -333,7 +329,7 @@ def readme(record: Record, has_picture: bool) -> str:
 def submission(record: Record) -> dict:
     """Return submission.json, with the keys that accepted records use."""
     runs = record.runs
-    bpb, loss = record.scores, [run.score.loss for run in runs]
+    bpb, loss = [run.score.bpb for run in runs], [run.score.loss for run in runs]
     before = [run.final("float") for run in runs]
     figures = {
         "val_loss": statistics.fmean(loss),
@@ -355,7 +351,7 @@ def submission(record: Record) -> dict:
             "eval_time_s": run.eval_seconds,
         }
     # A PARTIAL score is no val_bpb.
-    if record.metric != "val_bpb":
+    if metric_of(runs) != "val_bpb":
         figures = dict.fromkeys(figures)
         for result in results.values():
             result |= {"val_loss": None, "val_bpb": None}
@@ -509,7 +505,7 @@ def main() -> None:
 
     record = Record(args, runs, baseline, exceptions)
     make(record, pack_script(source), final)
-    print(headline(record))
+    print(headline(runs))
     print(f"author {args.author}, github_id {args.github_id}")
     print("records/check_record.py reads it as a reviewer does")
     print(final)

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 from common import ArgumentParser, figure_png, optional
-from leaderboard import CHALLENGE_TARGETS, Entry, find_entry
+from leaderboard import CHALLENGE_TARGETS, Baseline, find_row
 from runlog import Final, RunLog
 
-from train_gpt import require, run_entry_point, write_atomically
+from train_gpt import require, run_row_point, write_atomically
 
 # Okabe-Ito without its yellow.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -130,9 +130,9 @@ def curves_of(runs: list[RunLog]) -> list[Curve]:
     return [Curve(run, name, *look, ratio) for run, name, look, ratio in named]
 
 
-def y_range(curves: list[Curve], entries: list[Entry]) -> tuple[float, float]:
+def y_range(curves: list[Curve], rows: list[Baseline]) -> tuple[float, float]:
     """Span the lowest value to the highest after the first steps, so that the end is readable."""
-    shown = [entry.val_bpb for entry in entries]
+    shown = [row.val_bpb for row in rows]
     late, ends = [], []
     for curve in curves:
         scores = [curve.score(row) for row in curve.finals()]
@@ -182,7 +182,7 @@ def draw_curve(axes, panel: str, curve: Curve) -> None:
         axes.axvline(place, color=curve.colour, linestyle=style, alpha=0.6, label=event.name)
 
 
-def draw_panels(figure, curves: list[Curve], entries: list[Entry], panels: list[str]) -> list:
+def draw_panels(figure, curves: list[Curve], rows: list[Baseline], panels: list[str]) -> list:
     """Draw a column per x axis, the learning rate below if a log has it. Returns the top axes."""
     rates = [[row for row in curve.run.train if row.lr_scale is not None] for curve in curves]
     heights = [5, 1] if any(rates) else [5]
@@ -195,8 +195,8 @@ def draw_panels(figure, curves: list[Curve], entries: list[Entry], panels: list[
             if rate:
                 xs, scales = curve.points(panel, rate)[0], [row.lr_scale for row in rate]
                 column[1].plot(xs, scales, color=curve.colour, linestyle=curve.style)
-        for entry in entries:
-            column[0].axhline(entry.val_bpb, color="0.35", linestyle=(0, (5, 3)), linewidth=1)
+        for row in rows:
+            column[0].axhline(row.val_bpb, color="0.35", linestyle=(0, (5, 3)), linewidth=1)
         ends = [curve.end(panel) for curve in curves]
         unknown = sum(map(math.isnan, ends))
         silent = f" (not stated by {unknown} of {len(curves)} logs)" if unknown else ""
@@ -207,14 +207,14 @@ def draw_panels(figure, curves: list[Curve], entries: list[Entry], panels: list[
     for axes in grid.flat:
         axes.grid(alpha=0.25)
     grid[0, 0].set_ylabel("nats per token" if curves[0].nats == 1 else "bits per byte")
-    grid[0, 0].set_ylim(*y_range(curves, entries))
+    grid[0, 0].set_ylim(*y_range(curves, rows))
     if any(rates):
         grid[1, 0].set(ylabel="LR / peak", ylim=(0, 1.1))
     foreign = not all(on_challenge(curve.run) for curve in curves)
-    for entry in entries:
-        name = "baseline" if entry.pr == "baseline" else f"PR #{entry.pr}"
-        text = f"{name} {entry.val_bpb:.4f}" + (", another validation text" if foreign else "")
-        place = {"xy": (0.01, entry.val_bpb), "xycoords": ("axes fraction", "data")}
+    for row in rows:
+        name = "baseline" if row.pr == "baseline" else f"PR #{row.pr}"
+        text = f"{name} {row.val_bpb:.4f}" + (", another validation text" if foreign else "")
+        place = {"xy": (0.01, row.val_bpb), "xycoords": ("axes fraction", "data")}
         grid[0, 0].annotate(text, **place, va="bottom", fontsize=FONT, color="0.25")
     return list(grid[0])
 
@@ -231,19 +231,19 @@ def heading(curves: list[Curve], title: str) -> str:
     return text
 
 
-def figure_of(runs: list[RunLog], entries: list[Entry] | None = None, x="", title=""):
+def figure_of(runs: list[RunLog], rows: list[Baseline] | None = None, x="", title=""):
     """Return the matplotlib Figure: one panel for x, or one for each that some log allows.
 
-    `entries` None: baseline and best, where the runs were validated on the challenge's split.
+    `rows` None: baseline and best, where the runs were validated on the challenge's split.
     Raises ConfigError.
     """
     curves = curves_of(runs)
     in_bits = curves[0].nats != 1
     unknown = "rows of the leaderboard are in bits per byte, and not every log says what one is"
-    require(in_bits or not entries, unknown)
-    if entries is None:
+    require(in_bits or not rows, unknown)
+    if rows is None:
         challenge = in_bits and all(map(on_challenge, runs))
-        entries = [find_entry("baseline"), find_entry("best")] if challenge else []
+        rows = [find_row("baseline"), find_row("best")] if challenge else []
     panels = [name for name in PANELS if not all(math.isnan(curve.end(name)) for curve in curves)]
     require(not x or x in panels, f"--x {x}: no log states it")
     panels = [x] if x else panels
@@ -252,7 +252,7 @@ def figure_of(runs: list[RunLog], entries: list[Entry] | None = None, x="", titl
     figure_class = optional("matplotlib.figure").Figure
     line = optional("matplotlib.lines").Line2D
     figure = figure_class(figsize=(width, 5.8 + 0.17 * len(curves)), layout="constrained")
-    axes = draw_panels(figure, curves, entries, panels)[0]
+    axes = draw_panels(figure, curves, rows, panels)[0]
 
     # One legend says which run has which colour and score, another what the marks mean.
     named = [line([], [], color=curve.colour, linestyle=curve.style) for curve in curves]
@@ -268,9 +268,9 @@ def figure_of(runs: list[RunLog], entries: list[Entry] | None = None, x="", titl
     return figure
 
 
-def draw(runs: list[RunLog], path: Path, entries=None, x="", title="") -> None:
+def draw(runs: list[RunLog], path: Path, rows=None, x="", title="") -> None:
     """Write the picture of the runs to `path`, a PNG. Raises ConfigError."""
-    write_atomically(path, figure_png(figure_of(runs, entries, x, title), DPI))
+    write_atomically(path, figure_png(figure_of(runs, rows, x, title), DPI))
 
 
 def main() -> None:
@@ -288,12 +288,12 @@ def main() -> None:
     out = args.out or args.logs[0].with_suffix(".png")
     fresh = out.suffix == ".png" and out not in args.logs
     require(fresh, f"--out {out}: expected a .png that is none of the logs")
-    entries = None
+    rows = None
     if args.rows is not None:
-        entries = list({entry.pr: entry for entry in map(find_entry, args.rows)}.values())
-    draw([RunLog.read(path) for path in args.logs], out, entries, args.x, args.title)
+        rows = list({row.pr: row for row in map(find_row, args.rows)}.values())
+    draw([RunLog.read(path) for path in args.logs], out, rows, args.x, args.title)
     print(out)
 
 
 if __name__ == "__main__":
-    run_entry_point(main)
+    run_row_point(main)

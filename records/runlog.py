@@ -45,26 +45,18 @@ SETTINGS = re.compile(  # that the old dialect states outside a block
 )
 
 
-class Train(NamedTuple):
-    """A point of the training curve."""
+class Point(NamedTuple):
+    """A point of the training or of the validation curve."""
 
     step: int
     seconds: float | None
     loss: float  # nats per token
-    lr_scale: float | None  # fraction of the peak learning rate
-
-
-class Val(NamedTuple):
-    """A point of the validation curve."""
-
-    step: int
-    seconds: float
-    loss: float  # nats per token
-    bpb: float  # bits per byte
+    bpb: float | None = None  # bits per byte, of validation
+    lr_scale: float | None = None  # fraction of the peak learning rate, of training
 
 
 class Event(NamedTuple):
-    """What happened at a step: the depth recurrence, a restart of the learning rate, the clock."""
+    """What happened at a step: "recurrence on", "LR restart" or, the stop by it, "clock"."""
 
     step: int
     name: str
@@ -213,18 +205,18 @@ class RunLog:
         return [(int(step), seconds_in(rest), rest) for step, _, rest in lines]
 
     @cached_property
-    def train(self) -> list[Train]:
+    def train(self) -> list[Point]:
         """The training curve, in order of the log."""
         rows = []
         for step, seconds, rest in self._steps:
             loss = last_match(rf"train_loss:\s*{NUMBER}", rest, float)
             if loss is not None:
                 scale = last_match(r"lr_scale:(\S+)", rest, float)
-                rows.append(Train(step, seconds, loss, scale))
+                rows.append(Point(step, seconds, loss, lr_scale=scale))
         return rows
 
     @cached_property
-    def val(self) -> list[Val]:
+    def val(self) -> list[Point]:
         """The validation curve.
 
         The new dialect does not time it: its time is that of the training line before it, and at
@@ -235,7 +227,7 @@ class RunLog:
             clock = clock if seconds is None else seconds
             found = re.search(rf"\bval_loss:\s*{NUMBER}.*val_bpb:\s*{NUMBER}", rest)
             if found:
-                rows.append(Val(step, clock, float(found[1]), float(found[2])))
+                rows.append(Point(step, clock, float(found[1]), float(found[2])))
         if rows and rows[-1].step == self.steps and self.train_seconds is not None:
             rows[-1] = rows[-1]._replace(seconds=max(clock, self.train_seconds))
         return rows
