@@ -19,7 +19,7 @@ from common import ArgumentParser, figure_png, optional
 from leaderboard import CHALLENGE_TARGETS, Baseline, find_row
 from runlog import Final, RunLog
 
-from train_gpt import require, run_row_point, write_atomically
+from train_gpt import require, run_entry_point, write_atomically
 
 # Okabe-Ito without its yellow.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -262,7 +262,9 @@ def figure_of(runs: list[RunLog], rows: list[Baseline] | None = None, x="", titl
     figure.legend(named, labels, loc="outside upper left", alignment="left", **top, **plain)
     handles, meanings = axes.get_legend_handles_labels()
     marks = dict(zip(meanings, handles, strict=True))
-    legend = figure.legend(marks.values(), marks, loc="outside lower left", ncols=8, **plain)
+    legend = figure.legend(
+        marks.values(), marks, loc="outside lower left", ncols=2 * len(panels) + 3, **plain
+    )
     for handle in legend.legend_handles:
         handle.set(color="0.3", alpha=1)
     return figure
@@ -296,4 +298,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_row_point(main)
+    run_entry_point(main)

@@ -13,23 +13,11 @@ AUDIT = """\
 | C1 causal | other tokens | unchanged | pass |
 | C4 single pass | a counter | 768 of 768 | pass |
 """
-ROLES = {"header": 985, "vector": 816, "steps": 1_103, "embedding": 62_890, "matrix": 147_669}
-MODEL, CODE = sum(ROLES.values()), 30_000
+MODEL, CODE = 213_463, 30_000
 
 
 def scores(loss: float, mode: str = "val") -> str:
     return f"{mode}_loss:{loss:.8f} {mode}_bpb:{loss / NATS:.8f}"
-
-
-def budget_table(sizes: dict[str, int]) -> str:
-    """As Artifact.budget() of train_gpt.py prints it; the header and the steps have no weights."""
-    lines = [f"{'role':<10}{'weights':>12}{'bytes':>12}{'bits/weight':>13}{'entropy floor':>15}"]
-    for role, size in sizes.items():
-        weights = f"{2 * size:>12,}{size:>12,}{4:>13.3f}{size:>15,.0f}"
-        lines.append(
-            f"{role:<10}" + (f"{'':>12}{size:>12,}" if role in ("header", "steps") else weights)
-        )
-    return "\n".join([*lines, f"{'total':<22}{sum(sizes.values()):>12,}  (k x 1.0000)", ""])
 
 
 def ours(
@@ -39,12 +27,12 @@ def ours(
     ttt: str = "off",
     run_id: str = "run",
 ) -> str:
-    """A restart of the learning rate at 300 of STEPS = 400, 100 ms a step, 6 s of Hessians, then sliding windows."""
+    """Ours: a restart of the learning rate at step 300 of 400, 100 ms a step, 6 s of Hessians."""
     mode, label = "PARTIAL" if partial else "val", "sliding_window" if ttt == "off" else "ttt"
     rates = {1: 1.0, 100: 1.0, 200: 0.4, 300: 0.8, 400: 0.1}
     train = "".join(
-        f"step:{step}/{STEPS} train_loss:{4 - step / 400:.6f} train_time:{100 * step}ms step_avg:100.00ms "
-        f"lr_scale:{rate:.3f} tok/s: 20480\n"
+        f"step:{step}/{STEPS} train_loss:{4 - step / 400:.6f} train_time:{100 * step}ms "
+        f"step_avg:100.00ms lr_scale:{rate:.3f} tok/s: 20480\n"
         + ("layer_loop:enabled step:150 frac:0.375\n" if step == 100 else "")
         for step, rate in rates.items()
     )
@@ -78,11 +66,11 @@ python:3.11.7 torch:2.13.0+cpu numpy:2.4.6 commit:3d916ea
 device:cpu threads:2 overrides: RUN_ID={run_id}
 model_params:675212 world_size:1 seed:{seed}
 val_loader:shards pattern=/data/fineweb_val_*.bin tokens:{targets}
-{budget_table({role: size + 7 for role, size in ROLES.items()})}dry run: 999 bytes of code + model expected
+dry run: 999 bytes of code + model expected
 {train}stopping_early: wallclock_cap train_time:46000ms step:{STEPS}/{STEPS}
 step:{STEPS}/{STEPS} {scores(3.1, mode)} train_time:46000ms step_avg:115.00ms
 pre-quantization post-ema {scores(3.1, mode)} eval_time:2000ms
-{budget_table(ROLES)}Serialized model quantized+zstd: {MODEL} bytes in 1.1s
+Serialized model quantized+zstd: {MODEL} bytes in 1.1s
 Code size: {CODE} bytes
 Total submission size quantized+zstd: {MODEL + CODE} bytes
 quantized round to nearest {scores(3.3, mode)} eval_time:2000ms
@@ -99,7 +87,7 @@ total_eval_time:11.0s
 
 
 def old(seed: int = 1337, points: int = 20, validate: int = 5, targets: int = 62_021_632) -> str:
-    """The dialect until April 2026: `points` training lines every 50 steps of 40 ms, every `validate`-th validated."""
+    """Until April 2026: `points` lines every 50 steps of 40 ms, every `validate`-th validated."""
     lines = [f"step:0/20000 {scores(6.9)} train_time:0ms step_avg:0.01ms"]
     for point in range(1, points + 1):
         clock = f"train_time:{2000 * point}ms step_avg:40.00ms"
@@ -133,7 +121,7 @@ final_int8_zlib_roundtrip_exact {scores(2.07269931)}
 
 
 def new(seed: int = 42, directory: str = "./data", targets: int = 45_508_608) -> str:
-    """The dialect since April 2026: minutes with one digit, no time of a validation, a block of knobs."""
+    """Since April 2026: minutes with one digit, validation without a time, a block of knobs."""
     return f"""Hyperparameters:
   datasets_dir: {directory}/datasets
   is_main_process: True
