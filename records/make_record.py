@@ -404,6 +404,11 @@ def requirements(run: RunLog) -> str:
     return "\n".join(lines) + "\n"
 
 
+def has_matplotlib() -> bool:
+    """Say whether a picture can be drawn: a folder without one is complete."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
 def write_folder(record: Record, script: bytes, folder: Path) -> None:
     """Write everything into an existing folder; the picture where matplotlib is installed."""
     write_atomically(folder / "train_gpt.py", script)
@@ -412,7 +417,7 @@ def write_folder(record: Record, script: bytes, folder: Path) -> None:
     write_atomically(folder / "requirements.txt", requirements(record.runs[0]).encode())
     paperwork = json.dumps(submission(record), indent=2) + "\n"
     write_atomically(folder / "submission.json", paperwork.encode())
-    has_picture = importlib.util.find_spec("matplotlib") is not None
+    has_picture = has_matplotlib()
     if has_picture:
         from plot import draw
 
