@@ -46,37 +46,7 @@ MAX_SECONDS = 600.0  # of training, and again of evaluation, in the record track
 TRACKS = ("10min_16mb", "non_record_16mb")
 TEMPLATE = Path(__file__).with_name("record_readme.md")  # of README.md; knobs by their own names
 PAYLOAD = b"PAYLOAD"
-LOADER = b'''"""train_gpt.py and eval_sliding.py in one file, xz in base85, unpacked as they ran to a
-private temporary folder, which is removed with this process; no byte of them differs.
-
-    torchrun --standalone --nproc_per_node=8 train_gpt.py           # trains and exports
-    torchrun --standalone --nproc_per_node=8 train_gpt.py eval_sliding.py logs/RUN_ID.ptz   # scores
-    python -c 'import train_gpt as t; print(t.submission_source().decode())'   # prints the sources
-"""
-
-import atexit
-import base64
-import lzma
-import os
-import shutil
-import sys
-import tempfile
-
-sources = lzma.decompress(base64.b85decode("PAYLOAD")).split(b"\\0")
-folder = tempfile.mkdtemp(prefix="train_gpt_")
-atexit.register(shutil.rmtree, folder, ignore_errors=True)
-sys.path.insert(0, folder)
-paths = [os.path.join(folder, name) for name in ("train_gpt.py", "eval_sliding.py")]
-for path, source in zip(paths, sources):
-    # Real files, which torch.compile, Triton and tracebacks look up.
-    with open(path, "wb") as file:
-        file.write(source)
-scores = __name__ == "__main__" and sys.argv[1:2] == ["eval_sliding.py"]
-if scores:
-    del sys.argv[0]
-__file__ = paths[scores]
-exec(compile(sources[scores], __file__, "exec"))
-'''
+LOADER = Path(__file__).with_name("record_loader.txt").read_bytes()  # of the packed source
 EXCEPTIONS = {
     "mixed": "seeds of different configurations",
     "unscored": "a log without the line of eval_sliding.py",
@@ -394,14 +364,13 @@ def submission(record: Record) -> dict:
 
 
 def requirements(run: RunLog) -> str:
-    """Return the packages that the script imports, torch and numpy as the log states them."""
-    lines = []
+    """Return the requirements of this repository, torch and numpy as the log states them."""
+    pinned = (ROOT / "requirements.txt").read_text(encoding="ascii")
     for name in ("torch", "numpy"):
         if name in run.versions:
-            lines.append(f"{name}=={run.versions[name].split('+')[0]}")
-    pinned = (ROOT / "requirements.txt").read_text(encoding="ascii")
-    lines += re.findall(r"^(?:sentencepiece|zstandard|brotli)==\S+$", pinned, re.M)
-    return "\n".join(lines) + "\n"
+            version = run.versions[name].split("+")[0]
+            pinned = re.sub(rf"^{name}==.*\n", "", pinned, flags=re.M) + f"{name}=={version}\n"
+    return pinned
 
 
 def has_matplotlib() -> bool:

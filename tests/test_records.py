@@ -366,7 +366,7 @@ SUBMITTED = [
     ({"seeds": [1, 3]}, "seeds", FAIL, "has seeds 1, 3, the logs 1, 2"),
     ({"seed_results": {}}, "seeds", FAIL, "has seed_results , the logs"),
     ({"bytes_total": 5}, "bytes", FAIL, "bytes_total is 5, the largest"),
-    ({"bytes_code": 1}, "bytes", FAIL, "bytes_code is 1, train_gpt.py has"),
+    ({"bytes_code": 1}, "bytes", FAIL, "bytes_code is 1, the script has"),
 ]
 EDITED = [  # file, pattern and replacement; None makes it a file of these bytes, or none
     ("README.md", None, None, "files", FAIL, "missing: README.md"),
@@ -389,7 +389,7 @@ EDITED = [  # file, pattern and replacement; None makes it a file of these bytes
     ("final.ptz", None, b"", "files", REMARK, "do not belong here: final.ptz"),
     (SCRIPT, "^import os$", "import os as", "syntax", FAIL, SCRIPT),
     (SCRIPT, r'b85decode\("..', 'b85decode("00', "syntax", FAIL, "ran another script"),
-    (SCRIPT, r"\Z", "#", "bytes", FAIL, "bytes of code, train_gpt.py has"),
+    (SCRIPT, r"\Z", "#", "bytes", FAIL, "bytes of code, the script has"),
     (SCRIPT, None, b"# \xff", "syntax", FAIL, "decode byte"),
 ]
 
