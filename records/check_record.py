@@ -32,7 +32,16 @@ from string import ascii_lowercase
 
 from common import NUMBER, ROOT, ArgumentParser, markdown_table
 from leaderboard import CHALLENGE_TARGETS, find_baseline, logs_in
-from make_record import MAX_SECONDS, TRACKS, differences, environment, headline, seed_table
+from make_record import (
+    MAX_SECONDS,
+    TRACKS,
+    deviation,
+    differences,
+    environment,
+    headline,
+    seed_table,
+    submission,
+)
 from runlog import RunLog
 
 from train_gpt import MAX_SUBMISSION_BYTES, Refusal, require, run_entry_point
@@ -40,7 +49,6 @@ from train_gpt import MAX_SUBMISSION_BYTES, Refusal, require, run_entry_point
 PASS, REMARK, FAIL, UNKNOWN = "pass", "remark", "FAIL", "-"
 NUMERIC = (int, float)
 FIFTH_DECIMAL = 2e-5  # a figure that is off by less was rounded, not made up
-SCORE_DIGITS = 4  # after the point: with fewer, a score is taken to end in zeros
 NUMBERS = ("val_bpb", "val_loss", "bytes_total")  # that every accepted submission.json has
 TEXTS = ("author", "github_id", "name", "blurb", "date")
 SMOKE = {"ITERATIONS": "10", "TRAIN_BATCH_TOKENS": "4096", "TRAIN_SEQ_LEN": "256"}
@@ -99,8 +107,14 @@ class Folder:
 
     @property
     def scored(self) -> list[RunLog]:
-        """The runs that state a final score."""
-        return [run for run in self.runs if run.score is not None]
+        """The runs that state a final score, by seed."""
+        runs = [run for run in self.runs if run.score is not None]
+        return sorted(runs, key=lambda run: str(seed_of(run)).zfill(9))
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether make_record.py made the folder, so that it can be made again and compared."""
+        return all(run.dialect == "ours" for run in self.runs)
 
 
 def is_number(value: object) -> bool:
@@ -203,80 +217,60 @@ def check_seeds(folder: Folder) -> Findings:
     yield PASS, text
 
 
-def facts_of(runs: list[RunLog]) -> dict[str, list]:
-    """Return what a submission.json may say of all runs, by its keys; the first is the best."""
-    bpb, loss = [run.score.bpb for run in runs], [run.score.loss for run in runs]
-    facts = {"val_bpb": [statistics.fmean(bpb)], "val_loss": [statistics.fmean(loss)]}
-    if len(runs) > 1:
-        facts["val_bpb_std"] = [statistics.stdev(bpb), statistics.pstdev(bpb)]
-        facts["val_loss_std"] = [statistics.stdev(loss), statistics.pstdev(loss)]
-    before = [run.final("float") for run in runs if run.final("float")]
-    columns = {
-        "pre_quant_val_bpb": [row.bpb for row in before],
-        "pre_quant_val_loss": [row.loss for row in before],
-        "step_stop": [run.steps for run in runs],
-        "wallclock_seconds": [run.train_seconds for run in runs],
-        "eval_time_seconds": [run.eval_seconds for run in runs],
-    }
-    for name, values in columns.items():
-        known = [value for value in values if value is not None]
-        if known:  # the mean, which may be rounded, the largest, or any of them
-            mean = statistics.fmean(known)
-            facts[name] = [mean, round(mean), max(known), *known]
-    facts["bytes_model"] = [max((run.bytes_model or 0 for run in runs), default=0) or None]
-    return facts
-
-
 def check_scores(folder: Folder) -> Findings:
-    """Compare the figures of submission.json with the logs: of all runs, and of every seed."""
+    """Compare submission.json with the logs: every figure of ours, the scores of a stranger's."""
     runs, stated = folder.scored, folder.submission
     if not runs:
         return
-    for name, values in facts_of(runs).items():
-        if is_number(stated.get(name)):
-            digits = SCORE_DIGITS if name == "val_bpb" else 0
-            yield from compare(name, stated[name], values, digits)
-    versions = {run.versions.get("torch", "").partition("+")[0] for run in runs} - {""}
-    torch = stated.get("pytorch_version")
-    if isinstance(torch, str) and versions and torch.partition("+")[0] not in versions:
-        yield FAIL, f"pytorch_version is {torch}, the logs give {', '.join(sorted(versions))}"
+    bpb, loss = [run.score.bpb for run in runs], [run.score.loss for run in runs]
+    if folder.is_ours:
+        expected = submission(runs)
+        for key in ("bytes_total", "bytes_code"):  # check_bytes knows more of them
+            del expected[key]
+    else:
+        scores = [{"val_bpb": run.score.bpb, "val_loss": run.score.loss} for run in runs]
+        results = dict(zip([str(seed_of(run)) for run in runs], scores, strict=True))
+        expected = {"val_bpb": statistics.fmean(bpb), "val_loss": statistics.fmean(loss)}
+        expected |= {"val_bpb_std": deviation(bpb), "val_loss_std": deviation(loss)}
+        expected["seed_results"] = results
 
+    figures = [(name, stated.get(name), value) for name, value in expected.items()]
     results = stated.get("seed_results")
-    for run in runs if isinstance(results, dict) else []:
-        own = results.get(str(seed_of(run)))
-        facts = {
-            "val_bpb": [run.score.bpb],
-            "val_loss": [run.score.loss],
-            "artifact_bytes": [run.bytes_model, run.bytes_total],
-            "steps": [run.steps],
-            "train_time_s": [run.train_seconds],
-            "eval_time_s": [run.eval_seconds, run.score.seconds],
-        }
-        for key, values in facts.items():
-            if isinstance(own, dict) and is_number(own.get(key)):
-                yield from compare(f"seed {seed_of(run)} {key}", own[key], values)
-    mean = statistics.fmean(run.score.bpb for run in runs)
-    yield PASS, f"val_bpb {mean:.5f}, every seed as in its log"
+    for seed, row in expected["seed_results"].items():
+        own = results.get(seed) if isinstance(results, dict) else None
+        if isinstance(own, dict):
+            figures += [(f"seed {seed} {name}", own.get(name), row[name]) for name in row]
+    for name, figure, value in figures:
+        if is_number(figure) and is_number(value):
+            # A score of few digits is taken to end in zeros. Some state the population's spread.
+            digits = 4 if name == "val_bpb" else 0
+            spread = {"val_bpb_std": bpb, "val_loss_std": loss}.get(name)
+            values = [value] if spread is None else [value, statistics.pstdev(spread)]
+            yield from compare(name, figure, values, digits)
+        elif isinstance(figure, str) and isinstance(value, str) and figure != value:
+            yield FAIL, f"{name} is {figure}, the logs give {value}"
+    yield PASS, f"val_bpb {statistics.fmean(bpb):.5f}, every figure as in the logs"
 
 
 def check_readme(folder: Folder) -> Findings:
     """Compare the README with the logs: ours line by line, a stranger's by its scores."""
-    runs = sorted(folder.scored, key=lambda run: str(seed_of(run)).zfill(9))
+    runs = folder.scored
     if not runs:
         return
-    if all(run.dialect == "ours" for run in runs):
+    if folder.is_ours:
         generated = [headline(runs), *seed_table(runs).splitlines()]
         for line in generated:
             if line not in folder.readme:
                 yield FAIL, f"its logs give: {line}"
         yield PASS, f"{len(generated)} lines of figures, each as the logs give it"
         return
+    mean = statistics.fmean(run.score.bpb for run in runs)
     stated = re.findall(r"\d\.\d{4,}", folder.readme)
     for run in runs:
         if not any(agrees(figure, [run.score.bpb]) for figure in stated):
             yield REMARK, f"does not state the {run.score.bpb:.4f} of seed {seed_of(run)}"
     for figure in re.findall(rf"\*\*val_bpb:? *[:=]? *{NUMBER}", folder.readme):
-        yield from compare("**val_bpb**", figure, facts_of(runs)["val_bpb"])
+        yield from compare("**val_bpb**", figure, [mean])
     yield PASS, "states the score of every seed"
 
 
@@ -365,11 +359,11 @@ def check_statistics(folder: Folder, against: list[str]) -> Findings:
         yield severity, f"against {baseline.name}: the text of the validation is {said}"
         return
     nats = statistics.fmean(run.nats_per_bpb for run in runs)
-    result = baseline.compare([run.score.bpb for run in runs], nats)
+    _, verdict, reached = baseline.compare([run.score.bpb for run in runs], nats)
     severity = UNKNOWN
-    if folder.is_record and result.reached is not None:
-        severity = PASS if result.reached else FAIL
-    yield severity, f"against {baseline.name}: {result.verdict}"
+    if folder.is_record and reached is not None:
+        severity = PASS if reached else FAIL
+    yield severity, f"against {baseline.name}: {verdict}"
 
 
 # ---- Script

@@ -16,15 +16,6 @@ CHALLENGE_TARGETS = 40_000_000  # the challenge's validation split has more, by 
 RECORD_NATS = 0.005  # per token, by which a record has to beat the one before, at p < 0.01
 
 
-class Comparison(NamedTuple):
-    """A record against a baseline; negative is better."""
-
-    bpb: float
-    nats: float  # per token of the record's tokenizer
-    verdict: str  # both bars, in both units, with p
-    reached: bool | None  # the bar of a record; None where there are too few seeds for the test
-
-
 class Baseline(NamedTuple):
     """What a record is compared with: a row of the leaderboard, or runs. Scores are their means."""
 
@@ -43,9 +34,11 @@ class Baseline(NamedTuple):
             return run.targets >= CHALLENGE_TARGETS
         return self.scored == (run.targets, run.scored_bytes)
 
-    def compare(self, scores: list[float], nats_per_bpb: float) -> Comparison:
+    def compare(self, scores: list[float], nats_per_bpb: float) -> tuple[float, str, bool | None]:
         """Test by Welch, one-sided, that scores are better at all, and by a record's bar.
 
+        Returns the difference in bits per byte, negative where they are better; both bars in both
+        units in words; whether a record's bar is reached, None for too few seeds for the test.
         Raises ConfigError without scipy.
         """
         bar = RECORD_NATS / nats_per_bpb
@@ -59,7 +52,7 @@ class Baseline(NamedTuple):
         groups = (scores, self.seeds)
         if min(map(len, groups)) < 2 or not any(map(statistics.stdev, groups)):
             verdict = f"{bars}. No test: it takes two seeds of each. {better}."
-            return Comparison(bpb, nats, verdict, None)
+            return bpb, verdict, None
 
         ttest_ind = optional("scipy.stats").ttest_ind
         below_bar = [score - bar for score in self.seeds]
@@ -69,7 +62,7 @@ class Baseline(NamedTuple):
         welch = f"Welch, one-sided: p = {p:.2g} that it is no better, "
         welch += f"p = {p_bar:.2g} that it is not better by the bar"
         verdict = f"{bars}: {'' if reached else 'not '}reached. {better}; {welch}."
-        return Comparison(bpb, nats, verdict, reached)
+        return bpb, verdict, reached
 
 
 @cache

@@ -209,16 +209,17 @@ def comparison(record: Record) -> str:
     if other is None:
         return "There is no previous row of this text, tokenizer and budget to compare with."
     scores = [run.score.bpb for run in runs]
-    result = other.compare(scores, statistics.fmean(run.nats_per_bpb for run in runs))
+    nats = statistics.fmean(run.nats_per_bpb for run in runs)
+    difference, verdict, _ = other.compare(scores, nats)
     bpb = statistics.fmean(scores)
     loss = statistics.fmean(run.score.loss for run in runs)
     other_loss = "-" if other.val_loss is None else f"{other.val_loss:.5f}"
     rows = [
         [f"this record (n={len(runs)})", f"{bpb:.5f}", f"{loss:.5f}"],
         [f"{other.name} (n={len(other.seeds) or '?'})", f"{other.val_bpb:.5f}", other_loss],
-        ["difference", f"{result.bpb:+.5f}", f"{result.nats:+.5f}"],
+        ["difference", f"{difference:+.5f}", f"{difference * nats:+.5f}"],
     ]
-    return markdown_table(["run", metric_of(runs), "nats/token"], rows) + f"\n\n{result.verdict}"
+    return markdown_table(["run", metric_of(runs), "nats/token"], rows) + f"\n\n{verdict}"
 
 
 def environment(run: RunLog) -> dict[str, str]:
@@ -296,9 +297,8 @@ def readme(record: Record, has_picture: bool) -> str:
 # ---- Folder
 
 
-def submission(record: Record) -> dict:
-    """Return submission.json, with the keys that accepted records use."""
-    runs = record.runs
+def submission(runs: list[RunLog]) -> dict:
+    """Return the figures of submission.json, with the keys that accepted records use."""
     bpb, loss = [run.score.bpb for run in runs], [run.score.loss for run in runs]
     before = [run.final("float") for run in runs]
     figures = {
@@ -327,17 +327,10 @@ def submission(record: Record) -> dict:
             result |= {"val_loss": None, "val_bpb": None}
 
     slowest = max(run.train_seconds for run in runs)
-    evaluated = max(
-        (run.eval_seconds for run in runs if run.eval_seconds is not None), default=None
-    )
+    spent = [run.eval_seconds for run in runs if run.eval_seconds is not None]
+    evaluated = max(spent, default=None)
     largest = max(run.bytes_total for run in runs)
     return {
-        "author": record.about.author,
-        "github_id": record.about.github_id,
-        "name": record.about.name,
-        "blurb": record.about.blurb,
-        "date": record.about.date,
-        "track": record.about.track,
         **figures,
         "seeds": [run.seed for run in runs],
         "seed_results": results,
@@ -384,8 +377,9 @@ def write_folder(record: Record, script: bytes, folder: Path) -> None:
     for run in record.runs:
         write_atomically(folder / f"train_seed{run.seed}.log", run.path.read_bytes())
     write_atomically(folder / "requirements.txt", requirements(record.runs[0]).encode())
-    paperwork = json.dumps(submission(record), indent=2) + "\n"
-    write_atomically(folder / "submission.json", paperwork.encode())
+    keys = ("author", "github_id", "name", "blurb", "date", "track")
+    about = {key: vars(record.about)[key] for key in keys} | submission(record.runs)
+    write_atomically(folder / "submission.json", (json.dumps(about, indent=2) + "\n").encode())
     has_picture = has_matplotlib()
     if has_picture:
         from plot import draw

@@ -131,7 +131,7 @@ class RunLog:
 
     @cached_property
     def knobs(self) -> dict[str, str]:
-        """Every setting stated, as text: the block of `  key: value` lines, or `key:value` words."""
+        """Every setting stated, as text: lines of `  key: value`, or `key:value` words."""
         block = dict(re.findall(STAMP + r"  ([a-z]\w*): ?(.*)$", self.text, re.M))
         return block or dict(SETTINGS.findall(self.text))
 
@@ -217,11 +217,7 @@ class RunLog:
 
     @cached_property
     def val(self) -> list[Point]:
-        """The validation curve.
-
-        The new dialect does not time it: its time is that of the training line before it, and at
-        the last step that of the end.
-        """
+        """The validation curve. Without a time of its own, that of the training line before."""
         rows, clock = [], 0.0
         for step, seconds, rest in self._steps:
             clock = clock if seconds is None else seconds
@@ -282,8 +278,7 @@ class RunLog:
     def final(self, *kinds: str) -> Final | None:
         """Return the last score of the first of these kinds that has one.
 
-        A score is often printed twice: its digits are those of the exact line, its time that of
-        the line that has one.
+        A score may be printed twice: digits are of the last line, seconds of the last with a time.
         """
         for kind in kinds:
             rows = [row for row in self.finals if row.kind == kind]
@@ -294,11 +289,7 @@ class RunLog:
 
     @property
     def score(self) -> Final | None:
-        """The number of the submission.
-
-        Of our own logs it is the last evaluation; of a stranger's, the last score of the kind that
-        comes latest.
-        """
+        """The number of the submission: our last evaluation, or a stranger's latest kind of it."""
         own = self.json_events.get("eval_summary")
         if own is None:
             return self.final("ttt", "sliding", "roundtrip")
@@ -320,7 +311,7 @@ class RunLog:
 
     @property
     def evaluation(self) -> dict[str, str]:
-        """How our own last evaluation was done: window, stride, world_size, ttt and its settings."""
+        """How our own last evaluation was done: window, stride, world_size, ttt and its knobs."""
         # An audit may follow the evaluation, and prints the same lines.
         end = max(self.text.rfind('{"event": "eval_summary"'), 0)
         pattern = r"^(?:sliding evaluation of \S+|trained_window:\S+) (.*)$"
@@ -366,25 +357,28 @@ class RunLog:
         return stated
 
 
+def shown(seconds: float | None) -> str:
+    """Return whole seconds, and ? where the log does not state them."""
+    return "?" if seconds is None else f"{seconds:.0f}"
+
+
 def summary(run: RunLog) -> str:
     """Return the closing table of run_8xh100.sh. Raises ConfigError where a stage has not ended."""
     for event in ("train_summary", "eval_summary"):
         require(event in run.json_events, f"{run.path}: no {event}: the stage has not ended")
     train = run.json_events["train_summary"]
     slide = run.json_events["eval_summary"]
-
-    def show(value: float | None) -> str:
-        return "PARTIAL, see the log" if value is None else f"{value:.4f}"
-
+    scores = [train["val_bpb_float"], train["val_bpb"], slide["val_bpb"]]
+    scores = ["PARTIAL, see the log" if bpb is None else f"{bpb:.4f}" for bpb in scores]
     scored = f"stride {slide['stride']}, {slide['target_tokens']:,} targets"
     if slide.get("ttt", "off") != "off":
         scored += ", test-time training"
     total = f"{train['bytes_total']:,} of {MAX_SUBMISSION_BYTES:,} bytes"
     trained = f"{train['train_seconds']:.1f} s in {train['steps']:,} steps"
     return f"""
-val_bpb before quantization   {show(train["val_bpb_float"])}
-val_bpb of the artifact       {show(train["val_bpb"])}
-val_bpb by sliding window     {show(slide["val_bpb"])}  ({scored})
+val_bpb before quantization   {scores[0]}
+val_bpb of the artifact       {scores[1]}
+val_bpb by sliding window     {scores[2]}  ({scored})
 code + model                  {train["bytes_code"]:,} + {train["bytes_model"]:,} = {total}
 training, evaluation          {trained}, {slide["eval_seconds"]:.1f} s
 log, artifact                 {run.path}, {train["artifact_path"]}"""
@@ -392,14 +386,10 @@ log, artifact                 {run.path}, {train["artifact_path"]}"""
 
 def one_line(run: RunLog) -> str:
     """Return what was understood of a log."""
-
-    def show(seconds: float | None) -> str:
-        return "? s" if seconds is None else f"{seconds:.0f} s"
-
     score = "no score" if run.score is None else f"{run.score.label} {run.score.bpb:.8f}"
     points = f"{len(run.train)} + {len(run.val)} points"
-    trained = f"{points}, {run.steps} steps in {show(run.train_seconds)}"
-    scored = f"{score} in {show(run.eval_seconds)}, {run.bytes_total} bytes"
+    trained = f"{points}, {run.steps} steps in {shown(run.train_seconds)} s"
+    scored = f"{score} in {shown(run.eval_seconds)} s, {run.bytes_total} bytes"
     return f"{run.path}: {run.dialect}, seed {run.seed}, {trained}, {scored}"
 
 
