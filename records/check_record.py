@@ -44,7 +44,7 @@ from make_record import (
 )
 from runlog import RunLog
 
-from train_gpt import MAX_SUBMISSION_BYTES, Refusal, require, run_entry_point
+from train_gpt import MAX_SUBMISSION_BYTES, ConfigError, require, run_entry_point
 
 PASS, REMARK, FAIL, UNKNOWN = "pass", "remark", "FAIL", "-"
 NUMERIC = (int, float)
@@ -77,7 +77,7 @@ class Folder:
         for log in reversed(logs_in(path)):
             try:
                 run = RunLog.read(log)
-            except Refusal as error:
+            except ConfigError as error:
                 unreadable.append(str(error))
                 continue
             if run.dialect != "unknown" or run.score:
@@ -462,7 +462,7 @@ def guarded(check: Callable[[Folder], Findings], folder: Folder) -> list[tuple[s
     found = []
     try:
         found += check(folder)
-    except Refusal:
+    except ConfigError:
         raise
     except Exception as error:
         found.append((FAIL, f"cannot be read: {type(error).__name__}: {error}"))

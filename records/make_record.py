@@ -24,17 +24,19 @@ import string
 import subprocess
 import tempfile
 import textwrap
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from common import ROOT, ArgumentParser, markdown_table
 from leaderboard import Baseline, find_baseline
 from runlog import RunLog
 
+from eval_sliding import EvalConfig
 from train_gpt import (
     LOADER_BYTES,
     MAX_SUBMISSION_BYTES,
     Hyperparameters,
+    knob_fields,
     pack_source,
     require,
     run_entry_point,
@@ -224,9 +226,10 @@ def comparison(record: Record) -> str:
 
 def environment(run: RunLog) -> dict[str, str]:
     """Return the variables that repeat a run: knobs off their default, and its evaluation's."""
-    defaults = {field.name: str(field.default) for field in fields(Hyperparameters)}
+    knobs = knob_fields(Hyperparameters) | knob_fields(EvalConfig)
+    defaults = {name: str(knob.default) for name, knob in knobs.items()}
     stated = {name: value for name, value in run.knobs.items() if name not in NOT_REPEATED}
-    stated |= {name: value for name, value in run.evaluation.items() if name.startswith("ttt")}
+    stated |= {name: value for name, value in run.evaluation.items() if name in defaults}
     stated["eval_stride"] = run.evaluation.get("stride", defaults["eval_stride"])
     window = run.evaluation.get("window", run.knobs["train_seq_len"])
     if window != run.knobs["train_seq_len"]:

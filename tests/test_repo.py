@@ -10,7 +10,8 @@ import pytest
 from common import markdown_table
 from runlog import RunLog
 
-import train_gpt
+from eval_sliding import EvalConfig
+from train_gpt import Hyperparameters, knob_fields
 
 ROOT = Path(__file__).resolve().parents[1]
 FOREIGN = {".venv", "logs"}
@@ -175,7 +176,7 @@ def test_eval_sliding_has_no_model_of_its_own_and_the_environment_is_read_in_mai
 
 
 def test_every_knob_is_read_somewhere_and_there_are_few():
-    knobs = list(train_gpt.Hyperparameters.__dataclass_fields__)
+    knobs = [*knob_fields(Hyperparameters), *knob_fields(EvalConfig)]
     text = "\n".join(read(path) for path in SHIPPED)
     assert len(knobs) <= 65
     assert [name for name in knobs if not re.search(rf"\.{name}\b", text)] == []
@@ -183,6 +184,6 @@ def test_every_knob_is_read_somewhere_and_there_are_few():
 
 def test_the_launcher_sets_only_knobs():
     names = re.findall(r"(?:^\s+|[;)] )default ([A-Z_]+) ", read(ROOT / "run_8xh100.sh"), re.M)
-    knobs = {name.upper() for name in train_gpt.Hyperparameters.__dataclass_fields__}
+    knobs = knob_fields(Hyperparameters) | knob_fields(EvalConfig)
     assert len(names) > 20
-    assert set(names) - knobs - {"PROFILE", "RUN_ID"} == set()
+    assert set(names) - {name.upper() for name in knobs} - {"PROFILE", "RUN_ID"} == set()
