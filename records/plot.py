@@ -174,7 +174,8 @@ def draw_curve(axes, panel: str, curve: Curve) -> None:
         plain["transform"] = offset_copy(axes.transData, axes.figure, x=8 * place, units="points")
         axes.plot([curve.end(panel)], [curve.score(row)], marker=marker, label=name, **plain)
 
-    timed = [(row.step, row.seconds) for row in curve.run.train if row.seconds is not None]
+    points = sorted(curve.run.train + curve.run.val, key=lambda point: point.step)
+    timed = [(point.step, point.seconds) for point in points if point.seconds is not None]
     for event in curve.run.events:
         seconds = np.interp(event.step, *zip(*timed, strict=True)) if timed else None
         place = curve.x(panel, event.step, seconds)

@@ -62,6 +62,9 @@ def test_one_run_over_steps_seconds_and_tokens():
     assert lines_of(panels[0], "clock")[0][0] == [400, 400]
     assert lines_of(panels[0], "LR restart")[0][0] == [300, 300]
     assert lines_of(panels[1], "recurrence on")[0][0] == pytest.approx([15.0, 15.0])
+    # Where training ended between its lines, the time is that of the validation.
+    ended = panels_of(plot.figure_of([run_of(new())], x="seconds"))[0]
+    assert lines_of(ended, "clock")[0][0] == pytest.approx([118.136, 118.136])
     rate = next(axes for axes in figure.axes if axes.get_ylabel() == "LR / peak")
     assert list(rate.lines[0].get_ydata()) == [1.0, 1.0, 0.4, 0.8, 0.1]
     label = f"float 1.9375, quantized 2.0000, sliding 1.9688   {MODEL + CODE:,} bytes"
