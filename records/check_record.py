@@ -51,7 +51,12 @@ NUMERIC = (int, float)
 FIFTH_DECIMAL = 2e-5  # a figure that is off by less was rounded, not made up
 NUMBERS = ("val_bpb", "val_loss", "bytes_total")  # that every accepted submission.json has
 TEXTS = ("author", "github_id", "name", "blurb", "date")
-SMOKE = {"ITERATIONS": "10", "TRAIN_BATCH_TOKENS": "4096", "TRAIN_SEQ_LEN": "256"}
+SMOKE = {
+    "VOCAB_SIZE": "1024",
+    "ITERATIONS": "10",
+    "TRAIN_BATCH_TOKENS": "4096",
+    "TRAIN_SEQ_LEN": "256",
+}
 SMOKE_SECONDS = 1800
 NEEDS_GPU = r"CUDA|NVIDIA driver"
 LEAKY_SHARDS = 1499  # of a preparation that trained on validation documents (upstream PR #2127)
@@ -384,60 +389,50 @@ def run_script(arguments: list[str], cwd: Path, env: dict[str, str]) -> tuple[in
     return done.returncode, out, last[:200]
 
 
-def unpack(packed: str) -> bytes:
-    """Return the source in a packed script, b"" where it cannot be unpacked."""
-    try:
-        return lzma.decompress(base64.b85decode(packed))
-    except (ValueError, lzma.LZMAError):
-        return b""
-
-
 def check_script(folder: Folder) -> Findings:
     """Check that Python 3.10 reads the script, and that it is what the logs print."""
     try:
         source = folder.script.read_text(encoding="utf-8")
         ast.parse(source, feature_version=(3, 10))
-    except (SyntaxError, ValueError) as error:
+        packed = re.search(r'b85decode\("([^"]+)"\)', source)
+        unpacked = lzma.decompress(base64.b85decode(packed[1])) if packed else b""
+    except (SyntaxError, ValueError, lzma.LZMAError) as error:
         yield FAIL, f"{folder.script.name}: {error}"
         return
-    packed = re.search(r'b85decode\("([^"]+)"\)', source)
-    digest = hashlib.sha256(unpack(packed[1])).hexdigest() if packed else None
+    digest = hashlib.sha256(unpacked).hexdigest()
     for run in folder.runs:
-        if digest and run.code_hashes and run.code_hashes != {digest}:
+        if packed and run.code_hashes and run.code_hashes != {digest}:
             yield FAIL, f"{run.path.name} ran another script than the one that is packed"
         elif not packed and run.source and run.source.strip() != source.strip():
             yield FAIL, f"{run.path.name} prints another script"
     yield PASS, "UTF-8, Python 3.10"
 
 
-def smoke_data(folder: Path, vocab_size: str) -> dict[str, str]:
+def smoke_data(folder: Path) -> dict[str, str]:
     """Make shards of made-up words and their tokenizer; return the variables that name them."""
     rng, documents = random.Random(0), []
-    for _ in range(160 + int(vocab_size) // 10):
+    for _ in range(160):
         words = ["".join(rng.choices(ascii_lowercase, k=rng.randint(2, 9))) for _ in range(200)]
         documents.append(json.dumps({"text": " ".join(words)}) + "\n")
     folder.mkdir()
     (folder / "words.jsonl").write_text("".join(documents))
     tool = [str(ROOT / "data" / "tokenize_docs.py"), "--train", "words.jsonl", "--output", "."]
-    tool += ["--num-val-docs", "4", "--train-tokenizer", vocab_size, "--name", "smoke"]
+    tool += ["--num-val-docs", "4", "--train-tokenizer", SMOKE["VOCAB_SIZE"], "--name", "smoke"]
     code, _, err = run_script(tool, folder, {})
     require(code == 0, err)
     return {
         "DATA_PATH": str(folder / "datasets" / "smoke"),
         "TOKENIZER_PATH": str(folder / "tokenizers" / "smoke_bpe.model"),
-        "VOCAB_SIZE": vocab_size,
     }
 
 
 def check_smoke(folder: Folder) -> Findings:
     """Run ten steps of the script in a copy of the folder alone; of our own, score the result."""
     ours = next((run for run in folder.runs if run.dialect == "ours"), None)
-    stated = [run.knobs.get("vocab_size", "") for run in folder.runs]
-    vocab_size = next((vocab for vocab in stated if vocab.isdigit()), "1024")
     with tempfile.TemporaryDirectory() as place:
         copy = shutil.copytree(folder.path, Path(place, "record"))
         env = environment(ours) | {"DTYPE": "float32"} if ours else {}
-        env |= smoke_data(Path(place, "data"), vocab_size) | SMOKE | {"RUN_ID": "smoke"}
+        env |= smoke_data(Path(place, "data")) | SMOKE | {"RUN_ID": "smoke"}
         code, out, err = run_script([folder.script.name], copy, env)
         if code or not re.search(r"^(?:step:)?10/10\b", out, re.M):
             yield UNKNOWN if re.search(NEEDS_GPU, err) else FAIL, err

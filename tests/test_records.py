@@ -379,7 +379,7 @@ EDITED = [  # file, pattern and replacement; None makes it a file of these bytes
     (LOG1, r"train_shards:\d+", "train_shards:1499", "configuration", FAIL, "train_shards 1499"),
     ("final.ptz", None, b"", "files", REMARK, "do not belong here: final.ptz"),
     (SCRIPT, "^import os$", "import os as", "syntax", FAIL, SCRIPT),
-    (SCRIPT, r'b85decode\("..', 'b85decode("00', "syntax", FAIL, "ran another script"),
+    (SCRIPT, r'b85decode\("..', 'b85decode("00', "syntax", FAIL, "train_gpt.py: "),
     (SCRIPT, r"\Z", "#", "bytes", FAIL, "bytes of code, the script has"),
     (SCRIPT, None, b"# \xff", "syntax", FAIL, "decode byte"),
 ]
@@ -425,10 +425,12 @@ def test_what_is_wrong_in_a_file_is_named(copy, name, pattern, replacement, chec
     assert_found(copy, check, severity, text)
 
 
-def test_a_log_twice_and_a_name_without_a_date_are_named(copy):
+def test_a_log_twice_and_another_script_and_a_name_without_a_date_are_named(copy):
     (copy / "train_seed3.log").write_text((copy / LOG2).read_text() + "again\n")
+    (copy / SCRIPT).write_bytes(make_record.pack_script(SOURCE + b"#"))
     folder = copy.rename(copy.with_name("my record"))
     assert_found(folder, "seeds", FAIL, "several logs of seed 2")
+    assert_found(folder, "syntax", FAIL, "ran another script")
     assert (REMARK, "my record: not named YYYY-MM-DD_Name") in problems(folder)["files"]
 
 
@@ -524,7 +526,10 @@ def test_the_command_line_prints_the_table_and_says_by_its_status_whether_all_ho
     lines = good.stdout.splitlines()
     assert lines[:2] == ["| check | finding | result |", "|---|---|---|"]
     assert all(line.startswith("| ") and line.endswith((" pass |", " - |")) for line in lines[2:])
-    assert "| smoke | ITERATIONS=10 TRAIN_BATCH_TOKENS=4096 TRAIN_SEQ_LEN=256 | pass |" in lines
+    assert (
+        "| smoke | VOCAB_SIZE=1024 ITERATIONS=10 TRAIN_BATCH_TOKENS=4096 TRAIN_SEQ_LEN=256 | pass |"
+        in lines
+    )
     assert "| smoke | final_sliding_window_exact val_loss" in good.stdout
     resubmit(copy, val_bpb=1.0)
     bad = run_in_process(check_record.main, {}, tmp_path, "--no-run", copy)
