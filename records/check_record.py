@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from string import ascii_lowercase
 
-from common import NUMBER, ROOT, ArgumentParser, markdown_table
+from common import NUMBER, ROOT, ArgumentParser, last_match, markdown_table
 from leaderboard import CHALLENGE_TARGETS, find_baseline, logs_in
 from make_record import (
     MAX_SECONDS,
@@ -144,8 +144,9 @@ def compare(name: str, stated: object, values: list[float | None], digits: int =
 
 def seed_of(run: RunLog) -> int | None:
     """Return the seed as the log says or, in logs that do not, as its file is named."""
-    named = re.search(r"(?:seed|train)_?(\d+)", run.path.stem)
-    return run.seed if run.seed is not None else int(named[1]) if named else None
+    if run.seed is not None:
+        return run.seed
+    return last_match(r"(?:seed|train)_?(\d+)", run.path.stem, int)
 
 
 # ---- Paperwork

@@ -127,7 +127,9 @@ class RunLog:
         if "train_summary" in self.json_events or "overrides: " in self.text:
             return "ours"
         space = last_match(STAMP + r"(?:step:)?\d+/\d+ train_loss:( ?)", self.text)
-        return {None: "unknown", "": "old", " ": "new"}[space]
+        if space is None:
+            return "unknown"
+        return "new" if space else "old"
 
     @cached_property
     def knobs(self) -> dict[str, str]:

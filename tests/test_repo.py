@@ -97,13 +97,13 @@ def test_the_table_of_the_routing_study_is_what_its_logs_give():
     base, lines = ablate.read_lines(study / "grid.txt")
     cells = []
     for name, (_, own) in lines.items():
-        logs = ablate.files_of(study, ablate.Cell(name, "", None, "off", {}))
+        logs = ablate.files_of(study, ablate.Cell(name, "", "off", {}))
         knobs = [ablate.events_of(log)["ablation"]["knobs"] for log in logs.values()]
         solved = "off" if name == next(iter(lines)) else own.get("SOLVE", "SHARED_DIM")
         asked = {k: v for k, v in (base | own).items() if k not in ("SCRIPT", "SOLVE", solved)}
         assert knobs, name
         assert all(asked.items() <= seed.items() for seed in knobs), name
-        cells.append(ablate.Cell(name, "", None, solved, knobs[0]))
+        cells.append(ablate.Cell(name, "", solved, knobs[0]))
     rows = ablate.compare(study, cells)
     assert ablate.table(rows) in read(study / "README.md")
     assert not any(row.note for row in rows)
