@@ -36,7 +36,14 @@ from huggingface_hub.utils.sha import git_hash, sha_fileobj
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tokenize_docs import MAX_JSON_BYTES, parse_manifest
 
-from train_gpt import Progress, Refusal, load_data_shard, require, run_entry_point, write_atomically
+from train_gpt import (
+    ConfigError,
+    Progress,
+    load_data_shard,
+    require,
+    run_entry_point,
+    write_atomically,
+)
 
 OFFICIAL_REPO = "willdepueoai/parameter-golf"
 THREADS = 4
@@ -50,7 +57,7 @@ def shard_flaw(path: Path) -> str | None:
     """Return what is wrong with the header or length of a shard, or None."""
     try:
         load_data_shard(path)
-    except Refusal as error:
+    except ConfigError as error:
         return str(error).removeprefix(f"{path}: ")
     return None
 
@@ -88,22 +95,22 @@ class RemoteFile:
 
 @contextlib.contextmanager
 def refuse_hub_errors(what: str) -> Iterator[None]:
-    """Turn whatever the hub or the network answers about `what` into a one-line Refusal."""
+    """Turn whatever the hub or the network answers about `what` into a one-line ConfigError."""
     try:
         yield
     except errors.HfHubHTTPError as error:
         status = error.response.status_code
         hint = NO_ACCESS if status in (401, 403, 404) else "try again in some minutes"
-        raise Refusal(f"{what}: HTTP {status}, {hint}") from error
+        raise ConfigError(f"{what}: HTTP {status}, {hint}") from error
     except (errors.HTTPError, errors.OfflineModeIsEnabled) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise Refusal(f"{what}: connection failed, {reason}; the next run goes on") from error
+        raise ConfigError(f"{what}: connection failed, {reason}; the next run goes on") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise Refusal(f"{what}: no Hugging Face hub answers like this: {error!r}") from error
+        raise ConfigError(f"{what}: no Hugging Face hub answers like this: {error!r}") from error
 
 
 class Hub:
-    """A dataset repository at its newest commit; raises Refusal if it cannot be listed."""
+    """A dataset repository at its newest commit; raises ConfigError if it cannot be listed."""
 
     def __init__(self, repo_id: str, prefix: str, endpoint: str | None):
         self.repo_id = repo_id
@@ -130,7 +137,7 @@ class Hub:
                     self.files[path] = RemoteFile(path, file.size, digest)
 
     def file(self, path: str) -> RemoteFile:
-        """Return the file at `path` below the prefix. Raises Refusal when there is none."""
+        """Return the file at `path` below the prefix. Raises ConfigError when there is none."""
         require(path in self.files, f"{self.repo_id} lacks {self.prefix}{path}")
         return self.files[path]
 
@@ -143,7 +150,7 @@ class Hub:
 
 
 def download_file(hub: Hub, file: RemoteFile, local: Path) -> None:
-    """Download `file` beside `local`, check it and rename it. Raises Refusal.
+    """Download `file` beside `local`, check it and rename it. Raises ConfigError.
 
     hf_hub_download would begin an interrupted file again, be it 200 MB of a shard or 48 GB of
     documents; http_get, which is below it, retries and appends.
@@ -158,7 +165,9 @@ def download_file(hub: Hub, file: RemoteFile, local: Path) -> None:
     flaw = file.flaw_of(partial)
     if flaw:
         partial.unlink()
-        raise Refusal(f"{hub.repo_id} {file.path} arrived damaged: {flaw}; the next run retries")
+        raise ConfigError(
+            f"{hub.repo_id} {file.path} arrived damaged: {flaw}; the next run retries"
+        )
     os.replace(partial, local)
 
 
@@ -168,11 +177,10 @@ def size_of(path: Path) -> int:
 
 
 def download_all(hub: Hub, files: list[RemoteFile], root: Path) -> None:
-    """Download `files` with a few threads; the first failure ends all of them. Raises Refusal."""
+    """Download `files` with a few threads; the first failure ends all of them."""
     total = sum(file.size for file in files)
-    progress = Progress("downloading", total)
-    # Its threads are daemons: nobody waits for their files after a failure or Ctrl-C.
-    with ThreadPool(THREADS) as pool:
+    # The pool's threads are daemons: after a failure or Ctrl-C nobody waits for their files.
+    with ThreadPool(THREADS) as pool, Progress("downloading", total) as progress:
         pending = [pool.apply_async(download_file, (hub, file, root / file.path)) for file in files]
         while pending:
             pending[0].wait(timeout=0.5)
@@ -185,7 +193,7 @@ def download_all(hub: Hub, files: list[RemoteFile], root: Path) -> None:
 
 
 def load_manifest(hub: Hub, path: Path, skip: bool) -> bytes:
-    """Return the repository's manifest, or the one at `path` if `skip`. Raises Refusal."""
+    """Return the repository's manifest, or the one at `path` if `skip`. Raises ConfigError."""
     if skip:
         require(path.is_file(), f"{path}: no such file, and --skip-manifest fetches none")
         require(path.stat().st_size <= MAX_JSON_BYTES, f"{path}: too many bytes for a manifest")
@@ -202,7 +210,7 @@ def load_manifest(hub: Hub, path: Path, skip: bool) -> bytes:
 
 
 def tokenizer_files(hub: Hub, entry: dict) -> list[RemoteFile]:
-    """Return the files of a tokenizer; its vocabulary may be missing. Raises Refusal."""
+    """Return the files of a tokenizer; its vocabulary may be missing. Raises ConfigError."""
     files = {}
     for key in ("model_path", "path", "vocab_path"):
         path = entry.get(key)
@@ -219,7 +227,7 @@ def tokenizer_files(hub: Hub, entry: dict) -> list[RemoteFile]:
 
 
 def select(hub: Hub, manifest: dict, name: str, train_shards: int) -> list[RemoteFile]:
-    """Return tokenizer, validation split and first training shards of `name`. Raises Refusal."""
+    """Return tokenizer, validation split and first training shards of `name`. Raises ConfigError."""
     datasets = {entry["name"]: entry for entry in manifest["datasets"]}
     tokenizers = {entry["name"]: entry for entry in manifest["tokenizers"]}
     known = ", ".join(datasets) or "no dataset"
@@ -230,7 +238,9 @@ def select(hub: Hub, manifest: dict, name: str, train_shards: int) -> list[Remot
         val_shards = int(entry["stats"]["files_val"])
         available = int(entry["stats"]["files_train"])
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise Refusal(f"{hub.repo_id}: incomplete manifest entry of {name}: {error!r}") from error
+        raise ConfigError(
+            f"{hub.repo_id}: incomplete manifest entry of {name}: {error!r}"
+        ) from error
     require(val_shards > 0, f"{hub.repo_id}: {name} has no validation shard")
     enough = 0 <= train_shards <= available
     require(enough, f"{hub.repo_id}: {train_shards} training shards of {name}, it has {available}")
@@ -248,26 +258,26 @@ def select(hub: Hub, manifest: dict, name: str, train_shards: int) -> list[Remot
 def missing_files(hub: Hub, wanted: list[RemoteFile], folder: Path, root: Path) -> list[RemoteFile]:
     """Return what is not there yet of `wanted`, after removing damaged shards.
 
-    Raises Refusal, before it removes any, if an intact file differs from the repository's.
+    Raises ConfigError, before it removes any, if an intact file differs from the repository's.
     """
     present = {root / file.path for file in wanted if (root / file.path).exists()}
     present = sorted(present | set(folder.glob("fineweb_*.bin")))
     copies, damaged, foreign = [], [], []
-    progress = Progress("checking", len(present))
-    for number, local in enumerate(present, 1):
-        file = hub.files.get(local.relative_to(root).as_posix())
-        if file and file.flaw_of(local) is None:
-            copies.append(file)
-        elif local.suffix == ".bin" and shard_flaw(local):
-            damaged.append(local)
-        else:
-            foreign.append(local)
-        progress.update(number, local.name)
+    with Progress("checking", len(present)) as progress:
+        for number, local in enumerate(present):
+            progress.update(number, local.name)
+            file = hub.files.get(local.relative_to(root).as_posix())
+            if file and file.flaw_of(local) is None:
+                copies.append(file)
+            elif local.suffix == ".bin" and shard_flaw(local):
+                damaged.append(local)
+            else:
+                foreign.append(local)
 
     if foreign:
         named = f"{foreign[0]} and {len(foreign) - 1} more" if foreign[1:] else foreign[0]
         advice = "delete or move what differs, or name another folder with --output"
-        raise Refusal(f"not what {hub.repo_id} has now: {named}; {advice}")
+        raise ConfigError(f"not what {hub.repo_id} has now: {named}; {advice}")
     for local in damaged:
         print(f"removing {local}, which is damaged", flush=True)
         local.unlink()
@@ -275,7 +285,7 @@ def missing_files(hub: Hub, wanted: list[RemoteFile], folder: Path, root: Path) 
 
 
 def download(args: argparse.Namespace, hub: Hub) -> None:
-    """Run the command line on a listed repository. Raises Refusal."""
+    """Run the command line on a listed repository. Raises ConfigError."""
     root = args.output
     name = f"fineweb10B_{args.variant}"
     folder = root / "datasets" / name
@@ -312,7 +322,7 @@ def download(args: argparse.Namespace, hub: Hub) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line; `argv` defaults to the process's own arguments. Raises Refusal."""
+    """Run the command line; `argv` defaults to the process's own arguments. Raises ConfigError."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

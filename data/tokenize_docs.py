@@ -11,6 +11,7 @@ in openai/parameter-golf. Shards move to their final names only when all of them
 """
 
 import argparse
+import collections
 import gzip
 import io
 import itertools
@@ -31,7 +32,7 @@ import zstandard
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_gpt
-from train_gpt import Progress, Refusal, require, run_entry_point, write_atomically
+from train_gpt import ConfigError, Progress, require, run_entry_point, write_atomically
 
 SPECIAL_IDS = (0, 1, 2, 3)  # of padding, BOS, EOS and unknown; the challenge's shards assume these
 SPACE_PIECE = "\u2581"
@@ -69,7 +70,7 @@ class Destination:
         return sorted([*train, *self.folder.glob("fineweb_val_*.bin")])
 
     def check_free(self, model: bytes | None = None) -> None:
-        """Raise Refusal if shards, or a tokenizer other than `model`, would be replaced unasked."""
+        """Refuse to replace shards, or a tokenizer other than `model`, unasked."""
         for name in (self.name, self.tokenizer_name):
             require(Path(name).name == name, f"{name!r} is not a plain folder or file name")
         if self.overwrite:
@@ -101,7 +102,7 @@ class SplitStats:
 
 
 def expand_inputs(paths: Iterable[Path]) -> list[Path]:
-    """Return files in reading order, a folder's .txt and .md files sorted. Raises Refusal."""
+    """Return files in reading order, a folder's .txt and .md files sorted. Raises ConfigError."""
     files: list[Path] = []
     for path in paths:
         require(path.exists(), f"{path}: no such file or folder")
@@ -147,19 +148,19 @@ def read_lines(raw: BinaryIO, suffix: str) -> Iterable[bytes]:
 
 
 def decode_utf8(data: bytes, where: str) -> str:
-    """Decode strict UTF-8 without the byte-order mark that Windows adds. Raises Refusal."""
+    """Decode strict UTF-8 without the byte-order mark that Windows adds. Raises ConfigError."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise Refusal(f"{where}: invalid UTF-8 at byte {error.start}") from error
+        raise ConfigError(f"{where}: invalid UTF-8 at byte {error.start}") from error
 
 
 def parse_line(line: bytes, where: str) -> str:
-    """Return the "text" of one JSON line. Raises Refusal naming `where`."""
+    """Return the "text" of one JSON line. Raises ConfigError naming `where`."""
     try:
         record = json.loads(decode_utf8(line, where))
     except (ValueError, RecursionError) as error:
-        raise Refusal(f"{where}: malformed JSON: {error}") from error
+        raise ConfigError(f"{where}: malformed JSON: {error}") from error
     require(isinstance(record, dict) and "text" in record, f'{where}: no "text" key')
     text = record["text"]
     kind = type(text).__name__
@@ -167,31 +168,36 @@ def parse_line(line: bytes, where: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise Refusal(f"{where}: invalid UTF-8: half of a surrogate pair") from error
+        raise ConfigError(f"{where}: invalid UTF-8: half of a surrogate pair") from error
     return text
 
 
+def parse_documents(path: Path, raw: BinaryIO) -> Iterator[str]:
+    """Yield the texts of one open file. Raises ConfigError naming file and line."""
+    if path.suffix.lower() in TEXT_SUFFIXES:
+        yield decode_utf8(raw.read(), str(path))
+        return
+    number = 0
+    try:
+        for number, line in enumerate(read_lines(raw, path.suffix), 1):
+            if line.strip():
+                yield parse_line(line, f"{path}:{number}")
+    except EOFError as error:
+        raise ConfigError(f"{path}:{number + 1}: truncated {path.suffix} file") from error
+    except DAMAGE as error:
+        raise ConfigError(f"{path}:{number + 1}: damaged {path.suffix} file: {error}") from error
+
+
 def read_documents(files: list[Path]) -> Iterator[str]:
-    """Yield the texts of all documents in order, one in memory at a time. Raises Refusal."""
-    progress = Progress("reading", sum(path.stat().st_size for path in files))
+    """Yield the texts of all documents in order, one in memory at a time. Raises ConfigError."""
     finished = 0
-    for path in files:
-        with open(path, "rb") as raw:
-            if path.suffix.lower() in TEXT_SUFFIXES:
-                yield decode_utf8(raw.read(), str(path))
-            else:
-                number = 0
-                try:
-                    for number, line in enumerate(read_lines(raw, path.suffix), 1):
-                        if line.strip():
-                            yield parse_line(line, f"{path}:{number}")
-                        progress.update(finished + raw.tell(), "bytes")
-                except EOFError as error:
-                    raise Refusal(f"{path}:{number + 1}: truncated {path.suffix} file") from error
-                except DAMAGE as error:
-                    raise Refusal(f"{path}:{number + 1}: damaged data: {error}") from error
-            finished += raw.tell()
-            progress.update(finished, "bytes")
+    with Progress("reading", sum(path.stat().st_size for path in files)) as progress:
+        for path in files:
+            with open(path, "rb") as raw:
+                for text in parse_documents(path, raw):
+                    yield text
+                    progress.update(finished + raw.tell(), path.name)
+            finished += path.stat().st_size
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
@@ -199,7 +205,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
 
     The trainer holds its text in memory. Equal texts give equal bytes. The settings are those of
     download_hf_docs_and_tokenize.py in openai/parameter-golf, with a hard limit of pieces and none
-    of length. Raises Refusal.
+    of length. Raises ConfigError.
     """
     failures: list[BaseException] = []
 
@@ -236,12 +242,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
         if failures:
             raise failures[0] from None
         reason = " ".join(str(error).rsplit("]", 1)[-1].split()) or "no text to learn from"
-        raise Refusal(f"cannot train a tokenizer of {vocab_size} pieces: {reason}") from error
+        raise ConfigError(f"cannot train a tokenizer of {vocab_size} pieces: {reason}") from error
     return model.getvalue()
 
 
 def load_tokenizer(model: bytes, name: str) -> sentencepiece.SentencePieceProcessor:
-    """Load a serialized model and check what shards and byte counts rely on. Raises Refusal."""
+    """Load a serialized model and check what shards and byte counts rely on. Raises ConfigError."""
     tokenizer = sentencepiece.SentencePieceProcessor()
     try:
         loaded = bool(model) and tokenizer.LoadFromSerializedProto(model)
@@ -318,7 +324,7 @@ def write_split(
     writer: ShardWriter,
     threads: int,
 ) -> SplitStats:
-    """Write every document as BOS + tokens. Raises Refusal when none has any text."""
+    """Write every document as BOS + tokens. Raises ConfigError when none has any text."""
     stats = SplitStats()
     for batch in batches(texts):
         encoded = tokenizer.encode(batch, add_bos=True, num_threads=threads)
@@ -343,7 +349,7 @@ def write_dataset(
     train_texts: Iterable[str],
     threads: int,
 ) -> dict[str, SplitStats]:
-    """Write tokenizer and shards of both splits; `val_texts` is read first. Raises Refusal.
+    """Write tokenizer and shards of both splits; `val_texts` is read first. Raises ConfigError.
 
     Nothing has its final name before all is complete, and no shard of an older dataset stays.
     """
@@ -370,7 +376,7 @@ def write_dataset(
 
 
 def parse_manifest(data: bytes, source: str) -> dict:
-    """Return a manifest with lists of named datasets and tokenizers. Raises Refusal."""
+    """Return a manifest with lists of named datasets and tokenizers. Raises ConfigError."""
     what = f"{source}: not a manifest of datasets and tokenizers"
     try:
         manifest = json.loads(data)
@@ -378,14 +384,14 @@ def parse_manifest(data: bytes, source: str) -> dict:
         # What is nested too deeply to be written again is to fail before the work.
         json.dumps(manifest, indent=2)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise Refusal(f"{what}: {error!r}") from error
+        raise ConfigError(f"{what}: {error!r}") from error
     for name in names:
         require(isinstance(name, str) and name.isprintable(), f"{what}: the name {name!r}")
     return manifest
 
 
 def read_manifest(path: Path) -> dict:
-    """Return the manifest at `path`, with empty lists when there is none. Raises Refusal."""
+    """Return the manifest at `path`, with empty lists when there is none. Raises ConfigError."""
     if not path.exists():
         return {"datasets": [], "tokenizers": []}
     readable = path.is_file() and path.stat().st_size <= MAX_JSON_BYTES
@@ -477,14 +483,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def tokenize(args: argparse.Namespace) -> None:
-    """Run the command line. Raises Refusal."""
+    """Run the command line. Raises ConfigError."""
     train_files = expand_inputs(args.train)
     val_files = expand_inputs(args.val or [])
 
     # A file of both splits would be trained on and then scored.
-    resolved = [path.resolve() for path in train_files + val_files]
-    for path in resolved:
-        require(resolved.count(path) == 1, f"{path}: given twice; a file belongs to one split")
+    counts = collections.Counter(path.resolve() for path in train_files + val_files)
+    path, count = counts.most_common(1)[0]
+    require(count == 1, f"{path}: given {count} times; a file belongs to one split, once")
 
     model_name = args.tokenizer.stem if args.tokenizer else f"{args.name}_bpe"
     destination = Destination(
@@ -518,7 +524,7 @@ def tokenize(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line; `argv` defaults to the process's own arguments. Raises Refusal."""
+    """Run the command line; `argv` defaults to the process's own arguments. Raises ConfigError."""
     tokenize(parse_arguments(argv))
 
 
