@@ -6,13 +6,7 @@
   MATCHED_FINEWEB_REPO_ID=kevclark/parameter-golf python data/cached_challenge_fineweb.py \\
       --variant sp8192                                    from another dataset repository
 
-MATCHED_FINEWEB_REMOTE_ROOT_PREFIX is the repository's folder that holds manifest.json (datasets;
-may be empty). HF_TOKEN opens private and gated repositories; HF_ENDPOINT is another hub.
-
-Every run compares what is there with the repository, by size and checksum, and fetches the rest.
-Interrupted downloads go on where they stopped, and a file has its final name only when its checksum
-and its shard header are right. Damaged shards are fetched again. Intact files that differ from the
-repository's are never touched: the run names them and ends, as shards must not be mixed.
+HF_TOKEN, HF_ENDPOINT and MATCHED_FINEWEB_REMOTE_ROOT_PREFIX are explained in data/README.md.
 """
 
 import argparse
@@ -87,10 +81,6 @@ class RemoteFile:
     def partial(self, local: Path) -> Path:
         """Return where the download to `local` collects; a changed file has another name."""
         return local.with_name(f".{local.name}.{self.digest[:16]}.partial")
-
-    def arrived(self, root: Path) -> int:
-        """Return how many bytes an unfinished download to `root` has."""
-        return size_of(self.partial(root / self.path))
 
 
 @contextlib.contextmanager
@@ -181,14 +171,15 @@ def download_all(hub: Hub, files: list[RemoteFile], root: Path) -> None:
     total = sum(file.size for file in files)
     # The pool's threads are daemons: after a failure or Ctrl-C nobody waits for their files.
     with ThreadPool(THREADS) as pool, Progress("downloading", total) as progress:
-        pending = [pool.apply_async(download_file, (hub, file, root / file.path)) for file in files]
+        jobs = [(hub, file, root / file.path) for file in files]
+        pending = [pool.apply_async(download_file, job) for job in jobs]
         while pending:
             pending[0].wait(timeout=0.5)
             for result in pending:
                 if result.ready():
                     result.get()
             pending = [result for result in pending if not result.ready()]
-            arrived = sum(size_of(root / file.path) or file.arrived(root) for file in files)
+            arrived = sum(size_of(path) or size_of(file.partial(path)) for _, file, path in jobs)
             progress.update(arrived, f"{arrived / 1e9:.2f} of {total / 1e9:.2f} GB")
 
 
@@ -216,10 +207,9 @@ def tokenizer_files(hub: Hub, entry: dict) -> list[RemoteFile]:
         path = entry.get(key)
         if not path:
             continue
-        # A manifest must not place files elsewhere; what is no text may be too deep for a repr.
-        shown = repr(path) if isinstance(path, str | int) else type(path).__name__
-        plain = isinstance(path, str) and re.fullmatch(r"tokenizers(/\w[\w.-]*)+", path, re.ASCII)
-        require(bool(plain), f"{hub.repo_id}: a tokenizer at {shown}, not below tokenizers/")
+        # A manifest must not place files elsewhere.
+        inside = re.fullmatch(r"tokenizers(/\w[\w.-]*)+", str(path), re.ASCII)
+        require(bool(inside), f"{hub.repo_id}: a tokenizer at {path!r}, not below tokenizers/")
         if key != "vocab_path" or path in hub.files:
             files[path] = hub.file(path)
     require(bool(files), f"{hub.repo_id}: no file of the tokenizer {entry['name']} in its manifest")
@@ -227,7 +217,7 @@ def tokenizer_files(hub: Hub, entry: dict) -> list[RemoteFile]:
 
 
 def select(hub: Hub, manifest: dict, name: str, train_shards: int) -> list[RemoteFile]:
-    """Return tokenizer, validation split and first training shards of `name`. Raises ConfigError."""
+    """Return tokenizer, validation and first training shards of `name`. Raises ConfigError."""
     datasets = {entry["name"]: entry for entry in manifest["datasets"]}
     tokenizers = {entry["name"]: entry for entry in manifest["tokenizers"]}
     known = ", ".join(datasets) or "no dataset"
@@ -238,9 +228,7 @@ def select(hub: Hub, manifest: dict, name: str, train_shards: int) -> list[Remot
         val_shards = int(entry["stats"]["files_val"])
         available = int(entry["stats"]["files_train"])
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise ConfigError(
-            f"{hub.repo_id}: incomplete manifest entry of {name}: {error!r}"
-        ) from error
+        raise ConfigError(f"{hub.repo_id}: bad manifest entry of {name}: {error!r}") from error
     require(val_shards > 0, f"{hub.repo_id}: {name} has no validation shard")
     enough = 0 <= train_shards <= available
     require(enough, f"{hub.repo_id}: {train_shards} training shards of {name}, it has {available}")
@@ -303,7 +291,7 @@ def download(args: argparse.Namespace, hub: Hub) -> None:
     missing = missing_files(hub, wanted, folder, root)
     for file in wanted:
         (root / file.path).parent.mkdir(parents=True, exist_ok=True)
-    needed = sum(file.size - file.arrived(root) for file in missing)
+    needed = sum(file.size - size_of(file.partial(root / file.path)) for file in missing)
     free = shutil.disk_usage(folder).free
     amounts = f"needs {needed / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free"
     require(needed <= free, f"{folder}: the download {amounts}")

@@ -192,8 +192,8 @@ def make_sample(output: Path, packages: list[Package], processes: int) -> None:
     texts = validation.values(), training.values()
     stats = tokenize_docs.write_dataset(sample, model, *texts, processes)
     write_atomically(stamp, complete().encode())
-    for split, part in stats.items():
-        print(part.line(split))
+    for split, counts in stats.items():
+        print(tokenize_docs.summary(split, counts))
     print(f"wrote {sample.folder} and {sample.model_path}")
 
 

@@ -43,7 +43,7 @@ TEXT_SUFFIXES = (".txt", ".md")
 DAMAGE = (gzip.BadGzipFile, zlib.error, lzma.LZMAError, zstandard.ZstdError)
 CHUNK_BYTES = 1 << 18
 MAX_JSON_BYTES = 1 << 20  # of a manifest; as Python objects, text takes up to 50 times its size
-BATCH_CHARS = 1 << 20  # enough work for every thread of one encode call, and little memory
+BATCH_DOCS = 64  # enough work for every thread of one encode call, and little memory
 
 
 @dataclass(frozen=True)
@@ -82,23 +82,13 @@ class Destination:
             require(same, f"{self.model_path} is another tokenizer; --overwrite replaces it")
 
 
-@dataclass
-class SplitStats:
-    """Totals of one split; `text_bytes` is UTF-8 before SentencePiece normalises it."""
-
-    documents: int = 0
-    empty: int = 0
-    tokens: int = 0
-    text_bytes: int = 0
-    files: int = 0
-
-    def line(self, split: str) -> str:
-        """Return one line for people, tokens per byte included."""
-        return (
-            f"{split}: {self.documents:,} documents ({self.empty:,} empty ones skipped), "
-            f"{self.tokens:,} tokens, {self.text_bytes:,} bytes of text, "
-            f"{self.tokens / max(self.text_bytes, 1):.4f} tokens/byte, {self.files:,} shard(s)"
-        )
+def summary(split: str, counts: collections.Counter) -> str:
+    """Return one line for people; text is counted before SentencePiece normalises it."""
+    return (
+        f"{split}: {counts['docs']:,} documents ({counts['empty']:,} empty ones skipped), "
+        f"{counts['tokens']:,} tokens, {counts['bytes']:,} bytes of text, "
+        f"{counts['tokens'] / counts['bytes']:.4f} tokens/byte, {counts['files']:,} shard(s)"
+    )
 
 
 def expand_inputs(paths: Iterable[Path]) -> list[Path]:
@@ -138,15 +128,6 @@ def zstd_lines(raw: BinaryIO) -> Iterator[bytes]:
     yield rest
 
 
-def read_lines(raw: BinaryIO, suffix: str) -> Iterable[bytes]:
-    """Return the lines of `raw`, decompressed by the suffix of its name."""
-    if suffix == ".gz":
-        return gzip.open(raw)
-    if suffix == ".xz":
-        return lzma.open(raw)
-    return zstd_lines(raw) if suffix == ".zst" else raw
-
-
 def decode_utf8(data: bytes, where: str) -> str:
     """Decode strict UTF-8 without the byte-order mark that Windows adds. Raises ConfigError."""
     try:
@@ -177,9 +158,11 @@ def parse_documents(path: Path, raw: BinaryIO) -> Iterator[str]:
     if path.suffix.lower() in TEXT_SUFFIXES:
         yield decode_utf8(raw.read(), str(path))
         return
+
+    open_lines = {".gz": gzip.open, ".xz": lzma.open, ".zst": zstd_lines}.get(path.suffix)
     number = 0
     try:
-        for number, line in enumerate(read_lines(raw, path.suffix), 1):
+        for number, line in enumerate(open_lines(raw) if open_lines else raw, 1):
             if line.strip():
                 yield parse_line(line, f"{path}:{number}")
     except EOFError as error:
@@ -207,21 +190,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
     download_hf_docs_and_tokenize.py in openai/parameter-golf, with a hard limit of pieces and none
     of length. Raises ConfigError.
     """
-    failures: list[BaseException] = []
-
-    def sentences() -> Iterator[str]:
-        # The trainer drops a document for one NUL, and of an exception it keeps only the text.
-        try:
-            for text in texts:
-                yield text.replace("\0", " ")
-        except (Exception, KeyboardInterrupt) as error:
-            failures.append(error)
-            raise
-
+    # The trainer drops a whole document for one NUL.
+    sentences = [text.replace("\0", " ") for text in texts]
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=sentences(),
+            sentence_iterator=iter(sentences),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -239,8 +213,6 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
             minloglevel=2,
         )
     except RuntimeError as error:
-        if failures:
-            raise failures[0] from None
         reason = " ".join(str(error).rsplit("]", 1)[-1].split()) or "no text to learn from"
         raise ConfigError(f"cannot train a tokenizer of {vocab_size} pieces: {reason}") from error
     return model.getvalue()
@@ -270,17 +242,18 @@ def load_tokenizer(model: bytes, name: str) -> sentencepiece.SentencePieceProces
 
 
 class ShardWriter:
-    """Packs one split into shards of `shard_tokens`; a document may continue in the next shard."""
+    """Packs one split into shards and counts; a document may continue in the next shard."""
 
     def __init__(self, folder: Path, split: str, shard_tokens: int):
         self.folder = folder
         self.split = split
         self.shard = np.zeros(HEADER_TOKENS + shard_tokens, dtype="<u2")
         self.end = HEADER_TOKENS
-        self.files = 0
+        self.counts = collections.Counter()
 
     def add(self, tokens: np.ndarray) -> None:
         """Append (n,) token ids, writing every shard that becomes full."""
+        self.counts["tokens"] += len(tokens)
         while len(tokens):
             taken = tokens[: len(self.shard) - self.end]
             self.shard[self.end : self.end + len(taken)] = taken
@@ -294,28 +267,12 @@ class ShardWriter:
         count = self.end - HEADER_TOKENS
         if not count:
             return
-        self.shard[:HEADER_TOKENS].view("<i4")[:3] = (
-            train_gpt.SHARD_MAGIC,
-            train_gpt.SHARD_VERSION,
-            count,
-        )
-        path = self.folder / f"fineweb_{self.split}_{self.files:06d}.bin"
+        header = (train_gpt.SHARD_MAGIC, train_gpt.SHARD_VERSION, count)
+        self.shard[:HEADER_TOKENS].view("<i4")[:3] = header
+        path = self.folder / f"fineweb_{self.split}_{self.counts['files']:06d}.bin"
         write_atomically(path, self.shard[: self.end].tobytes())
         self.end = HEADER_TOKENS
-        self.files += 1
-
-
-def batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Yield consecutive texts, about BATCH_CHARS characters at a time."""
-    batch, chars = [], 0
-    for text in texts:
-        batch.append(text)
-        chars += len(text)
-        if chars >= BATCH_CHARS:
-            yield batch
-            batch, chars = [], 0
-    if batch:
-        yield batch
+        self.counts["files"] += 1
 
 
 def write_split(
@@ -323,23 +280,22 @@ def write_split(
     tokenizer: sentencepiece.SentencePieceProcessor,
     writer: ShardWriter,
     threads: int,
-) -> SplitStats:
+) -> collections.Counter:
     """Write every document as BOS + tokens. Raises ConfigError when none has any text."""
-    stats = SplitStats()
-    for batch in batches(texts):
+    counts = writer.counts
+    texts = iter(texts)
+    while batch := list(itertools.islice(texts, BATCH_DOCS)):
         encoded = tokenizer.encode(batch, add_bos=True, num_threads=threads)
         for text, ids in zip(batch, encoded, strict=True):
             if len(ids) == 1:
-                stats.empty += 1
+                counts["empty"] += 1
                 continue
-            stats.documents += 1
-            stats.tokens += len(ids)
-            stats.text_bytes += len(text.encode())
+            counts["docs"] += 1
+            counts["bytes"] += len(text.encode())
             writer.add(np.array(ids, dtype="<u2"))
     writer.flush()
-    stats.files = writer.files
-    require(stats.documents > 0, f"the {writer.split} split has no document with text")
-    return stats
+    require(counts["docs"] > 0, f"the {writer.split} split has no document with text")
+    return counts
 
 
 def write_dataset(
@@ -348,7 +304,7 @@ def write_dataset(
     val_texts: Iterable[str],
     train_texts: Iterable[str],
     threads: int,
-) -> dict[str, SplitStats]:
+) -> dict[str, collections.Counter]:
     """Write tokenizer and shards of both splits; `val_texts` is read first. Raises ConfigError.
 
     Nothing has its final name before all is complete, and no shard of an older dataset stays.
@@ -400,7 +356,7 @@ def read_manifest(path: Path) -> dict:
 
 
 def write_manifest(
-    destination: Destination, stats: dict[str, SplitStats], vocab_size: int, inputs: dict
+    destination: Destination, stats: dict[str, collections.Counter], vocab_size: int, inputs: dict
 ) -> None:
     """Add dataset and tokenizer to the manifest, in the challenge's keys; other entries stay."""
     name, tokenizer_name = destination.name, destination.tokenizer_name
@@ -411,10 +367,10 @@ def write_manifest(
     shared["recommended_bigram_vocab_size"] = -(-vocab_size // 128) * 128 * 5
 
     totals = {}
-    for unit, counter in (("docs", "documents"), ("files", "files"), ("tokens", "tokens")):
+    for unit in ("docs", "files", "tokens"):
         for split in ("train", "val"):
-            totals[f"{unit}_{split}"] = vars(stats[split])[counter]
-        totals[f"{unit}_total"] = totals[f"{unit}_train"] + totals[f"{unit}_val"]
+            totals[f"{unit}_{split}"] = stats[split][unit]
+        totals[f"{unit}_total"] = stats["train"][unit] + stats["val"][unit]
 
     tokenizer = {"name": tokenizer_name, "kind": kind, **shared, "source_spec": spec}
     tokenizer["model_path"] = f"tokenizers/{tokenizer_name}.model"
@@ -482,8 +438,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def tokenize(args: argparse.Namespace) -> None:
-    """Run the command line. Raises ConfigError."""
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line; `argv` defaults to the process's own arguments. Raises ConfigError."""
+    args = parse_arguments(argv)
     train_files = expand_inputs(args.train)
     val_files = expand_inputs(args.val or [])
 
@@ -518,14 +475,9 @@ def tokenize(args: argparse.Namespace) -> None:
     stats = write_dataset(destination, model, val_texts, train_texts, args.threads)
     inputs = {"train": [str(p) for p in args.train], "val": [str(p) for p in args.val or []]}
     write_manifest(destination, stats, vocab_size, inputs)
-    for split, part in stats.items():
-        print(part.line(split))
+    for split, counts in stats.items():
+        print(summary(split, counts))
     print(f"wrote {destination.folder} and {destination.model_path}")
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Run the command line; `argv` defaults to the process's own arguments. Raises ConfigError."""
-    tokenize(parse_arguments(argv))
 
 
 if __name__ == "__main__":

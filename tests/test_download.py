@@ -309,12 +309,6 @@ def test_a_file_that_is_not_as_stated_never_gets_a_final_name(flaw, run, hub, co
     assert files_below(tmp_path / "out") == expected(content, 1)
 
 
-def test_a_shard_that_the_repository_lacks_is_named_before_anything_is_fetched(run, hub, tmp_path):
-    del hub.repositories[REPO][f"datasets/{TRAIN % 2}"]
-    assert_refused(run(3), f"{REPO} lacks datasets/{TRAIN % 2}")
-    assert files_below(tmp_path / "out") == {}
-
-
 def test_a_full_disk_is_refused_before_the_first_shard(run, hub, tmp_path, monkeypatch):
     hub.sizes[f"datasets/{TRAIN % 0}"] = 5_000_000_000
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=4_990_000_000))
@@ -342,7 +336,8 @@ def test_skip_manifest_uses_the_local_one(run, hub, content, tmp_path):
         (b"{", ("not a manifest",)),
         (b'{"datasets": [{}]}', ("not a manifest",)),
         (b"[" * 99_999, ("not a manifest",)),
-        (manifest_bytes().replace(b"stats", b"other"), ("incomplete manifest entry", "stats")),
+        (b"[" * 1_048_577, ("a manifest of 1,048,577 bytes",)),
+        (manifest_bytes().replace(b"stats", b"other"), ("bad manifest entry", "stats")),
         (manifest_bytes(model_path="tokenizers/../../x"), ("not below tokenizers/",)),
         (manifest_bytes(model_path=["x"]), ("not below tokenizers/",)),
         (manifest_bytes(model_path=""), ("no file of the tokenizer",)),
@@ -371,11 +366,10 @@ def test_files_are_fetched_at_the_same_time_and_the_first_failure_ends_all(run, 
 def test_the_token_goes_to_the_hub_alone_and_into_no_message(run, hub, content, tmp_path):
     hub.token = "hf_secret"
     assert_refused(run(1), REPO, "HTTP 401", "HF_TOKEN")
-    for token in ("hf_wrong", "hf_wrong\x00", "hf_wrong\u0416"):
-        if "\x00" not in token:  # which no environment variable can hold
-            result = run(1, HF_TOKEN=token)
-            assert_refused(result, "HF_TOKEN")
-            assert "hf_wrong" not in result.err
+    for token in ("hf_wrong", "hf_wrong\u0416", "hf_wrong\x7f"):  # the last two are no headers
+        result = run(1, HF_TOKEN=token)
+        assert_refused(result, "HF_TOKEN")
+        assert "hf_wrong" not in result.err
     ok(run(1, HF_TOKEN="hf_secret"))
     assert files_below(tmp_path / "out") == expected(content, 1)
     assert hub.tokens_elsewhere == [None] * 3
