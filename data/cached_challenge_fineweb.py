@@ -331,6 +331,8 @@ def main(argv: list[str] | None = None) -> None:
     require(bool(named), f"MATCHED_FINEWEB_REPO_ID={repo_id}: expected owner/name")
     prefix = os.environ.get("MATCHED_FINEWEB_REMOTE_ROOT_PREFIX", "datasets").strip("/")
     endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or None
+    url = re.fullmatch(r"https?://[\w.-]+(:\d+)?(/\S*)?", endpoint or "https://default", re.ASCII)
+    require(bool(url), f"HF_ENDPOINT={endpoint}: expected https://host")
     download(args, Hub(repo_id, prefix, endpoint))
 
 

@@ -189,8 +189,8 @@ def make_sample(output: Path, packages: list[Package], processes: int) -> None:
 
     # The stamp is written last, and says that everything else is there.
     stamp.unlink(missing_ok=True)
-    texts = validation.values(), training.values()
-    stats = tokenize_docs.write_dataset(sample, model, *texts, processes)
+    texts = {"val": validation.values(), "train": training.values()}
+    stats = tokenize_docs.write_dataset(sample, model, texts, processes)
     write_atomically(stamp, complete().encode())
     for split, counts in stats.items():
         print(tokenize_docs.summary(split, counts))

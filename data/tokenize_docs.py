@@ -99,8 +99,7 @@ def expand_inputs(paths: Iterable[Path]) -> list[Path]:
         if not path.is_dir():
             files.append(path)
             continue
-        found = [file for file in path.rglob("*") if file.suffix.lower() in TEXT_SUFFIXES]
-        found = sorted(file for file in found if file.is_file())
+        found = sorted(p for p in path.rglob("*") if p.suffix.lower() in TEXT_SUFFIXES)
         require(bool(found), f"{path}: no .txt or .md file in this folder")
         files += found
     return files
@@ -242,7 +241,7 @@ def load_tokenizer(model: bytes, name: str) -> sentencepiece.SentencePieceProces
 
 
 class ShardWriter:
-    """Packs one split into shards and counts; a document may continue in the next shard."""
+    """Packs one split into shards, and counts; a document may continue in the next shard."""
 
     def __init__(self, folder: Path, split: str, shard_tokens: int):
         self.folder = folder
@@ -250,6 +249,22 @@ class ShardWriter:
         self.shard = np.zeros(HEADER_TOKENS + shard_tokens, dtype="<u2")
         self.end = HEADER_TOKENS
         self.counts = collections.Counter()
+
+    def encode(
+        self, texts: Iterable[str], tokenizer: sentencepiece.SentencePieceProcessor, threads: int
+    ) -> None:
+        """Write every document that has any text as BOS + tokens."""
+        texts = iter(texts)
+        while batch := list(itertools.islice(texts, BATCH_DOCS)):
+            encoded = tokenizer.encode(batch, add_bos=True, num_threads=threads)
+            for text, ids in zip(batch, encoded, strict=True):
+                if len(ids) == 1:
+                    self.counts["empty"] += 1
+                    continue
+                self.counts["docs"] += 1
+                self.counts["bytes"] += len(text.encode())
+                self.add(np.array(ids, dtype="<u2"))
+        self.flush()
 
     def add(self, tokens: np.ndarray) -> None:
         """Append (n,) token ids, writing every shard that becomes full."""
@@ -275,37 +290,10 @@ class ShardWriter:
         self.counts["files"] += 1
 
 
-def write_split(
-    texts: Iterable[str],
-    tokenizer: sentencepiece.SentencePieceProcessor,
-    writer: ShardWriter,
-    threads: int,
-) -> collections.Counter:
-    """Write every document as BOS + tokens. Raises ConfigError when none has any text."""
-    counts = writer.counts
-    texts = iter(texts)
-    while batch := list(itertools.islice(texts, BATCH_DOCS)):
-        encoded = tokenizer.encode(batch, add_bos=True, num_threads=threads)
-        for text, ids in zip(batch, encoded, strict=True):
-            if len(ids) == 1:
-                counts["empty"] += 1
-                continue
-            counts["docs"] += 1
-            counts["bytes"] += len(text.encode())
-            writer.add(np.array(ids, dtype="<u2"))
-    writer.flush()
-    require(counts["docs"] > 0, f"the {writer.split} split has no document with text")
-    return counts
-
-
 def write_dataset(
-    destination: Destination,
-    model: bytes,
-    val_texts: Iterable[str],
-    train_texts: Iterable[str],
-    threads: int,
+    destination: Destination, model: bytes, texts: dict[str, Iterable[str]], threads: int
 ) -> dict[str, collections.Counter]:
-    """Write tokenizer and shards of both splits; `val_texts` is read first. Raises ConfigError.
+    """Write tokenizer and shards; return the counts of each split of `texts`. Raises ConfigError.
 
     Nothing has its final name before all is complete, and no shard of an older dataset stays.
     """
@@ -316,9 +304,11 @@ def write_dataset(
     stats = {}
     try:
         staging.mkdir(parents=True)
-        for split, texts in (("val", val_texts), ("train", train_texts)):
+        for split, documents in texts.items():
             writer = ShardWriter(staging, split, destination.shard_tokens)
-            stats[split] = write_split(texts, tokenizer, writer, threads)
+            writer.encode(documents, tokenizer, threads)
+            stats[split] = writer.counts
+            require(stats[split]["docs"] > 0, f"the {split} split has no document with text")
         write_atomically(destination.model_path, model)
         destination.folder.mkdir(exist_ok=True)
         # Old shards go first: an interruption here may leave few shards, never mixed ones.
@@ -424,9 +414,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     val("--num-val-docs", type=positive_int, metavar="N", help="instead: the first N of --train")
     tokenizer = parser.add_mutually_exclusive_group(required=True).add_argument
     tokenizer("--tokenizer", type=Path, metavar="MODEL", help="SentencePiece model to reuse")
-    tokenizer(
-        "--train-tokenizer", type=positive_int, metavar="PIECES", help="instead: train a new one"
-    )
+    tokenizer("--train-tokenizer", type=positive_int, metavar="PIECES", help="instead: a new one")
     add("--tokenizer-train-docs", type=positive_int, metavar="N", help="on the first N documents")
     output = Path(__file__).resolve().parent
     add("--output", type=Path, default=output, metavar="FOLDER", help="default: %(default)s")
@@ -472,7 +460,8 @@ def main(argv: list[str] | None = None) -> None:
     val_texts = read_documents(val_files)
     if args.num_val_docs:
         val_texts = itertools.islice(train_texts, args.num_val_docs)
-    stats = write_dataset(destination, model, val_texts, train_texts, args.threads)
+    texts = {"val": val_texts, "train": train_texts}
+    stats = write_dataset(destination, model, texts, args.threads)
     inputs = {"train": [str(p) for p in args.train], "val": [str(p) for p in args.val or []]}
     write_manifest(destination, stats, vocab_size, inputs)
     for split, counts in stats.items():
