@@ -2,7 +2,7 @@
 # Train, export and score in one command; prints one summary and exits non-zero if a stage fails.
 #
 #   bash run_8xh100.sh                    8 GPUs: the record profile, 600 s. 1, 2 or 4 GPUs: the same batch and compute
-#                                         by gradient accumulation. No GPU: the cpu profile, under 6 minutes on 2 cores.
+#                                         by gradient accumulation. No GPU: the cpu profile, minutes on 2 cores.
 #   PROFILE=smoke bash run_8xh100.sh      the whole chain in under a minute on 2 cores
 #   SEED=42 MU=off bash run_8xh100.sh     any knob of train_gpt.py; what you set beats the profile
 #   SEEDS="1337 42 2025" RECORD_ARGS='--name MyIdea --author "A. Name"' bash run_8xh100.sh
@@ -15,24 +15,25 @@
 set -euo pipefail
 
 die() { echo "error: $*" >&2; exit 2; }
+say() { echo "== $*"; }
 default() { [[ -n ${!1+set} ]] || export "$1=$2"; }  # the user's environment wins
 
 # Leaves in $PYTHON an interpreter that has everything the requirement files name; makes .venv, once, if there is none.
 setup() {
-  local modules=$1 skip='^$' flags=() stamp
+  local modules=$1 skip='^$' options=(--clear) stamp
   shift
   PYTHON=$(command -v python3 || command -v python) || die "no python3 on PATH"
   "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || die "$PYTHON is older than Python 3.10"
   if "$PYTHON" -c "import $modules" 2>/dev/null; then return; fi
   # An installed torch, which may be the only one that fits the driver, is kept and completed.
-  if "$PYTHON" -c 'import torch' 2>/dev/null; then skip='^torch==' flags=(--system-site-packages); fi
+  if "$PYTHON" -c 'import torch' 2>/dev/null; then skip='^torch==' options+=(--system-site-packages); fi
   stamp=.venv/installed-$(cat "$@" | cksum | cut -d ' ' -f 1)
   if [[ ! -f $stamp ]]; then
-    echo "setting up .venv from $* (once)"
+    say "setting up .venv from $*, once: minutes, if torch is among what is missing"
     if [[ ! -x .venv/bin/pip ]]; then
-      "$PYTHON" -m venv --clear "${flags[@]}" .venv || die "cannot make .venv; on Debian: apt-get install python3-venv"
+      "$PYTHON" -m venv "${options[@]}" .venv || die "cannot make .venv; on Debian: apt-get install python3-venv"
     fi
-    cat "$@" | grep -v "$skip" | .venv/bin/python -m pip install --quiet --disable-pip-version-check -r /dev/stdin ||
+    cat "$@" | grep -v "$skip" | .venv/bin/python -m pip install --disable-pip-version-check -r /dev/stdin ||
       die "pip could not install $*"
     touch "$stamp"
   fi
@@ -58,7 +59,6 @@ set_profile() {
       default MAX_WALLCLOCK_SECONDS 60
       default LOOP_PASSES 1  # seconds bind here, not bytes
       default PARALLEL_START_LAYER 3
-      default GPTQ_RESERVE_SECONDS 4
       default QK_GAIN_INIT 2
       default MATRIX_LR 0.03
       default EMBED_LR 0.05
@@ -87,7 +87,6 @@ set_profile() {
       default LOOP_END 1
       default PARALLEL_START_LAYER 1
       default ITERATIONS 40
-      default WARMUP_STEPS 0
       default GPTQ_BATCHES 8
       default EVAL_STRIDE 64
       ;;
@@ -96,8 +95,8 @@ set_profile() {
 }
 
 pick_profile() {
-  local gpus=0 argument
-  if [[ ${DEVICE:-auto} != cpu ]]; then gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())'); fi
+  local gpus argument
+  gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')  # none if CUDA_VISIBLE_DEVICES is empty
   for NPROC in 8 4 2 1; do if ((NPROC <= gpus)); then break; fi; done
   NODES=1 NODE_RANK=
   for argument in "$@"; do
@@ -124,6 +123,7 @@ pick_data() {
     if [[ -f $name ]]; then default TOKENIZER_PATH "$name"; fi
   elif [[ ! -d data/datasets/fineweb10B_sp${VOCAB_SIZE:-8192} ]]; then
     [[ ${VOCAB_SIZE:-1024} == 1024 ]] || die "no data/datasets/fineweb10B_sp$VOCAB_SIZE, and the sample has VOCAB_SIZE=1024"
+    say "making the sample, as there is no data/datasets/fineweb10B_sp${VOCAB_SIZE:-8192}"
     "$PYTHON" data/make_sample.py
     export VOCAB_SIZE=1024 DATA_PATH=data/datasets/sample_sp1024
     default TOKENIZER_PATH data/tokenizers/sample_1024_bpe.model
@@ -155,15 +155,17 @@ launch() {
 }
 
 train_and_score() {
-  echo "profile $PROFILE, $NODES x $NPROC process(es), data ${DATA_PATH:-data/datasets/fineweb10B_sp${VOCAB_SIZE:-8192}}, run $RUN_ID"
+  say "training: profile $PROFILE, $NODES x $NPROC process(es)," \
+    "data ${DATA_PATH:-data/datasets/fineweb10B_sp${VOCAB_SIZE:-8192}}, run $RUN_ID"
   launch train_gpt.py
+  say "scoring logs/$RUN_ID.ptz by sliding window"
   launch eval_sliding.py "logs/$RUN_ID.ptz"
   if ((${NODE_RANK:-0} == 0)); then "$PYTHON" records/runlog.py --summary "logs/$RUN_ID.txt"; fi
 }
 
 # What make_record.py would refuse after hours of training is refused before. Leaves its arguments in $RECORD.
 plan_record() {
-  local commit words
+  local commit words word
   commit=$(git describe --always --dirty 2>/dev/null) || commit=unknown-dirty
   [[ $commit != *-dirty || ${RECORD_ARGS:-} == *--allow-commit* ]] ||
     die "SEEDS makes a record, and this tree is not a clean commit; commit first, or RECORD_ARGS='... --allow-commit'"
@@ -171,7 +173,8 @@ plan_record() {
     die "SEEDS=$SEEDS: expected different numbers with a space between them"
   words=$("$PYTHON" -c 'import shlex, sys; print(*shlex.split(sys.argv[1]), sep="\n")' "${RECORD_ARGS:---name TokenRouted}" 2>/dev/null) ||
     die "RECORD_ARGS=$RECORD_ARGS: a quote is not closed"
-  mapfile -t RECORD <<<"$words"
+  RECORD=()
+  while IFS= read -r word; do RECORD+=("$word"); done <<<"$words"
   if [[ $PROFILE == record ]]; then RECORD+=(--track 10min_16mb); fi
   "$PYTHON" records/make_record.py --dry-run "${RECORD[@]}"
 }
@@ -179,7 +182,9 @@ plan_record() {
 make_record() {
   local logs=() seed said
   for seed in $SEEDS; do logs+=("logs/${group}_seed$seed.txt"); done
+  say "auditing ${logs[0]%.txt}.ptz"
   "$PYTHON" eval_sliding.py --audit "${logs[0]%.txt}.ptz"
+  say "making the records folder and checking it"
   said=$("$PYTHON" records/make_record.py "${RECORD[@]}" --logs "${logs[@]}")
   echo "$said"
   "$PYTHON" records/check_record.py "${said##*$'\n'}"
@@ -191,9 +196,9 @@ main() {
   # Relative to where the user stands, not to the repository.
   if [[ -n ${DATA_PATH:-} ]]; then
     [[ -d $DATA_PATH ]] || die "DATA_PATH=$DATA_PATH: no such folder"
-    DATA_PATH=$(realpath "$DATA_PATH")
+    DATA_PATH=$(cd "$DATA_PATH" && pwd)
   fi
-  if [[ -n ${TOKENIZER_PATH:-} ]]; then TOKENIZER_PATH=$(realpath -m "$TOKENIZER_PATH"); fi
+  if [[ -n ${TOKENIZER_PATH:-} && $TOKENIZER_PATH != /* ]]; then TOKENIZER_PATH=$PWD/$TOKENIZER_PATH; fi
   cd "$(dirname "${BASH_SOURCE[0]}")"
   if (($#)); then [[ -n ${RUN_ID:-} ]] || die "torchrun arguments need a RUN_ID, the same on every node"; fi
   if [[ -n ${SEEDS:-} ]]; then
