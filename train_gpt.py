@@ -47,7 +47,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 MAX_SUBMISSION_BYTES = 16_000_000  # code + compressed model, decimal
-LOADER_BYTES = 1_194  # of LOADER in records/make_record.py, which unpacks a record's code
+LOADER_BYTES = 1_194  # of records/record_loader.txt, which unpacks a record's code
 LOG_FOLDER = Path("logs")  # of logs, artifacts and checkpoints, below the working directory
 SIGNALS = (signal.SIGINT, signal.SIGTERM)  # end a run in good order
 BOS_ID = 1  # starts every document of a shard
@@ -152,8 +152,8 @@ class ModelConfig:
 class Hyperparameters:
     """Every knob of a training: env var FOO sets field foo, here or in `model`.
 
-    Booleans are 0 or 1. The defaults are the 8xH100 record. Schedules go by the fraction of the budget that is used: of
-    the wall-clock cap if there is one, else of the steps.
+    Booleans are 0 or 1. The defaults are the 8xH100 record. Schedules go by the fraction of the
+    budget that is used: of the wall-clock cap if there is one, else of the steps.
     """
 
     model: ModelConfig = ModelConfig()
