@@ -25,15 +25,10 @@ from train_gpt import (
     SCALES,
     ZSTD,
     Hyperparameters,
-    ModelConfig,
     QuantizedTensor,
-    budget_table,
     compress,
-    decompress,
     dry_run,
-    entropy_bytes,
     fit,
-    knob_fields,
     load_artifact,
     pack,
     quantize,
@@ -41,12 +36,14 @@ from train_gpt import (
     role_of,
     stored_parts,
     submission_bytes,
-    submission_source,
     write_atomically,
 )
 
 CPU = torch.device("cpu")
-CHOICES = {name: f.metadata.get("choices") for name, f in knob_fields(ModelConfig).items()}
+CHOICES = {
+    name: f.metadata.get("choices")
+    for name, f in train_gpt.knob_fields(train_gpt.ModelConfig).items()
+}
 DENSE = {"routing": "dense", "mu": "off", "num_layers": 1}
 EVERY_ROLE = {"routing": "learned", "mu": "full"}
 ONE_CODE = 2 ** (1 / 8)  # from one scale to the next
@@ -76,13 +73,14 @@ def test_there_are_256_scales_an_eighth_of_an_octave_apart():
     assert torch.equal(quantized.dequantize(), expected)
 
 
-RULES = [
+RULES = [  # bits, k, std and outlier of the weights
     (6, 12.85, 0.02, 0.0),
     (6, 12.85, 1e-4, 30.0),
     (6, 1.0, 1.0, 0.0),
     (8, 12.85, 1.0, 1e3),
     (8, 0.0, 1e-4, 0.0),
-    (4, 3.0, 0.02, 30.0),
+    (7, 3.0, 0.02, 30.0),
+    (2, 1.0, 0.02, 3.0),
 ]
 
 
@@ -96,7 +94,7 @@ def test_a_scale_is_what_k_asks_for_or_what_the_largest_weight_needs(bits, clip,
     scale = quantized.scale()
     error = (quantized.dequantize() - weight).abs()
     assert (error <= scale * (0.5 + 1e-4 * levels)).all()
-    assert quantized.symbols.abs().max() <= levels
+    assert levels >= quantized.symbols.abs().max() >= (0.9 * levels if outlier else 1)
 
     largest = weight.abs().amax(-1, keepdim=True)
     typical = clip * weight.std(-1, correction=0, keepdim=True) / levels
@@ -116,31 +114,16 @@ def test_a_weight_that_just_fits_gets_the_scale_that_it_fits():
     assert torch.equal(larger.int(), codes.int() + 1)
 
 
-@pytest.mark.parametrize("bits", [2, 5, 6, 7, 8])
-def test_symbols_use_the_whole_range_of_their_bits_and_no_more(bits):
-    levels = 2 ** (bits - 1) - 1
-    symbols = quantize_tensor(rows_of(0.02, 256), bits, clip=2.5).symbols
-    assert (symbols.min(), symbols.max()) == (-levels, levels)
-    assert len(symbols.unique()) > 1.3 * levels
-
-
 @pytest.mark.parametrize("clip", [8.0, 12.85, 20.0])
 def test_k_sets_the_entropy_of_the_symbols_and_the_bytes_are_near_it(clip):
     symbols = quantize_tensor(rows_of(0.02, 256, 1024), 6, clip).symbols
     gaussian = 0.5 * math.log2(2 * math.pi * math.e)
     assert entropy_bits(symbols) == pytest.approx(gaussian - math.log2(clip / 31), abs=0.1)
-    floor = entropy_bytes([symbols])
+    floor = train_gpt.entropy_bytes([symbols])
     assert floor == pytest.approx(entropy_bits(symbols) * symbols.numel() / 8)
     for fast in (False, True):
         size = len(compress(symbols.numpy().tobytes(), fast)[1])
         assert 0.999 * floor < size < 1.03 * floor
-
-
-def test_entropy_of_special_symbols():
-    for values, bits in ([0] * 64, 0), ([-127, 127] * 32, 1), ([*range(-32, 32)], 6), ([], 0):
-        symbols = torch.tensor(values, dtype=torch.int8)
-        assert entropy_bytes([symbols]) == pytest.approx(bits * len(values) / 8)
-    assert entropy_bytes([torch.zeros(8, dtype=torch.float16)]) == 16
 
 
 def test_zero_rows_are_exact_and_rows_know_nothing_of_each_other():
@@ -203,18 +186,6 @@ def test_every_tensor_has_one_rule(mode):
         for part, right in pairs:
             assert part.dtype == right.dtype
             assert torch.equal(part, right), name
-
-
-def test_a_factor_multiplies_every_k_and_no_vector():
-    hp = tiny_hp(**EVERY_ROLE, matrix_clip=100.0, embed_clip=100.0)  # no outlier decides
-    state = make_model(hp, noise=0.02).state_dict()
-    plain = quantize(hp, state)[0]
-    for factor, codes in ((0.125, -24), (2.0, 8), (4.0, 16)):
-        scaled = quantize(hp, state, factor)[0]
-        for name, tensor in plain.items():
-            if isinstance(tensor, QuantizedTensor):
-                shift = 0 if role_of(name) == "vector" else codes
-                assert torch.equal(scaled[name].row_codes.int(), tensor.row_codes.int() + shift)
 
 
 @pytest.mark.parametrize("name", ["mu_init", "skip_weights", "blocks.0.attn.gate"])
@@ -307,30 +278,13 @@ def test_any_symbols_and_scales_come_back(tmp_path, vectors, levels):
     assert_restored(tmp_path / "a.ptz", tensors)
 
 
-def test_a_matrix_fills_a_stream_of_its_own_and_the_small_ones_share_theirs():
-    hp = tiny_hp(**EVERY_ROLE)
-    tensors, _ = quantize(hp, make_model(hp).state_dict())
-    data, sizes = pack(hp.model, tensors, SHA)
-    assert pack(hp.model, tensors, SHA) == (data, sizes)
-    pieces = Pieces.of(data)
-    alone = [n for n in tensors if role_of(n) in ("embedding", "matrix", "expert", "mu_matrix")]
-    assert set(pieces.streams) == {*alone, "vector", "scales", "float16", "table"}
-    expected = Counter(header=len(data) - len(pieces.body))
-    for name, stream in pieces.streams.items():
-        if name in alone:
-            assert stream == compress(tensors[name].symbols.numpy().tobytes())[1]
-        expected[role_of(name) if name in alone else name] += len(stream)
-    assert sizes == expected
-    assert set(pieces.header) == {"model", "tokenizer_sha256", "storage", "streams"}
-
-
 def test_every_codec_returns_what_it_got_and_the_smaller_is_taken(monkeypatch):
     skewed = quantize_tensor(rows_of(0.02), 6, 12.85).symbols.numpy().tobytes()
     for payload in (skewed, b""):
         assert compress(payload)[0] == BROTLI
         assert compress(payload, fast=True)[0] == ZSTD
         for codec, data in (compress(payload), compress(payload, fast=True)):
-            assert decompress(data, codec, len(payload), Path("x")) == payload
+            assert train_gpt.decompress(data, codec, len(payload), Path("x")) == payload
     monkeypatch.setattr(brotli, "compress", lambda data, **options: 2 * data)
     assert compress(skewed) == compress(skewed, fast=True)
 
@@ -354,7 +308,7 @@ def test_a_missing_codec_is_named_and_the_other_still_works(tmp_path, monkeypatc
 
 
 def test_a_submission_may_have_every_byte_below_the_cap():
-    code = len(pack_script(submission_source()))
+    code = len(pack_script(train_gpt.submission_source()))
     free = MAX_SUBMISSION_BYTES - code
     assert MAX_SUBMISSION_BYTES == 16_000_000
     assert submission_bytes(tiny_hp(), free - 1, "artifact") == (code, 15_999_999)
@@ -397,11 +351,13 @@ def medium():
     return hp, state, fit(hp, state, SHA, fast=True)
 
 
-def test_without_a_target_k_stays_as_given(medium):
+def test_k_stays_as_given_without_a_target_and_has_an_end(medium):
     hp, state, fitted = medium
     tensors, _ = quantize(hp, state)
     assert fitted.factor == 1.0
     assert (fitted.artifact, fitted.sizes) == pack(hp.model, tensors, SHA, fast=True)
+    generous = with_room(hp, 10 * len(fitted.artifact))
+    assert fit(generous, state, SHA, fast=True).factor == 1 / 8  # the finest
 
 
 @pytest.mark.parametrize(
@@ -419,19 +375,13 @@ def test_the_artifact_is_about_a_thousandth_below_the_target(tmp_path, medium, f
     assert_restored(tmp_path / "a.ptz", quantize(hp, state, fitted.factor)[0])
 
 
-def test_a_generous_target_gets_the_finest_quantization(medium):
-    hp, state, plain = medium
-    fitted = fit(with_room(hp, 10 * len(plain.artifact)), state, SHA, fast=True)
-    assert fitted.factor == 1 / 8
-
-
 def test_a_target_out_of_reach_is_refused_with_what_to_shrink(medium):
     hp, state, _ = medium
     coarsest = len(pack(hp.model, quantize(hp, state, 4.0)[0], SHA, fast=True)[0])
     assert fit(with_room(hp, coarsest), state, SHA, fast=True).factor <= 4
     missing = 1 + coarsest // 1000
     tight = with_room(hp, coarsest - missing)
-    message = refusal(lambda: fit(tight, state, SHA, fast=True))
+    message = refusal(fit, tight, state, SHA, None, True)
     assert message.startswith(f"TARGET_BYTES={tight.target_bytes}: {missing:,} bytes too large")
     assert "MODEL_DIM=96" in message
     assert "NUM_LAYERS=2" in message
@@ -439,7 +389,7 @@ def test_a_target_out_of_reach_is_refused_with_what_to_shrink(medium):
 
 def test_the_budget_has_every_role_its_bytes_and_its_entropy(medium):
     _, state, fitted = medium
-    header, *lines, total = budget_table(fitted).splitlines()
+    header, *lines, total = train_gpt.budget_table(fitted).splitlines()
     assert header.split() == ["role", "weights", "bytes", "bits/weight", "entropy", "floor"]
     assert re.fullmatch(rf"total +{len(fitted.artifact):,}  \(k x 1\.0000\)", total)
     table = {}
@@ -471,13 +421,7 @@ def test_a_dry_run_foretells_the_size(routing):
     assert expected == pytest.approx(actual, rel=0.1)
     wider = medium_hp(routing=routing, shared_dim=512)
     assert len(dry_run(wider, make_model(wider)).artifact) > 1.05 * actual
-
-
-def test_a_dry_run_keeps_the_target():
-    hp = with_room(medium_hp(), 120_000)
-    assert 0.999 * 120_000 <= len(dry_run(hp, make_model(hp)).artifact) <= 120_000
-    hopeless = with_room(hp, 1000)
-    assert refusal(dry_run, hopeless, make_model(hp)).startswith("TARGET_BYTES=")
+    assert "TARGET_BYTES=" in refusal(dry_run, with_room(hp, 1000), model)
 
 
 # ---- Files ---------------------------------------------------------------------------------------
@@ -504,7 +448,7 @@ def test_a_failed_write_keeps_the_old_content_and_leaves_nothing_behind(
     if failing == "open":
         monkeypatch.setattr(train_gpt, "open", full_disk, raising=False)
     elif failing == "full":
-        path.with_name(f".file.bin.{os.getpid()}.tmp").symlink_to("/dev/full")
+        (tmp_path / f".file.bin.{os.getpid()}.tmp").symlink_to("/dev/full")
     else:
         monkeypatch.setattr(train_gpt.os, failing, full_disk)
     message = refusal(write_atomically, path, b"new content")

@@ -275,21 +275,6 @@ def test_an_unknown_token_has_no_bytes_and_parts_the_text_as_a_document_would(pl
     assert counted(sp, [stream]) == [sum(len(sp.decode(part).encode()) for part in parts)]
 
 
-def test_each_piece_has_its_own_bytes():
-    sp = processor(tiny_tokenizer())
-    letter = sp.piece_to_id("a")
-    for i in range(sp.vocab_size()):
-        piece = sp.id_to_piece(i)
-        found = [int(token_bytes(sp, np.array([before, i])).sum()) for before in (letter, BOS)]
-        if i < 4:
-            assert found == [0, 0]
-        elif piece.startswith("<0x"):
-            assert found == [1, 1]
-        else:
-            text = piece.replace("\u2581", " ")
-            assert found == [len(text.encode()), len(text.removeprefix(" ").encode())]
-
-
 def test_spaces_inside_a_piece_count_and_operators_of_a_lossless_transform_do_not():
     texts = ["of the people by the people"] * 50
     sp = trained(texts, vocab_size=30, split_by_whitespace=False, add_dummy_prefix=False)

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import brotli
-import numpy as np
 import pytest
 import tokenize_docs
 import torch
@@ -32,14 +31,11 @@ from helpers_cli import (
     write_shard,
 )
 from helpers_hostile import (
-    CASE_SECONDS,
     SHA,
     Pieces,
     good_artifact,
     refusal,
-    seal,
     shapes_of,
-    time_limit,
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -47,21 +43,13 @@ from hypothesis import strategies as st
 import eval_sliding
 import train_gpt
 from train_gpt import (
-    ARTIFACT_VERSION,
+    BROTLI,
     MAX_HEADER_BYTES,
-    MAX_SUBMISSION_BYTES,
-    MAX_WEIGHTS,
-    SHARD_MAGIC,
-    SHARD_VERSION,
-    ConfigError,
-    ModelConfig,
+    ZSTD,
     TokenLoader,
     ValData,
-    knob_fields,
-    layout,
     load_artifact,
     load_tokenizer,
-    role_of,
 )
 
 MIB = 1 << 20
@@ -74,104 +62,19 @@ fuzz = settings(
 )
 
 # ---- Damaged artifacts ---------------------------------------------------------------------------
-# A damage changes the pieces of a good artifact in place, or returns the bytes of a file; all of
-# these but `raw` and `flipped` come with the right checksum.
-
-Damage = Callable[[Pieces], bytes | None]
+# A damage changes the pieces of a good artifact in place, or returns the bytes of a file. The
+# checksum is right in all but the first few.
 
 
-def damaged(damage: Damage) -> bytes:
+def damaged(damage: Callable[[Pieces], object]) -> bytes:
     """Return the good artifact after a damage."""
     pieces = Pieces.of(good_artifact()[1])
     content = damage(pieces)
-    return seal(pieces.text, pieces.body) if content is None else content
+    return content if isinstance(content, bytes) else pieces.seal()
 
 
-def raw(change: Callable[[bytes], bytes]) -> Damage:
-    return lambda pieces: change(seal(pieces.text, pieces.body))
-
-
-def flipped(position: int) -> Damage:
-    return raw(lambda data: data[:position] + bytes([data[position] ^ 4]) + data[position + 1 :])
-
-
-def sealed(**changes: object) -> Damage:
-    return lambda pieces: seal(pieces.text, pieces.body, **changes)
-
-
-def text(content: bytes) -> Damage:
-    """Put other bytes in the place of the header."""
-    return lambda pieces: seal(content, pieces.body)
-
-
-def body(change: Callable[[bytes], bytes]) -> Damage:
-    return lambda pieces: seal(pieces.text, change(pieces.body))
-
-
-def header(**values: object) -> Damage:
-    return lambda pieces: pieces.header.update(values)
-
-
-def without(name: str) -> Damage:
-    return lambda pieces: pieces.header.__delitem__(name)
-
-
-def knob(**values: object) -> Damage:
-    return lambda pieces: pieces.header["model"].update(values)
-
-
-def entry(*value: object) -> Damage:
-    """Declare another codec and size of the first stream, or something else."""
-    return lambda pieces: pieces.header["streams"].__setitem__(0, value)
-
-
-def sizes(first: int, second: int) -> Damage:
-    """Add to the declared sizes of the first two streams."""
-
-    def damage(pieces: Pieces) -> None:
-        pieces.header["streams"][0][1] += first
-        pieces.header["streams"][1][1] += second
-
-    return damage
-
-
-def letter(name: str, kind: str) -> Damage:
-    """Give one tensor another storage."""
-
-    def damage(pieces: Pieces) -> None:
-        storage = list(pieces.header["storage"])
-        storage[list(shapes_of(good_artifact()[0].model)).index(name)] = kind
-        pieces.header["storage"] = "".join(storage)
-
-    return damage
-
-
-def packed(name: str, codec: int, content: bytes) -> Damage:
-    """Replace the compressed bytes of a stream, rightly declared."""
-    return lambda pieces: pieces.put(name, codec, content)
-
-
-def payload(name: str, change: Callable[[bytes], bytes], codec: int = 1) -> Damage:
-    """Change what a stream unpacks to, and compress it again."""
-
-    def damage(pieces: Pieces) -> None:
-        content = change(zstandard.ZstdDecompressor().decompress(pieces.streams[name]))
-        pack = zstandard.compress if codec == 1 else brotli.compress
-        pieces.put(name, codec, pack(content))
-
-    return damage
-
-
-def as_it_is(content: bytes) -> bytes:
-    return content
-
-
-def without_end(content: bytes) -> bytes:
-    return content[:-1]
-
-
-def with_one_more(content: bytes) -> bytes:
-    return content + b"\0"
+def flipped(data: bytes, position: int) -> bytes:
+    return data[:position] + bytes([data[position] ^ 4]) + data[position + 1 :]
 
 
 def repeated(unit: bytes, size: int) -> bytes:
@@ -180,84 +83,86 @@ def repeated(unit: bytes, size: int) -> bytes:
 
 
 EXPERTS = 4
+LARGEST = {"num_layers": 256, "loop_passes": 16, "loop_start": 0, "loop_end": 255}
+LARGEST |= {"num_experts": 256, "vocab_size": 65_536, "model_dim": 65_536, "expert_dim": 65_536}
 NOT_FINITE = struct.pack("<e", math.nan)
 ABSURD_FRAME = b"\x28\xb5\x2f\xfd" + b"\xe0" + struct.pack("<Q", 1 << 55) + b"\x01\x00\x00"
 ARTIFACTS = [
-    ("empty", raw(lambda data: b""), "too short or too long"),
-    ("cut_in_half", raw(lambda data: data[: len(data) // 2]), "the checksum does not match"),
-    ("one_byte_long", raw(with_one_more), "the checksum does not match"),
-    ("bit_of_the_magic", flipped(0), "not an artifact"),
-    ("bit_of_the_length", flipped(11), "the checksum does not match"),
-    ("bit_of_the_header", flipped(60), "the checksum does not match"),
-    ("bit_of_a_stream", flipped(2000), "the checksum does not match"),
-    ("zip_file", sealed(magic=b"PK\3\4\0\0\0\0"), "not an artifact"),
-    ("older", sealed(version=3), f"version 3, this trainer reads {ARTIFACT_VERSION}"),
-    ("no_header", sealed(length=0), "bad header"),
-    ("header_beyond_the_file", sealed(length=2**32 - 1), "a header of 4,294,967,295 bytes"),
-    ("header_into_the_streams", sealed(length=MAX_HEADER_BYTES), "bad header"),
-    ("not_json", text(b"{"), "bad header"),
-    ("not_utf8", text(b"\xff\xfe\xfd"), "bad header"),
-    ("list", text(b"[]"), "bad header"),
-    ("nested", text(b"[" * 60_000), "bad header"),
-    ("huge_number", text(b'{"model":' + b"9" * 5000 + b"}"), "bad header"),
-    ("no_model", without("model"), "bad header"),
-    ("no_knob", header(model={}), "bad header"),
-    ("no_streams", without("streams"), "bad header"),
-    ("model_is_a_list", header(model=[1]), "bad header"),
-    ("word_for_int", knob(num_layers="2"), "NUM_LAYERS='2': expected int"),
-    ("float_for_int", knob(num_layers=2.0), "NUM_LAYERS=2.0: expected int"),
-    ("null", knob(model_dim=None), "MODEL_DIM=None"),
-    ("unknown_word", knob(routing="random"), "ROUTING='random': expected one of"),
-    ("line_break", knob(routing="zipf\n"), r"ROUTING='zipf\n'"),
-    ("nan", knob(qk_gain_init=math.nan), "QK_GAIN_INIT=nan"),
-    ("zero_layers", knob(num_layers=0), "NUM_LAYERS=0"),
-    ("heads", knob(num_heads=5), "NUM_HEADS=5"),
-    ("grouped_router", knob(dispatch="grouped"), "DISPATCH=grouped"),
-    ("endless_window", knob(train_seq_len=65_537), "TRAIN_SEQ_LEN=65537"),
-    ("beyond_64_bits", knob(model_dim=1 << 70), "MODEL_DIM="),
-    ("too_large_a_model", knob(shared_dim=65_536, model_dim=65_536), "too large a model"),
-    ("too_many_experts", knob(num_experts=256, expert_dim=65_536), "too large a model"),
-    ("tensors_of_other_mu", knob(mu="pid"), "storage of"),
-    ("one_layer_less", knob(num_layers=1, loop_passes=1), "storage of"),
-    ("other_width", knob(shared_dim=40), "does not unpack to"),
-    ("fewer_experts", knob(num_experts=3), "does not unpack to"),
-    ("storage_empty", header(storage=""), "storage of 0 tensors"),
-    ("storage_unknown", letter("tok_emb.weight", "x"), "cannot be stored as 'x'"),
-    ("matrix_as_float16", letter("blocks.0.attn.c_k.weight", "h"), "cannot be stored as 'h'"),
-    ("table_as_symbols", letter("expert_table", "q"), "cannot be stored as 'q'"),
-    ("vector_as_float16", letter("skip_weights", "h"), "does not unpack to"),
-    ("float16_as_vector", letter("mu_init", "q"), "does not unpack to"),
-    ("streams_number", header(streams=5), "bad header"),
-    ("entry_of_three", entry(1, 2, 3), "bad header"),
-    ("size_huge", entry(1, 1 << 62), "its streams do not fill it"),
-    ("size_infinite", entry(1, math.inf), "bad header"),
-    ("size_word", entry(1, "x\ny"), "bad header"),
-    ("size_too_large", sizes(1, 0), "its streams do not fill it"),
-    ("size_negative", sizes(-(10**6), 10**6), "its streams do not fill it"),
-    ("sizes_shifted", sizes(1, -1), "damaged"),
-    ("codec_unknown", packed("table", 9, b""), "no codec 9"),
-    ("codec_other", packed("table", 2, zstandard.compress(bytes(16))), "does not unpack"),
-    ("body_cut", body(without_end), "its streams do not fill it"),
-    ("body_longer", body(with_one_more), "its streams do not fill it"),
-    ("stream_empty", packed("table", 1, b""), "does not unpack"),
-    ("stream_not_packed_brotli", packed("table", 2, b"not packed"), "does not unpack"),
-    ("stream_of_absurd_size", packed("table", 1, ABSURD_FRAME), "does not unpack"),
-    ("payload_short", payload("vector", without_end), "does not unpack to"),
-    ("payload_long", payload("scales", with_one_more), "does not unpack to"),
-    ("payload_long_brotli", payload("float16", with_one_more, 2), "does not unpack to"),
-    ("no_such_expert", payload("table", lambda p: p[:-1] + bytes([EXPERTS])), "does not exist"),
-    ("not_finite", payload("float16", lambda p: p[:-2] + NOT_FINITE), "not finite"),
+    ("empty", lambda p: b"", "too short or too long"),
+    ("cut_in_half", lambda p: p.seal()[:2000], "the checksum does not match"),
+    ("one_byte_long", lambda p: p.seal() + b"\0", "the checksum does not match"),
+    ("bit_of_the_magic", lambda p: flipped(p.seal(), 0), "not an artifact"),
+    ("bit_of_the_length", lambda p: flipped(p.seal(), 11), "the checksum does not match"),
+    ("bit_of_the_header", lambda p: flipped(p.seal(), 60), "the checksum does not match"),
+    ("bit_of_a_stream", lambda p: flipped(p.seal(), 2000), "the checksum does not match"),
+    ("zip_file", lambda p: p.seal(magic=b"PK\3\4\0\0\0\0"), "not an artifact"),
+    (
+        "older",
+        lambda p: p.seal(version=3),
+        f"version 3, this trainer reads {train_gpt.ARTIFACT_VERSION}",
+    ),
+    ("no_header", lambda p: p.seal(length=0), "bad header"),
+    ("header_beyond_the_file", lambda p: p.seal(length=2**32 - 1), "a header of 4,294,967,295"),
+    ("header_into_the_streams", lambda p: p.seal(length=MAX_HEADER_BYTES), "bad header"),
+    ("not_json", lambda p: p.seal(text=b"{"), "bad header"),
+    ("not_utf8", lambda p: p.seal(text=b"\xff\xfe\xfd"), "bad header"),
+    ("list", lambda p: p.seal(text=b"[]"), "bad header"),
+    ("nested", lambda p: p.seal(text=b"[" * 60_000), "bad header"),
+    ("digits", lambda p: p.seal(text=b'{"model":' + b"9" * 5000 + b"}"), "bad header"),
+    ("no_model", lambda p: p.header.pop("model"), "bad header"),
+    ("no_streams", lambda p: p.header.pop("streams"), "bad header"),
+    ("no_knob", lambda p: p.header["model"].pop("xsa"), "bad header"),
+    ("model_is_a_list", lambda p: p.header.update(model=[1]), "bad header"),
+    ("word_for_int", lambda p: p.header["model"].update(num_layers="2"), "expected int"),
+    ("float_for_int", lambda p: p.header["model"].update(num_layers=2.0), "expected int"),
+    ("null", lambda p: p.header["model"].update(model_dim=None), "MODEL_DIM=None"),
+    ("unknown_word", lambda p: p.header["model"].update(routing="no"), "ROUTING='no': expected"),
+    ("line_break", lambda p: p.header["model"].update(routing="zipf\n"), r"ROUTING='zipf\n'"),
+    ("nan", lambda p: p.header["model"].update(qk_gain_init=math.nan), "QK_GAIN_INIT=nan"),
+    ("no_layers", lambda p: p.header["model"].update(num_layers=0), "NUM_LAYERS=0"),
+    ("heads", lambda p: p.header["model"].update(num_heads=5), "NUM_HEADS=5"),
+    ("grouped", lambda p: p.header["model"].update(dispatch="grouped"), "DISPATCH=grouped"),
+    ("window", lambda p: p.header["model"].update(train_seq_len=65_537), "TRAIN_SEQ_LEN=65537"),
+    ("beyond_64_bits", lambda p: p.header["model"].update(model_dim=1 << 70), "MODEL_DIM="),
+    ("too_large", lambda p: p.header["model"].update(LARGEST), "too large a model"),
+    ("other_mu", lambda p: p.header["model"].update(mu="pid"), "storage of"),
+    ("fewer_layers", lambda p: p.header["model"].update(num_layers=1, loop_passes=1), "storage of"),
+    ("other_width", lambda p: p.header["model"].update(shared_dim=40), "does not unpack to"),
+    ("fewer_experts", lambda p: p.header["model"].update(num_experts=3), "does not unpack to"),
+    ("storage_empty", lambda p: p.header.update(storage=""), "storage of 0 tensors"),
+    ("storage_unknown", lambda p: p.store("tok_emb.weight", "x"), "cannot be stored as 'x'"),
+    ("matrix_as_float16", lambda p: p.store("blocks.0.attn.c_k.weight", "h"), "cannot be stored"),
+    ("table_as_symbols", lambda p: p.store("expert_table", "q"), "cannot be stored as 'q'"),
+    ("vector_as_float16", lambda p: p.store("skip_weights", "h"), "does not unpack to"),
+    ("float16_as_vector", lambda p: p.store("mu_init", "q"), "does not unpack to"),
+    ("streams_number", lambda p: p.header.update(streams=5), "bad header"),
+    ("streams_none", lambda p: p.header.update(streams=[]), "its streams do not fill it"),
+    ("entry_of_three", lambda p: p.header["streams"].insert(0, [1, 2, 3]), "bad header"),
+    ("size_infinite", lambda p: p.header["streams"].insert(0, [1, math.inf]), "bad header"),
+    ("size_word", lambda p: p.header["streams"].insert(0, [1, "x\ny"]), "bad header"),
+    ("one_more", lambda p: p.header["streams"].append([1, 0]), "its streams do not fill it"),
+    ("body_cut", lambda p: p.seal(body=b"".join(p.streams.values())[:-1]), "do not fill it"),
+    ("codec_unknown", lambda p: p.put("table", 9, b""), "no codec 9"),
+    ("codec_other", lambda p: p.put("table", BROTLI, p.streams["table"]), "does not unpack"),
+    ("stream_empty", lambda p: p.put("table", ZSTD, b""), "does not unpack"),
+    ("stream_not_packed", lambda p: p.put("table", ZSTD, b"not packed"), "does not unpack"),
+    ("stream_not_brotli", lambda p: p.put("table", BROTLI, b"not packed"), "does not unpack"),
+    ("absurd_frame", lambda p: p.put("table", ZSTD, ABSURD_FRAME), "does not unpack"),
+    ("payload_short", lambda p: p.change("vector", lambda x: x[:-1]), "does not unpack to"),
+    ("payload_long", lambda p: p.change("scales", lambda x: x + b"\0", BROTLI), "does not unpack"),
+    ("no_expert", lambda p: p.change("table", lambda x: bytes([EXPERTS]) + x[1:]), "not exist"),
+    ("not_finite", lambda p: p.change("float16", lambda x: NOT_FINITE + x[2:]), "not finite"),
 ]
 INTACT = [
-    ("resealed", header()),
-    ("packed_by_brotli", payload("tok_emb.weight", as_it_is, 2)),
-    ("last_expert", payload("table", lambda p: p[:-1] + bytes([EXPERTS - 1]))),
-    ("other_scales", payload("scales", lambda p: bytes(len(p)))),
-    ("other_window", knob(train_seq_len=65_536)),
+    ("resealed", lambda p: p.seal()),
+    ("packed_by_brotli", lambda p: p.change("tok_emb.weight", bytes, BROTLI)),
+    ("last_expert", lambda p: p.change("table", lambda x: bytes([EXPERTS - 1]) + x[1:])),
+    ("other_scales", lambda p: p.change("scales", lambda x: bytes(len(x)))),
+    ("longest_window", lambda p: p.header["model"].update(train_seq_len=65_536)),
 ]
 
 
-def check_model(model: torch.nn.Module, config: ModelConfig) -> None:
+def check_model(model: torch.nn.Module, config: train_gpt.ModelConfig) -> None:
     """Raise AssertionError unless `model` is what its config describes and can be run."""
     config.validate()
     state = model.state_dict()
@@ -269,7 +174,7 @@ def check_model(model: torch.nn.Module, config: ModelConfig) -> None:
         assert model(ids).shape == (*ids.shape, config.vocab_size)
 
 
-@pytest.mark.parametrize(("name", "damage"), INTACT)
+@pytest.mark.parametrize(("name", "damage"), INTACT, ids=[case[0] for case in INTACT])
 def test_an_artifact_that_is_put_together_again_is_read(tmp_path, name, damage):
     path = tmp_path / "a.ptz"
     path.write_bytes(damaged(damage))
@@ -278,19 +183,19 @@ def test_an_artifact_that_is_put_together_again_is_read(tmp_path, name, damage):
     assert sha == SHA
 
 
-@pytest.mark.parametrize(("name", "damage", "fragment"), ARTIFACTS, ids=[a[0] for a in ARTIFACTS])
-def test_a_damaged_artifact_is_refused_in_one_line(tmp_path, name, damage, fragment):
+@pytest.mark.parametrize(("name", "damage", "line"), ARTIFACTS, ids=[case[0] for case in ARTIFACTS])
+def test_a_damaged_artifact_is_refused_in_one_line(tmp_path, name, damage, line):
     path = tmp_path / "a.ptz"
     path.write_bytes(damaged(damage))
     message = refusal(load_artifact, path, tiny_hp(), CPU)
     assert str(path) in message
-    assert fragment in message
+    assert line in message
 
 
 def test_scoring_a_damaged_artifact_is_one_line(tmp_path):
     dataset = write_dataset(tmp_path / "data")
     path = tmp_path / "a.ptz"
-    path.write_bytes(damaged(packed("table", 1, ABSURD_FRAME)))
+    path.write_bytes(damaged(lambda p: p.put("table", ZSTD, ABSURD_FRAME)))
     result = run_in_process(eval_sliding.main, eval_env(dataset), tmp_path, path)
     assert_refused(result, "a.ptz: damaged artifact")
 
@@ -352,8 +257,7 @@ def hostile_artifacts(draw: st.DrawFn) -> bytes:
         header["storage"] = "".join(letters)
     if "header" in edits:
         header[draw(st.sampled_from([*header]))] = draw(VALUES)
-    content = seal(pieces.text, pieces.body)
-    return draw(edited(content)) if "file" in edits else content
+    return draw(edited(pieces.seal())) if "file" in edits else pieces.seal()
 
 
 @fuzz
@@ -361,14 +265,13 @@ def hostile_artifacts(draw: st.DrawFn) -> bytes:
 def test_any_edit_of_an_artifact_is_refused_or_makes_a_valid_model(tmp_path, content):
     path = tmp_path / "a.ptz"
     path.write_bytes(content)
-    with time_limit(CASE_SECONDS):
-        try:
-            model, hp, _ = load_artifact(path, tiny_hp(), CPU)
-        except ConfigError as error:
-            message = str(error)
-        else:
-            check_model(model, hp.model)
-            return
+    try:
+        model, hp, _ = load_artifact(path, tiny_hp(), CPU)
+    except train_gpt.ConfigError as error:
+        message = str(error)
+    else:
+        check_model(model, hp.model)
+        return
     assert str(path) in message
     assert "\n" not in message
 
@@ -378,135 +281,82 @@ def test_any_edit_of_an_artifact_is_refused_or_makes_a_valid_model(tmp_path, con
 ZSTD_EMPTY_BLOCKS = b"\x28\xb5\x2f\xfd\x00\x58" + b"\0\0\0" * 5_000_000
 BROTLI_EMPTY_BLOCKS = b"\x0c" + b"\x06" * 15_000_000 + b"\3"
 NESTED_LISTS = b"[" * 900 + b"]" * 900 + b","
-LIMITS = {
-    name: field.metadata["high"]
-    for name, field in knob_fields(ModelConfig).items()
-    if field.metadata.get("high", math.inf) < math.inf
-}
-ALL_LIMITS = {**LIMITS, "loop_start": 0, "loop_end": 255, "num_heads": 1, "num_kv_heads": 1}
 BOMBS = [
-    ("zstd", packed("table", 1, zstandard.compress(bytes(1 << 28)))),
-    ("brotli", packed("table", 2, brotli.compress(bytes(1 << 28), quality=1))),
-    ("zstd_window", packed("table", 1, b"\x28\xb5\x2f\xfd\x00\xa8" + b"\1\0\0")),
-    ("zstd_empty_blocks", packed("table", 1, ZSTD_EMPTY_BLOCKS)),
-    ("zstd_skippable_frames", packed("table", 1, b"\x50\x2a\x4d\x18\0\0\0\0" * 1_500_000)),
-    ("brotli_empty_blocks", packed("table", 2, BROTLI_EMPTY_BLOCKS)),
-    ("long_header", text(repeated(b"[],", 15_000_000))),
-    ("nested_header", text(repeated(NESTED_LISTS, MAX_HEADER_BYTES - 20))),
-    ("digits", text(repeated(b"9", MAX_HEADER_BYTES - 20))),
-    ("all_limits", knob(**ALL_LIMITS)),
-    ("layers_and_passes", knob(num_layers=256, loop_passes=16, loop_start=0, loop_end=255)),
+    ("zstd", lambda p: p.put("table", ZSTD, zstandard.compress(bytes(1 << 28)))),
+    ("brotli", lambda p: p.put("table", BROTLI, brotli.compress(bytes(1 << 28), quality=1))),
+    ("zstd_window", lambda p: p.put("table", ZSTD, b"\x28\xb5\x2f\xfd\x00\xa8" + b"\1\0\0")),
+    ("zstd_empty_blocks", lambda p: p.put("table", ZSTD, ZSTD_EMPTY_BLOCKS)),
+    ("zstd_skippable", lambda p: p.put("table", ZSTD, b"\x50\x2a\x4d\x18\0\0\0\0" * 1_500_000)),
+    ("brotli_empty_blocks", lambda p: p.put("table", BROTLI, BROTLI_EMPTY_BLOCKS)),
+    ("long_header", lambda p: p.seal(text=repeated(b"[],", 15_000_000))),
+    ("nested_header", lambda p: p.seal(text=repeated(NESTED_LISTS, MAX_HEADER_BYTES - 20))),
+    ("largest_knobs", lambda p: p.header["model"].update(LARGEST)),
 ]
-
-
-def peak_bytes() -> int:
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) << 10
 
 
 def growth_of(action: Callable) -> int:
     """Return the bytes by which an action raises the peak of this process's memory."""
+    peaks = []
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
-    before = peak_bytes()
-    action()
-    return peak_bytes() - before
+    for act in (lambda: None, action):
+        act()
+        status = Path("/proc/self/status").read_text()
+        peaks.append(int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) << 10)
+    return peaks[1] - peaks[0]
 
 
-needs_peak = pytest.mark.skipif(
-    not os.access("/proc/self/clear_refs", os.W_OK),
-    reason="only Linux says how much memory a process took",
-)
-
-
-@needs_peak
 def test_the_measurement_sees_what_was_taken_and_given_back():
     assert 190 * MIB < growth_of(lambda: bytearray(200 * MIB)) < 220 * MIB
 
 
-@needs_peak
 @pytest.mark.parametrize(("name", "damage"), BOMBS, ids=[bomb[0] for bomb in BOMBS])
 def test_a_bomb_is_refused_in_seconds_and_little_memory(tmp_path, name, damage):
     path = tmp_path / "a.ptz"
     path.write_bytes(damaged(damage))
-    messages = []
-
-    def read() -> None:
-        messages.append(refusal(load_artifact, path, tiny_hp(), CPU))
-
-    assert growth_of(read) < 100 * MIB
-    assert str(path) in messages[0]
-
-
-@pytest.mark.slow
-@needs_peak
-def test_the_largest_model_is_read_within_the_bound(tmp_path):
-    sizes = {"model_dim": 1800, "num_heads": 1, "num_kv_heads": 1, "rope_dims": 0}
-    sizes |= {"vocab_size": 65_536, "expert_dim": 1, "shared_dim": 1, "num_layers": 1}
-    config = tiny_hp(**sizes, routing="dense", mu="off", train_batch_tokens=65_536).model
-    shapes = shapes_of(config)
-    assert 0.9 * MAX_WEIGHTS < sum(map(math.prod, shapes.values())) <= MAX_WEIGHTS
-    stored = {"vector": "q", "table": "t"}
-    storage = "".join(stored.get(role_of(name), "q") for name in shapes)
-    pieces = Pieces({"model": vars(config), "tokenizer_sha256": SHA, "storage": storage}, {})
-    pieces.header["streams"] = []
-    for name, parts in layout(shapes, storage).items():
-        size = sum(math.prod(part.shape) * part.dtype.itemsize for part in parts)
-        pieces.header["streams"].append(None)
-        pieces.streams[name] = b""
-        pieces.put(name, 1, zstandard.compress(bytes(size)))
-    path = tmp_path / "a.ptz"
-    path.write_bytes(seal(pieces.text, pieces.body))
     started = time.perf_counter()
-    assert growth_of(lambda: load_artifact(path, tiny_hp(), CPU)) < 2048 * MIB
-    assert time.perf_counter() - started < CASE_SECONDS
+    growth = growth_of(lambda: refusal(load_artifact, path, tiny_hp(), CPU))
+    assert growth < 100 * MIB
+    assert time.perf_counter() - started < 20
 
 
 # ---- What is no file, or too large a file --------------------------------------------------------
 
 
-def irregular(folder: Path) -> dict[str, Path]:
-    """Return paths with something else than a file, some readable without end or not at all."""
-    paths = {name: folder / name for name in ("folder", "absent", "fifo", "zeros", "loop")}
-    paths["folder"].mkdir()
-    os.mkfifo(paths["fifo"])
-    paths["zeros"].symlink_to("/dev/zero")
-    paths["loop"].symlink_to(paths["loop"])
-    return paths
-
-
-def sparse(path: Path, size: int) -> Path:
-    with open(path, "wb") as file:
-        file.truncate(size)
-    return path
-
-
-@pytest.mark.parametrize("name", ["folder", "absent", "fifo", "zeros", "loop"])
-def test_nobody_waits_for_what_is_no_file(tmp_path, name):
+@pytest.mark.parametrize("kind", ["folder", "absent", "fifo", "zeros", "loop"])
+def test_nobody_waits_for_what_is_no_file(tmp_path, kind):
     dataset = write_dataset(tmp_path / "data")
+    path = tmp_path / kind
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "fifo":
+        os.mkfifo(path)
+    elif kind != "absent":
+        path.symlink_to("/dev/zero" if kind == "zeros" else path)
+
     knobs = {"data_path": str(dataset.folder), "vocab_size": VOCAB_SIZE}
     hp = tiny_hp(**knobs, tokenizer_path=str(dataset.tokenizer))
-    path = irregular(tmp_path)[name]
     assert "no such artifact" in refusal(load_artifact, path, hp, CPU)
-    other = hp.override(tokenizer_path=str(path))
-    assert "no such tokenizer" in refusal(load_tokenizer, other)
+    assert "no such tokenizer" in refusal(load_tokenizer, hp.override(tokenizer_path=str(path)))
     if path.exists():
         assert "not a file of at most" in refusal(tokenize_docs.read_manifest, path)
-    for split, read in (("train", TokenLoader), ("val", ValData.load), ("val_bytes", ValData.load)):
-        link = dataset.folder / f"fineweb_{split}_9.bin"
+    for name, read, place in (
+        ("train_9", TokenLoader, ALONE),
+        ("val_9", ValData.load, CPU),
+        ("val_bytes_0", ValData.load, CPU),
+    ):
+        link = dataset.folder / f"fineweb_{name}.bin"
         link.symlink_to(path)
-        place = ALONE if split == "train" else CPU
-        assert str(dataset.folder) in refusal(read, hp, place)
+        assert refusal(read, hp, place) == f"{link}: no such shard"
         link.unlink()
         read(hp, place)
 
 
-@pytest.mark.parametrize("size", [MAX_SUBMISSION_BYTES, 64 << 30])
+@pytest.mark.parametrize("size", [train_gpt.MAX_SUBMISSION_BYTES, 64 << 30])
 def test_what_is_too_large_is_not_read(tmp_path, monkeypatch, size):
-    def forbidden(path: Path) -> bytes:
-        raise AssertionError(f"{path} was read")
-
-    path = sparse(tmp_path / "a.ptz", size)
-    monkeypatch.setattr(Path, "read_bytes", forbidden)
+    path = tmp_path / "a.ptz"
+    with open(path, "wb") as file:
+        file.truncate(size)
+    monkeypatch.delattr(Path, "read_bytes")
     assert "too short or too long" in refusal(load_artifact, path, tiny_hp(), CPU)
     assert "not a file of at most" in refusal(tokenize_docs.read_manifest, path)
 
@@ -514,7 +364,7 @@ def test_what_is_too_large_is_not_read(tmp_path, monkeypatch, size):
 # ---- Shards --------------------------------------------------------------------------------------
 
 SHARDS = [  # the 50 tokens, what else is said of them, the line
-    ("magic", {"magic": SHARD_MAGIC + 1}, "magic is 20240521"),
+    ("magic", {"magic": train_gpt.SHARD_MAGIC + 1}, "magic is 20240521"),
     ("version", {"version": 2}, "shard version 2"),
     ("too_few", {"count": 51}, "51 tokens do not make"),
     ("too_many", {"count": 49}, "49 tokens do not make"),
@@ -523,7 +373,6 @@ SHARDS = [  # the 50 tokens, what else is said of them, the line
     ("odd_tail", {"tail": b"\0"}, "50 tokens do not make"),
     ("outside", {"tokens": [VOCAB_SIZE] * 50}, f"token id {VOCAB_SIZE} is outside VOCAB_SIZE"),
 ]
-TOO_SHORT = [0, 11, 1023]
 
 
 @pytest.fixture
@@ -561,42 +410,11 @@ def test_a_damaged_shard_is_refused_in_one_line(tmp_path, split_hp, name, change
         path.write_bytes(intact)
 
 
-@pytest.mark.parametrize("size", TOO_SHORT)
+@pytest.mark.parametrize("size", [0, 11, 1023])
 def test_a_shard_shorter_than_its_header_is_refused(tmp_path, split_hp, size):
     path = tmp_path / "fineweb_train_0.bin"
     path.write_bytes(path.read_bytes()[:size])
     assert f"{path}: {size} bytes is shorter" in refusal(read_split, split_hp, "train")
-
-
-@st.composite
-def hostile_shards(draw: st.DrawFn) -> bytes:
-    """Draw a shard whose header or tokens may be wrong."""
-    tokens = np.array(draw(st.lists(st.integers(0, VOCAB_SIZE), max_size=60)), "<u2")
-    counts = st.sampled_from([len(tokens)] * 3 + [-1, 0, 2**31 - 1])
-    right = np.array([SHARD_MAGIC, SHARD_VERSION, draw(counts), *[0] * 253], "<i4")
-    content = right.tobytes() + tokens.tobytes()
-    return content if draw(st.booleans()) else draw(edited(content))
-
-
-def tokens_of(content: bytes) -> list[int] | None:
-    """Return the tokens of a shard by the definition of the format, None if it is none."""
-    start = np.frombuffer(content[:12].ljust(12, b"\0"), "<i4").tolist()
-    count = (len(content) - 1024) / 2
-    if count < 1 or start != [SHARD_MAGIC, SHARD_VERSION, count]:
-        return None
-    return np.frombuffer(content, "<u2", offset=1024).tolist()
-
-
-@fuzz
-@given(content=hostile_shards())
-def test_any_edit_of_a_shard_is_refused_or_read_as_the_format_says(tmp_path, content):
-    path = tmp_path / "fineweb_val_0.bin"
-    path.write_bytes(content)
-    tokens = tokens_of(content)
-    if tokens is None or max(tokens) >= VOCAB_SIZE:
-        assert str(path) in refusal(train_gpt.load_data_shard, path, VOCAB_SIZE)
-    else:
-        assert train_gpt.load_data_shard(path, VOCAB_SIZE).tolist() == tokens
 
 
 SIDECARS = [  # files by split and number, and the line that names the one at fault
@@ -648,7 +466,7 @@ def test_a_token_outside_the_vocabulary_is_refused_mid_stream_beyond_the_sample(
     assert f"{path}: token id {VOCAB_SIZE} is outside" in refusal(read_an_epoch)
 
 
-# ---- Manifests ---------------------------------------------------------------------------------
+# ---- Manifests -----------------------------------------------------------------------------------
 
 NAMED = {"name": "x"}
 MANIFESTS = [
@@ -773,6 +591,7 @@ def checkpoints(split_hp, tmp_path, monkeypatch):
     return kept
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize(("name", "damage"), CHECKPOINTS, ids=[c[0] for c in CHECKPOINTS])
 def test_a_damaged_checkpoint_is_refused_in_one_line_and_runs_nothing(checkpoints, name, damage):
     (path,) = checkpoints.found()
