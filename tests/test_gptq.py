@@ -282,7 +282,7 @@ class Observed:
     def __init__(self, hp: Hyperparameters, model: GPT, batches: int):
         self.config = hp.model
         self.table = model.expert_table.long()
-        self.inputs = {}
+        self.sums = {}
         loader = TokenLoader(hp, ALONE)
         hooks = []
         for name, module in model.named_modules():
@@ -296,7 +296,8 @@ class Observed:
             hook.remove()
 
     def add(self, name: str, x: Tensor) -> None:
-        self.inputs.setdefault(name, []).append(x.reshape(-1, x.size(-1)).double())
+        x = x.reshape(-1, x.size(-1)).double()
+        self.sums[name] = self.sums.get(name, 0) + x.T @ x
 
     def observe(self, name: str, module: torch.nn.Module, args: tuple) -> None:
         if isinstance(module, TokenRoutedMLP) and self.config.is_routed:
@@ -329,10 +330,7 @@ class Observed:
         return (scores == scores.amax(-1, keepdim=True)).float()
 
     def hessians(self) -> dict[str, Tensor]:
-        found = {}
-        for name, inputs in self.inputs.items():
-            x = torch.cat(inputs)
-            found[name] = (x.T @ x).float()
+        found = {name: moments.float() for name, moments in self.sums.items()}
         for name in {name.rpartition(".")[0] for name in found if "expert_up" in name}:
             each = [found.pop(f"{name}.{e}") for e in range(self.config.num_experts)]
             found[name] = torch.stack(each)

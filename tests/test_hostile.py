@@ -92,8 +92,6 @@ ARTIFACTS = [
     ("cut_in_half", lambda p: p.seal()[:2000], "the checksum does not match"),
     ("one_byte_long", lambda p: p.seal() + b"\0", "the checksum does not match"),
     ("bit_of_the_magic", lambda p: flipped(p.seal(), 0), "not an artifact"),
-    ("bit_of_the_length", lambda p: flipped(p.seal(), 11), "the checksum does not match"),
-    ("bit_of_the_header", lambda p: flipped(p.seal(), 60), "the checksum does not match"),
     ("bit_of_a_stream", lambda p: flipped(p.seal(), 2000), "the checksum does not match"),
     ("zip_file", lambda p: p.seal(magic=b"PK\3\4\0\0\0\0"), "not an artifact"),
     (
@@ -106,7 +104,6 @@ ARTIFACTS = [
     ("header_into_the_streams", lambda p: p.seal(length=MAX_HEADER_BYTES), "bad header"),
     ("not_json", lambda p: p.seal(text=b"{"), "bad header"),
     ("not_utf8", lambda p: p.seal(text=b"\xff\xfe\xfd"), "bad header"),
-    ("list", lambda p: p.seal(text=b"[]"), "bad header"),
     ("nested", lambda p: p.seal(text=b"[" * 60_000), "bad header"),
     ("digits", lambda p: p.seal(text=b'{"model":' + b"9" * 5000 + b"}"), "bad header"),
     ("no_model", lambda p: p.header.pop("model"), "bad header"),
@@ -114,16 +111,13 @@ ARTIFACTS = [
     ("no_knob", lambda p: p.header["model"].pop("xsa"), "bad header"),
     ("model_is_a_list", lambda p: p.header.update(model=[1]), "bad header"),
     ("word_for_int", lambda p: p.header["model"].update(num_layers="2"), "expected int"),
-    ("float_for_int", lambda p: p.header["model"].update(num_layers=2.0), "expected int"),
     ("null", lambda p: p.header["model"].update(model_dim=None), "MODEL_DIM=None"),
     ("unknown_word", lambda p: p.header["model"].update(routing="no"), "ROUTING='no': expected"),
     ("line_break", lambda p: p.header["model"].update(routing="zipf\n"), r"ROUTING='zipf\n'"),
     ("nan", lambda p: p.header["model"].update(qk_gain_init=math.nan), "QK_GAIN_INIT=nan"),
-    ("no_layers", lambda p: p.header["model"].update(num_layers=0), "NUM_LAYERS=0"),
     ("heads", lambda p: p.header["model"].update(num_heads=5), "NUM_HEADS=5"),
     ("grouped", lambda p: p.header["model"].update(dispatch="grouped"), "DISPATCH=grouped"),
     ("window", lambda p: p.header["model"].update(train_seq_len=65_537), "TRAIN_SEQ_LEN=65537"),
-    ("beyond_64_bits", lambda p: p.header["model"].update(model_dim=1 << 70), "MODEL_DIM="),
     ("too_large", lambda p: p.header["model"].update(LARGEST), "too large a model"),
     ("other_mu", lambda p: p.header["model"].update(mu="pid"), "storage of"),
     ("fewer_layers", lambda p: p.header["model"].update(num_layers=1, loop_passes=1), "storage of"),
@@ -136,7 +130,6 @@ ARTIFACTS = [
     ("vector_as_float16", lambda p: p.store("skip_weights", "h"), "does not unpack to"),
     ("float16_as_vector", lambda p: p.store("mu_init", "q"), "does not unpack to"),
     ("streams_number", lambda p: p.header.update(streams=5), "bad header"),
-    ("streams_none", lambda p: p.header.update(streams=[]), "its streams do not fill it"),
     ("entry_of_three", lambda p: p.header["streams"].insert(0, [1, 2, 3]), "bad header"),
     ("size_infinite", lambda p: p.header["streams"].insert(0, [1, math.inf]), "bad header"),
     ("size_word", lambda p: p.header["streams"].insert(0, [1, "x\ny"]), "bad header"),
@@ -145,7 +138,6 @@ ARTIFACTS = [
     ("codec_unknown", lambda p: p.put("table", 9, b""), "no codec 9"),
     ("codec_other", lambda p: p.put("table", BROTLI, p.streams["table"]), "does not unpack"),
     ("stream_empty", lambda p: p.put("table", ZSTD, b""), "does not unpack"),
-    ("stream_not_packed", lambda p: p.put("table", ZSTD, b"not packed"), "does not unpack"),
     ("stream_not_brotli", lambda p: p.put("table", BROTLI, b"not packed"), "does not unpack"),
     ("absurd_frame", lambda p: p.put("table", ZSTD, ABSURD_FRAME), "does not unpack"),
     ("payload_short", lambda p: p.change("vector", lambda x: x[:-1]), "does not unpack to"),
@@ -235,26 +227,16 @@ def hostile_artifacts(draw: st.DrawFn) -> bytes:
     """Draw an artifact with a right checksum and a few edits in the pieces that it is made of."""
     pieces = Pieces.of(good_artifact()[1])
     header = pieces.header
-    kinds = ["knobs", "payload", "packed", "entry", "storage", "header", "file"]
-    edits = draw(st.sets(st.sampled_from(kinds), max_size=3))
-
+    edits = draw(st.sets(st.sampled_from(["knobs", "payload", "packed", "header", "file"])))
+    name = draw(st.sampled_from([*pieces.streams]))
+    stream = pieces.streams[name]
     if "knobs" in edits:
         header["model"] |= draw(st.dictionaries(st.sampled_from([*header["model"]]), VALUES))
     if "payload" in edits:
-        name = draw(st.sampled_from([*pieces.streams]))
-        content = zstandard.ZstdDecompressor().decompress(pieces.streams[name])
-        pieces.put(name, 1, zstandard.compress(draw(edited(content))))
+        content = zstandard.ZstdDecompressor().decompress(stream)
+        pieces.put(name, ZSTD, zstandard.compress(draw(edited(content))))
     if "packed" in edits:
-        name = draw(st.sampled_from([*pieces.streams]))
-        pieces.put(name, draw(st.sampled_from([1, 2])), draw(edited(pieces.streams[name])))
-    if "entry" in edits:
-        place = draw(st.integers(0, len(header["streams"]) - 1))
-        header["streams"][place] = draw(st.one_of(VALUES, st.lists(VALUES, max_size=3)))
-    if "storage" in edits:
-        place = draw(st.integers(0, len(header["storage"]) - 1))
-        letters = [*header["storage"]]
-        letters[place] = draw(st.sampled_from(["q", "h", "t", "", "qq", "\0"]))
-        header["storage"] = "".join(letters)
+        pieces.put(name, draw(st.sampled_from([ZSTD, BROTLI])), draw(edited(stream)))
     if "header" in edits:
         header[draw(st.sampled_from([*header]))] = draw(VALUES)
     return draw(edited(pieces.seal())) if "file" in edits else pieces.seal()
@@ -471,10 +453,8 @@ def test_a_token_outside_the_vocabulary_is_refused_mid_stream_beyond_the_sample(
 NAMED = {"name": "x"}
 MANIFESTS = [
     ("empty", b"", "not a manifest"),
-    ("list", b"[]", "not a manifest"),
     ("no_tokenizers", json.dumps({"datasets": [NAMED]}).encode(), "not a manifest"),
     ("nameless", json.dumps({"datasets": [{}], "tokenizers": []}).encode(), "not a manifest"),
-    ("word", json.dumps({"datasets": "x", "tokenizers": []}).encode(), "not a manifest"),
     ("number", json.dumps({"datasets": [{"name": 1}], "tokenizers": []}).encode(), "has no name"),
     ("nested", b"[" * (tokenize_docs.MAX_JSON_BYTES - 1), "not a manifest"),
     ("objects", repeated(b'{"":{}},', tokenize_docs.MAX_JSON_BYTES - 20), "not a manifest"),
@@ -507,7 +487,6 @@ NOT_SENTENCEPIECE = "is not a SentencePiece model (TOKENIZER_PATH)"
 TOKENIZERS = [
     ("empty", lambda: b"", NOT_SENTENCEPIECE),
     ("text", lambda: b"garbage" * 100, NOT_SENTENCEPIECE),
-    ("nul", lambda: b"\0", NOT_SENTENCEPIECE),
     ("truncated", lambda: tiny_tokenizer()[:1000], NOT_SENTENCEPIECE),
     ("without_lone_space", glued_tokenizer, "has no U+2581 piece"),
 ]
@@ -560,11 +539,9 @@ def changed_checkpoint(change: Callable[[dict], object]) -> Callable[[Path], Non
 
 CHECKPOINTS = [
     ("empty", lambda path: path.write_bytes(b"")),
-    ("text", lambda path: path.write_bytes(b"garbage" * 100)),
     ("truncated", lambda path: path.write_bytes(path.read_bytes()[:-500])),
     ("pickle", lambda path: path.write_bytes(pickle.dumps(Intruder()))),
     ("intruder", lambda path: torch.save({"fixed": Intruder()}, path)),
-    ("list", lambda path: torch.save([1, 2], path)),
     ("no_state", changed_checkpoint(lambda saved: saved.pop("state"))),
     ("other_clock", changed_checkpoint(lambda saved: saved["now"].update(hours=1))),
     ("no_average", changed_checkpoint(lambda saved: saved["state"]["average"].popitem())),
