@@ -1,4 +1,4 @@
-"""Properties of quantization, the artifact, its size and its reader.   pytest tests/test_artifact.py"""
+"""Properties of quantization, the artifact and its size.   pytest tests/test_artifact.py"""
 
 import errno
 import itertools
@@ -40,10 +40,8 @@ from train_gpt import (
 )
 
 CPU = torch.device("cpu")
-CHOICES = {
-    name: f.metadata.get("choices")
-    for name, f in train_gpt.knob_fields(train_gpt.ModelConfig).items()
-}
+KNOBS = train_gpt.knob_fields(train_gpt.ModelConfig)
+CHOICES = {name: field.metadata.get("choices") for name, field in KNOBS.items()}
 DENSE = {"routing": "dense", "mu": "off", "num_layers": 1}
 EVERY_ROLE = {"routing": "learned", "mu": "full"}
 ONE_CODE = 2 ** (1 / 8)  # from one scale to the next
@@ -133,15 +131,17 @@ def test_zero_rows_are_exact_and_rows_know_nothing_of_each_other():
 
 # ---- Rules of tensors ----------------------------------------------------------------------------
 
-# Every pair of a routing and a mu, and every other choice and switch with several of these.
+# Every pair of a routing and a mu, and of each other choice and switch with most of these.
 MODES = []
-for number, (routing, mu) in enumerate(itertools.product(CHOICES["routing"], CHOICES["mu"])):
-    mode = {"routing": routing, "mu": mu, "num_layers": 3, "loop_passes": 1 + number % 3}
+SWITCHES = ("skip_gates", "attn_gate", "smear_gate", "xsa", "routing_per_pass")
+for (r, routing), (m, mu) in itertools.product(
+    enumerate(CHOICES["routing"]), enumerate(CHOICES["mu"])
+):
+    mode = {"routing": routing, "mu": mu, "num_layers": 3, "loop_passes": 1 + (r + m) % 3}
     if routing not in ("learned", "hybrid", "soft"):
-        mode["dispatch"] = CHOICES["dispatch"][number % 2]
-    mode["activation"] = CHOICES["activation"][number // 2 % 2]
-    switches = ("skip_gates", "attn_gate", "smear_gate", "xsa", "routing_per_pass")
-    mode[switches[number % 5]] = False
+        mode["dispatch"] = CHOICES["dispatch"][(r + m) % 2]
+    mode["activation"] = CHOICES["activation"][(r // 2 + m // 2) % 2]
+    mode[SWITCHES[(r + 2 * m) % 5]] = False
     MODES.append(mode)
 MODES.append({**DENSE, "rope_dims": 0})
 
@@ -165,15 +165,13 @@ def test_every_tensor_has_one_rule(mode):
         elif role == "router":
             expected = tensor.half()
         elif role == "vector":
-            expected = quantize_tensor(tensor, 8, 0.0)
-            if not isinstance(stored[name], QuantizedTensor):
-                expected = tensor.half()
+            in_bytes = isinstance(stored[name], QuantizedTensor)
+            expected = quantize_tensor(tensor, 8, 0.0) if in_bytes else tensor.half()
         elif role == "embedding":
             expected = quantize_tensor(tensor, 7, hp.embed_clip, ones)
         else:
             expected = quantize_tensor(tensor, 5, hp.matrix_clip)
-        pairs = zip(stored_parts([stored[name]]), stored_parts([expected]), strict=True)
-        for part, right in pairs:
+        for part, right in zip(stored_parts([stored[name]]), stored_parts([expected]), strict=True):
             assert part.dtype == right.dtype
             assert torch.equal(part, right), name
 
