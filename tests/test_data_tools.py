@@ -162,7 +162,8 @@ def test_all_input_forms_give_identical_shards(documents, model_path, tmp_path):
         inputs[suffix] = [write_jsonl(tmp_path / f"train.jsonl{suffix}", texts)]
         halves = [write_jsonl(tmp_path / f"{i}{suffix}", texts[i : i + 15]) for i in (0, 15)]
         frames = tmp_path / f"frames.jsonl{suffix}"
-        frames.write_bytes(b"".join(half.read_bytes() for half in halves))
+        padding = b"\0" * 8 if suffix else b""  # which their formats allow
+        frames.write_bytes(padding.join(half.read_bytes() for half in halves))
         inputs[f"two frames {suffix}"] = [frames]
     first, second = tmp_path / "a.jsonl.xz", tmp_path / "b.jsonl"
     inputs["two files"] = [write_jsonl(first, texts[:11]), write_jsonl(second, texts[11:])]
@@ -274,8 +275,9 @@ def test_truncated_and_damaged_compressed_files_are_refused(
     for cut in (data[: len(data) // 2], data[:-1], data + data[:-1]):
         whole.write_bytes(cut)
         assert "truncated" in refused(capsys, tmp_path / "out", *argv)
-    whole.write_bytes(b"not compressed at all")
-    assert "damaged" in refused(capsys, tmp_path / "out", *argv)
+    for damaged in (b"not compressed at all", data + b"junk", data + b"x" + data[1:]):
+        whole.write_bytes(damaged)
+        assert "damaged" in refused(capsys, tmp_path / "out", *argv)
 
 
 def test_missing_empty_and_wrong_inputs_are_refused(train, model_path, tmp_path, capsys):
