@@ -5,9 +5,8 @@
   python data/tokenize_docs.py --train docs.jsonl.zst --num-val-docs 50000 \\
       --train-tokenizer 1024 --name mine_sp1024
 
-Inputs are .jsonl files with {"text": ...} on every line (plain, .gz, .xz or .zst), .txt and .md
-files, or folders of those. A document becomes BOS + tokens without EOS and may straddle shards, as
-in openai/parameter-golf. Shards move to their final names only when all of them are complete.
+Inputs are .jsonl files with {"text": ...} on every line, plain, .gz, .xz or .zst, .txt and .md
+files, or folders of those. Formats are in data/README.md.
 """
 
 import argparse
