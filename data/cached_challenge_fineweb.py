@@ -30,14 +30,8 @@ from huggingface_hub.utils.sha import git_hash, sha_fileobj
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tokenize_docs import MAX_JSON_BYTES, parse_manifest
 
-from train_gpt import (
-    ConfigError,
-    Progress,
-    load_data_shard,
-    require,
-    run_entry_point,
-    write_atomically,
-)
+import train_gpt
+from train_gpt import ConfigError, Progress, require, run_entry_point, write_atomically
 
 OFFICIAL_REPO = "willdepueoai/parameter-golf"
 THREADS = 4
@@ -50,7 +44,7 @@ MIRRORS = "for other repositories, as MATCHED_FINEWEB_REPO_ID names them, see da
 def shard_flaw(path: Path) -> str | None:
     """Return what is wrong with the header or length of a shard, or None."""
     try:
-        load_data_shard(path)
+        train_gpt.load_data_shard(path)
     except ConfigError as error:
         return str(error).removeprefix(f"{path}: ")
     return None

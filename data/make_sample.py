@@ -2,9 +2,8 @@
 
   python data/make_sample.py
 
-The text is the docstrings of torch, numpy, sympy and networkx, read with `ast` from their sources.
-One module is one document; one in seventeen is set aside for validation, and dropped where it
-repeats training text. Equal versions of the packages give byte-identical shards and tokenizer.
+The text is the docstrings of torch, numpy, sympy and networkx, read with `ast`, one module a
+document. Equal versions of the packages give byte-identical shards and tokenizer.
 """
 
 import argparse
@@ -158,24 +157,21 @@ def split_documents(modules: dict[str, list[str]]) -> tuple[dict[str, str], dict
     return training, validation
 
 
-def fingerprint(packages: list[Package]) -> dict[str, str]:
-    """Return what the bytes of the sample depend on: versions, grammar and code."""
-    made_by = {package.name: package.version for package in packages}
-    made_by["sentencepiece"] = importlib.metadata.version("sentencepiece")
-    made_by["python"] = f"{sys.version_info.major}.{sys.version_info.minor}"
-    for script in (Path(__file__), Path(tokenize_docs.__file__)):
-        made_by[script.name] = hashlib.sha256(script.read_bytes()).hexdigest()
-    return made_by
-
-
 def make_sample(output: Path, packages: list[Package], processes: int) -> None:
     """Write the sample below `output`, unless it is there already. Raises ConfigError."""
     sample = tokenize_docs.Destination(output, "sample_sp1024", "sample_1024_bpe", overwrite=True)
     stamp = sample.folder / "sample.json"
 
+    # What its bytes depend on: versions, Python's grammar and the code.
+    made_by = {package.name: package.version for package in packages}
+    made_by["sentencepiece"] = importlib.metadata.version("sentencepiece")
+    made_by["python"] = f"{sys.version_info.major}.{sys.version_info.minor}"
+    for script in (Path(__file__), Path(tokenize_docs.__file__)):
+        made_by[script.name] = hashlib.sha256(script.read_bytes()).hexdigest()
+
     def complete() -> str:
         sizes = {path.name: path.stat().st_size for path in [*sample.shards(), sample.model_path]}
-        return json.dumps({"made_by": fingerprint(packages), "files": sizes}, indent=2) + "\n"
+        return json.dumps({"made_by": made_by, "files": sizes}, indent=2) + "\n"
 
     if stamp.exists() and sample.model_path.exists() and stamp.read_text() == complete():
         print(f"{sample.folder} is complete and made by these versions; nothing to do")

@@ -5,9 +5,8 @@
   python data/tokenize_docs.py --train docs.jsonl.zst --num-val-docs 50000 \\
       --train-tokenizer 1024 --name mine_sp1024
 
-Inputs are .jsonl files with {"text": ...} on every line (plain, .gz, .xz or .zst), .txt and .md
-files, or folders of those. A document becomes BOS + tokens without EOS and may straddle shards, as
-in openai/parameter-golf. Shards move to their final names only when all of them are complete.
+Inputs are .jsonl files with {"text": ...} on every line, plain, .gz, .xz or .zst, .txt and .md
+files, or folders of those. Formats are in data/README.md.
 """
 
 import argparse
@@ -21,7 +20,7 @@ import os
 import shutil
 import sys
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -105,22 +104,25 @@ def expand_inputs(paths: Iterable[Path]) -> list[Path]:
     return files
 
 
-def zstd_lines(raw: BinaryIO) -> Iterator[bytes]:
-    """Yield the lines of all frames in `raw`. Raises EOFError when the last frame is cut short.
+def frame_lines(raw: BinaryIO, new_frame: Callable) -> Iterator[bytes]:
+    """Yield the lines of all frames in `raw`. Raises EOFError when the last one is cut short.
 
-    zstandard.open() does neither: it ends after the first frame, and takes half of it for a file.
+    The libraries' own files lose text in silence: lzma.open() what follows padding or a damaged
+    frame, zstandard.open() what follows the first frame, and half a frame is a file to it.
     """
     frame = None
     rest = b""
     while data := raw.read(CHUNK_BYTES):
+        if frame is None:
+            data = data.lstrip(b"\0")
         while data:
             if frame is None:
-                # As far as `zstd --long=31` goes.
-                frame = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+                frame = new_frame()
             *lines, rest = (rest + frame.decompress(data)).split(b"\n")
             yield from lines
-            data = frame.unused_data
+            data = b""
             if frame.eof:
+                data = frame.unused_data.lstrip(b"\0")
                 frame = None
     if frame is not None:
         raise EOFError
@@ -158,10 +160,17 @@ def parse_documents(path: Path, raw: BinaryIO) -> Iterator[str]:
         yield decode_utf8(raw.read(), str(path))
         return
 
-    open_lines = {".gz": gzip.open, ".xz": lzma.open, ".zst": zstd_lines}.get(path.suffix)
+    lines: Iterable[bytes] = raw
+    if path.suffix == ".gz":
+        lines = gzip.GzipFile(fileobj=raw)
+    elif path.suffix == ".xz":
+        lines = frame_lines(raw, lzma.LZMADecompressor)
+    elif path.suffix == ".zst":
+        # Its windows may be as large as those of `zstd --long=31`.
+        lines = frame_lines(raw, zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj)
     number = 0
     try:
-        for number, line in enumerate(open_lines(raw) if open_lines else raw, 1):
+        for number, line in enumerate(lines, 1):
             if line.strip():
                 yield parse_line(line, f"{path}:{number}")
     except EOFError as error:

@@ -1,6 +1,5 @@
 """data/tokenize_docs.py and data/make_sample.py.   pytest tests/test_data_tools.py"""
 
-import errno
 import gzip
 import json
 import lzma
@@ -155,14 +154,16 @@ def test_manifest_has_true_counts_and_keeps_other_datasets(train, model_path, tm
     assert manifest["datasets"][0]["stats"]["files_train"] > 1
 
 
-def test_all_input_forms_give_identical_shards(documents, model_path, tmp_path):
-    texts = documents[:30]
+def test_all_input_forms_give_identical_shards(documents, model_path, tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenize_docs, "CHUNK_BYTES", 1000)  # less than one of the lines
+    texts = [*documents[:29], random.Random(7).randbytes(4_000).hex()]
     inputs = {}
     for suffix in ("", *COMPRESS):
         inputs[suffix] = [write_jsonl(tmp_path / f"train.jsonl{suffix}", texts)]
         halves = [write_jsonl(tmp_path / f"{i}{suffix}", texts[i : i + 15]) for i in (0, 15)]
         frames = tmp_path / f"frames.jsonl{suffix}"
-        frames.write_bytes(b"".join(half.read_bytes() for half in halves))
+        padding = b"\0" * 8 if suffix else b""  # which their formats allow
+        frames.write_bytes(padding.join(half.read_bytes() for half in halves))
         inputs[f"two frames {suffix}"] = [frames]
     first, second = tmp_path / "a.jsonl.xz", tmp_path / "b.jsonl"
     inputs["two files"] = [write_jsonl(first, texts[:11]), write_jsonl(second, texts[11:])]
@@ -180,14 +181,6 @@ def test_all_input_forms_give_identical_shards(documents, model_path, tmp_path):
         shards[form] = (folder / "fineweb_train_000000.bin").read_bytes()
     assert len(shards[""]) > 1024 + 2 * len(texts)
     assert [form for form, data in shards.items() if data != shards[""]] == []
-
-
-def test_a_line_longer_than_a_chunk_is_whole_in_every_form(tmp_path, monkeypatch):
-    monkeypatch.setattr(tokenize_docs, "CHUNK_BYTES", 1000)
-    texts = [random.Random(seed).randbytes(40_000).hex() for seed in range(2)]
-    for suffix in ("", *COMPRESS):
-        path = write_jsonl(tmp_path / f"long.jsonl{suffix}", texts)
-        assert list(tokenize_docs.read_documents([path])) == texts
 
 
 def test_documents_straddle_shards_without_loss(train, model_path, tmp_path):
@@ -274,8 +267,9 @@ def test_truncated_and_damaged_compressed_files_are_refused(
     for cut in (data[: len(data) // 2], data[:-1], data + data[:-1]):
         whole.write_bytes(cut)
         assert "truncated" in refused(capsys, tmp_path / "out", *argv)
-    whole.write_bytes(b"not compressed at all")
-    assert "damaged" in refused(capsys, tmp_path / "out", *argv)
+    for damaged in (b"not compressed at all", data + b"junk", data + b"x" + data[1:]):
+        whole.write_bytes(damaged)
+        assert "damaged" in refused(capsys, tmp_path / "out", *argv)
 
 
 def test_missing_empty_and_wrong_inputs_are_refused(train, model_path, tmp_path, capsys):
@@ -327,15 +321,6 @@ def test_unfit_tokenizers_are_refused(train, documents, model, tmp_path, capsys)
         assert expected in refused(capsys, tmp_path / "out", *argv)
     largest = model_with_more_pieces(model, 65_536 - 400)
     assert tokenize_docs.load_tokenizer(largest, "largest").vocab_size() == 65_536
-
-
-def test_a_full_disk_is_refused_in_one_line(train, model_path, tmp_path, capsys, monkeypatch):
-    def no_space(descriptor):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fsync", no_space)
-    argv = ("--train", train, "--tokenizer", model_path)
-    assert "No space left" in refused(capsys, tmp_path / "out", *argv)
 
 
 @pytest.mark.parametrize("writes_before", [0, 3])
@@ -474,7 +459,8 @@ def test_the_sample_is_the_same_in_another_process_and_with_workers(package, tmp
     make_sample.make_sample(tmp_path / "first", [package], 1)
     script = tmp_path / "again.py"
     script.write_text(
-        f"import sys, pathlib; sys.path.insert(0, {str(ROOT / 'data')!r}); import make_sample as m\n"
+        f"import sys, pathlib; sys.path.insert(0, {str(ROOT / 'data')!r})\n"
+        "import make_sample as m\n"
         "if __name__ == '__main__':\n"
         f"    package = m.Package('fakepkg', pathlib.Path({str(package.root)!r}), '1.0')\n"
         f"    m.make_sample(pathlib.Path({str(tmp_path / 'second')!r}), [package], 2)\n"

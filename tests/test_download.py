@@ -1,4 +1,4 @@
-"""data/cached_challenge_fineweb.py against a hub on this machine.   pytest tests/test_download.py"""
+"""data/cached_challenge_fineweb.py against a local hub.   pytest tests/test_download.py"""
 
 import hashlib
 import json
