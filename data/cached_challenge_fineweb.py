@@ -21,11 +21,15 @@ from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
-import huggingface_hub
-from huggingface_hub import errors
-from huggingface_hub.file_download import http_get
-from huggingface_hub.utils import build_hf_headers, disable_progress_bars, logging
-from huggingface_hub.utils.sha import git_hash, sha_fileobj
+try:
+    import huggingface_hub
+    from huggingface_hub import errors
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers, disable_progress_bars, logging
+    from huggingface_hub.utils.sha import git_hash, sha_fileobj
+except ImportError as error:
+    print(f"error: {error}: pip install -r requirements.txt", file=sys.stderr)
+    sys.exit(2)
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tokenize_docs import MAX_JSON_BYTES, parse_manifest
