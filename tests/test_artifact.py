@@ -435,6 +435,8 @@ def test_a_failed_write_keeps_the_old_content_and_leaves_nothing_behind(
     write_atomically(path, b"old")
     if failing == "open":
         monkeypatch.setattr(train_gpt, "open", full_disk, raising=False)
+    elif failing == "full" and not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
     elif failing == "full":
         (tmp_path / f".file.bin.{os.getpid()}.tmp").symlink_to("/dev/full")
     else:
