@@ -363,6 +363,7 @@ def test_the_artifact_is_about_a_thousandth_below_the_target(tmp_path, medium, f
     assert_restored(tmp_path / "a.ptz", quantize(hp, state, fitted.factor)[0])
 
 
+@pytest.mark.slow
 def test_a_target_out_of_reach_is_refused_with_what_to_shrink(medium):
     hp, state, _ = medium
     coarsest = len(pack(hp.model, quantize(hp, state, 4.0)[0], SHA, fast=True)[0])
