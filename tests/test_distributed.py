@@ -1,11 +1,10 @@
-"""Training on 1, 2 and 4 gloo ranks is one training: weights, losses, artifact.   pytest tests/test_distributed.py
+"""Training on 1 and on 2 gloo ranks is one training: weights, losses, artifact.
 
-Every world is started once, as processes of one fork server that imports torch once, and trains all CASES in turn by
-main() of train_gpt.py. A case may plant a fault that the comparisons have to notice.
+Both worlds are processes of one fork server that imports torch once, and train all CASES in turn by
+main() of train_gpt.py. Two cases plant a fault that the comparisons have to notice.
 """
 
 import contextlib
-import functools
 import hashlib
 import json
 import multiprocessing
@@ -15,108 +14,97 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers_cli import Dataset, cli_env, full_environment, write_dataset
+from helpers_cli import PACK_ONCE, Dataset, cli_env, full_environment, write_dataset
 
 import train_gpt
 
 STEPS = 20
-WORLDS = (1, 2, 4)
-FORMS = {
-    "masked": {"ROUTING": "zipf", "DISPATCH": "masked"},
-    "grouped": {"ROUTING": "zipf", "DISPATCH": "grouped"},
-    "dense": {"ROUTING": "dense"},
-}
-FAULTS = (
-    "rank_after",
-    "rank_before",
-)  # a gradient that depends on the rank, after and before the ranks' mean
-CASES = {**FORMS, **dict.fromkeys(FAULTS, FORMS["masked"])}
+WORLDS = (1, 2)
+FORMS = {"masked": {}, "grouped": {"DISPATCH": "grouped"}, "dense": {"ROUTING": "dense"}}
+FAULTS = ("rank_after", "rank_before")  # gradients differ by rank after, or before their mean
+CASES = (*FORMS, *FAULTS)
 TOLERANCE = 2e-5  # nats, of each loss; sums in another order differ by 1e-6 after 20 steps
+pytestmark = pytest.mark.slow
 
 
-PACK_ONCE = functools.cache(train_gpt.pack_source)  # the code is the same in all cases
+class FaultyGradients(train_gpt.Gradients):
+    """Gradients that depend on the rank."""
+
+    fault = ""
+
+    def average_and_clip(self, max_norm: float) -> None:
+        if self.fault == "rank_before" and self.dist.rank == 1:
+            self.flat[64:].zero_()
+        super().average_and_clip(max_norm)
+        if self.fault == "rank_after":
+            self.flat[64:].mul_(1 + 1e-6 * self.dist.rank)
 
 
 class Enough(Exception):
     """Ends a case with a fault after its training."""
 
 
-def plant(fault: str, patch: pytest.MonkeyPatch) -> None:
-    average = train_gpt.Gradients.average_and_clip
-
-    def rank_dependent(gradients: train_gpt.Gradients, max_norm: float) -> None:
-        if fault == "rank_before" and gradients.dist.rank == 1:
-            gradients.flat[64:].zero_()
-        average(gradients, max_norm)
-        if fault == "rank_after":
-            gradients.flat[64:].mul_(1 + 1e-6 * gradients.dist.rank)
-
-    if fault in FAULTS:
-        patch.setattr(train_gpt.Gradients, "average_and_clip", rank_dependent)
+def digest(model: train_gpt.GPT) -> str:
+    tensors = model.state_dict().values()
+    return hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in tensors)).hexdigest()
 
 
 def train_case(dist: train_gpt.Dist, case: str, folder: Path, env: dict[str, str]) -> dict:
-    """One training by main(): the losses, digests of this rank's weights and average, and what files it wrote."""
+    """Train by main(). Returns losses, digests of weights and average, and the files written."""
     found: dict = {"losses": [], "files": []}
-    step, train, write = train_gpt.train_step, train_gpt.train, train_gpt.write_atomically
+    true_step, true_train = train_gpt.train_step, train_gpt.train
+    true_write = train_gpt.write_atomically
 
-    def record_step(model, *args) -> torch.Tensor:
-        loss = step(model, *args)
+    def record_step(model, *args):
+        loss = true_step(model, *args)
         found["losses"].append(loss.item())
-        found["weights"] = digest(model.state_dict())
+        found["weights"] = digest(model)
         return loss
 
-    def record_train(hp, dist, log, model, *args) -> tuple[int, float]:
-        result = train(hp, dist, log, model, *args)
-        found["average"] = digest(model.state_dict())
+    def record_train(hp, dist, log, model, *args):
+        end = true_train(hp, dist, log, model, *args)
+        found["average"] = digest(model)
         if case in FAULTS:
             raise Enough
-        return result
+        return end
 
     def record_write(path: Path, data: bytes) -> None:
         found["files"].append(path.name)
-        write(path, data)
+        true_write(path, data)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            train_gpt.Dist, "from_torchrun", lambda device: dist
-        )  # a process joins a group only once
+        patch.setattr(train_gpt.Dist, "from_torchrun", lambda: dist)  # a group is joined only once
         patch.setattr(train_gpt, "train_step", record_step)
         patch.setattr(train_gpt, "train", record_train)
         patch.setattr(train_gpt, "write_atomically", record_write)
+        patch.setattr(train_gpt, "pack_source", PACK_ONCE)
+        patch.setattr(train_gpt, "Gradients", FaultyGradients)
+        patch.setattr(FaultyGradients, "fault", case)
         patch.setattr(os, "environ", env)
         patch.setattr("sys.argv", ["train_gpt.py"])
         patch.chdir(folder)
-        patch.setattr(train_gpt, "pack_source", PACK_ONCE)
-        plant(case, patch)
         with contextlib.suppress(Enough):
             train_gpt.main()
     return found
 
 
-def digest(state: dict[str, torch.Tensor]) -> str:
-    return hashlib.sha256(
-        b"".join(tensor.numpy().tobytes() for tensor in state.values())
-    ).hexdigest()
-
-
 def be_rank(rank: int, world_size: int, port: int, folder: Path, dataset: Dataset) -> None:
     """Train all cases and leave what was found in `folder`; runs in a process of its own."""
     torch.set_num_threads(1)
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1"}
-    os.environ.update({name: str(value) for name, value in {**place, "MASTER_PORT": port}.items()})
-    dist, found = train_gpt.Dist.from_torchrun("cpu"), {}
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    os.environ.update(MASTER_ADDR="127.0.0.1", CUDA_VISIBLE_DEVICES="")
+    dist = train_gpt.Dist.from_torchrun()
     knobs = {"ITERATIONS": STEPS, "TARGET_BYTES": 0, "LOOP_FROM": 0.3, "VAL_MAX_TOKENS": 200}
-    for case, changes in (CASES if world_size > 1 else FORMS).items():
+    found = {}
+    for case in CASES if world_size > 1 else FORMS:
         work = folder / case
         work.mkdir(exist_ok=True)
-        env = full_environment(cli_env(dataset, **knobs, **changes, RUN_ID=case))
-        found[case] = train_case(dist, case, work, env)
+        env = cli_env(dataset, **knobs, **FORMS.get(case, {}), RUN_ID=case)
+        found[case] = train_case(dist, case, work, full_environment(env))
     (folder / f"rank{rank}.json").write_text(json.dumps(found))
     dist.all_max(0.0)  # none leaves while another still needs it
-    os._exit(
-        0
-    )  # as run_entry_point() of train_gpt.py does: gloo's threads may abort an interpreter that shuts down
+    os._exit(0)  # gloo's threads may abort an interpreter that shuts down
 
 
 def free_port() -> int:
@@ -127,67 +115,52 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory) -> dict[int, list[dict]]:
-    """What every rank of every world found, by world size and rank; rank 0 also has the `folder` of its world."""
-    dataset, context = (
-        write_dataset(tmp_path_factory.mktemp("data") / "set"),
-        multiprocessing.get_context("forkserver"),
-    )
+    """What every rank of every world found, by world size and rank."""
+    dataset = write_dataset(tmp_path_factory.mktemp("data") / "set")
+    context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch._dynamo", "pytest", "sentencepiece"])
     found = {}
     for world_size in WORLDS:
-        folder, port = tmp_path_factory.mktemp(f"world{world_size}"), free_port()
-        arguments = [(rank, world_size, port, folder, dataset) for rank in range(world_size)]
-        ranks = [context.Process(target=be_rank, args=each) for each in arguments]
-        for process in ranks:
-            process.start()
+        folder = tmp_path_factory.mktemp(f"world{world_size}")
+        port = free_port()
+        ranks = []
+        for rank in range(world_size):
+            arguments = (rank, world_size, port, folder, dataset)
+            ranks.append(context.Process(target=be_rank, args=arguments))
+            ranks[rank].start()
         for process in ranks:
             process.join(timeout=100)
         assert [process.exitcode for process in ranks] == [0] * world_size
-        found[world_size] = [
-            json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(world_size)
-        ]
+        found[world_size] = []
+        for rank in range(world_size):
+            found[world_size].append(json.loads((folder / f"rank{rank}.json").read_text()))
         found[world_size][0]["folder"] = str(folder)
     return found
 
 
 def worst(ours: list[float], theirs: list[float]) -> float:
-    assert len(ours) == len(theirs) > 0
     return max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("world_size", WORLDS[1:])
-def test_after_twenty_steps_all_ranks_have_the_same_weights_bit_for_bit(worlds, form, world_size):
+def test_both_ranks_have_one_model_and_the_losses_of_one_rank(worlds, form):
+    first, second = (rank[form] for rank in worlds[2])
     for what in ("weights", "average", "losses"):
-        assert len({str(rank[form][what]) for rank in worlds[world_size]}) == 1
-    assert len(worlds[world_size][0][form]["losses"]) == STEPS
-    assert worlds[world_size][0][form]["weights"] != worlds[world_size][0][form]["average"]
-
-
-@pytest.mark.parametrize("world_size", WORLDS[1:])
-def test_a_gradient_that_differs_by_a_millionth_between_ranks_is_noticed(worlds, world_size):
-    for what in ("weights", "average"):
-        assert len({rank["rank_after"][what] for rank in worlds[world_size]}) == world_size
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("world_size", WORLDS[1:])
-def test_losses_do_not_depend_on_the_number_of_ranks(worlds, form, world_size):
-    alone, together = (worlds[size][0][form]["losses"] for size in (1, world_size))
+        assert first[what] == second[what], what
+    assert first["weights"] != first["average"]
+    alone = worlds[1][0][form]["losses"]
+    assert len(alone) == STEPS
     assert alone[0] - alone[-1] > 0.3
-    assert worst(alone, together) < TOLERANCE
+    assert worst(alone, first["losses"]) < TOLERANCE
 
 
-@pytest.mark.parametrize("world_size", WORLDS[1:])
-def test_the_gradients_of_a_rank_that_are_lost_before_the_mean_show_in_the_losses(
-    worlds, world_size
-):
-    alone, together = (
-        worlds[1][0]["masked"]["losses"],
-        worlds[world_size][0]["rank_before"]["losses"],
-    )
-    assert worst(alone, together) > 100 * TOLERANCE
-    assert len({rank["rank_before"]["weights"] for rank in worlds[world_size]}) == 1
+def test_gradients_that_differ_between_ranks_are_noticed(worlds):
+    """By a millionth after the mean; or a rank's are lost before it."""
+    first, second = worlds[2]
+    assert first["rank_after"]["weights"] != second["rank_after"]["weights"]
+    assert first["rank_before"]["weights"] == second["rank_before"]["weights"]
+    alone = worlds[1][0]["masked"]["losses"]
+    assert worst(alone, first["rank_before"]["losses"]) > 100 * TOLERANCE
 
 
 @pytest.mark.parametrize("form", FORMS)
