@@ -1,4 +1,4 @@
-"""The tests' tiny model: the one definition of its knobs, and models, ids and token counts for it."""
+"""The one definition of the tests' tiny model, and models, ids and token counts for it."""
 
 import os
 

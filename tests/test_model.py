@@ -12,6 +12,7 @@ import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
 from conftest import ALONE, make_ids, make_model, tiny_hp
+from helpers_cli import allow_every_attention_kernel
 from torch import Tensor
 
 from train_gpt import (
@@ -158,7 +159,7 @@ def at(positions: Tensor, values: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("mode", MODES)
 @torch.no_grad()
-def test_scored_positions_get_the_logits_and_losses_of_the_full_forward(mode):
+def test_losses_are_cross_entropies_and_scored_positions_get_those_of_the_full_forward(mode):
     hp = tiny_hp(**MODES[mode])
     model = make_model(hp).eval()
     ids = make_ids(hp, 3, 17)
@@ -172,10 +173,14 @@ def test_scored_positions_get_the_logits_and_losses_of_the_full_forward(mode):
         assert ((elsewhere - chosen).abs().amax(-1) > 1e-3).all()
 
         losses = model(inputs, targets, reduction="none", looped=looped)
+        nll = -logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+        torch.testing.assert_close(losses, nll, rtol=1e-5, atol=1e-5)
         few = model(inputs, there, reduction="none", looped=looped, scored=SCORED)
         torch.testing.assert_close(few, at(SCORED, losses), rtol=0, atol=1e-5)
         mean = model(inputs, there, looped=looped, scored=SCORED)
         torch.testing.assert_close(mean, few.mean(), rtol=1e-5, atol=0)
+    fresh = make_model(hp, noise=0.0).eval()
+    assert fresh(inputs, targets).item() == pytest.approx(math.log(64), abs=0.05)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -294,15 +299,9 @@ def test_attention_is_its_definition(parts):
 
 @pytest.fixture
 def sdpa_flags():
-    """Leaves PyTorch's attention switches as they were."""
-    cuda = torch.backends.cuda
-    cudnn, flash = cuda.cudnn_sdp_enabled(), cuda.flash_sdp_enabled()
-    efficient, math_kernel = cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled()
+    """Turns PyTorch's attention kernels on again in the end."""
     yield
-    cuda.enable_cudnn_sdp(cudnn)
-    cuda.enable_flash_sdp(flash)
-    cuda.enable_mem_efficient_sdp(efficient)
-    cuda.enable_math_sdp(math_kernel)
+    allow_every_attention_kernel()
 
 
 def test_attention_ladder_takes_the_first_kernel_that_runs_and_says_so(sdpa_flags, monkeypatch):
@@ -615,19 +614,6 @@ def test_factors_have_the_gradient_of_the_softmax(routing, bonus):
     assert all(gradient.abs().max() > 1e-2 for gradient in theirs)
 
 
-@pytest.mark.parametrize("routing", ROUTERS)
-def test_every_expert_gets_tokens_and_a_gradient_in_the_first_step(routing):
-    hp = tiny_hp(routing=routing)
-    model = make_model(hp, noise=0.0)
-    ids = make_ids(hp, 4, 17)
-    model(ids[:, :-1], ids[:, 1:]).backward()
-    for block in model.blocks:
-        assert (block.mlp.expert_down.grad != 0).any(-1).any(-1).all()
-        # Outputs of experts are zero at the start; the Switch loss alone can move the router then.
-        if routing != "soft":
-            assert (block.mlp.router.grad != 0).any(-1).all()
-
-
 def choose_by(scores: Tensor, routing: str) -> tuple[Tensor, Tensor]:
     """Factors and Switch loss of a lone MLP whose router takes its inputs (N, E) for scores."""
     experts = scores.size(-1)
@@ -837,23 +823,6 @@ def test_every_parameter_learns_within_a_few_steps_from_the_true_start(mode):
 
 
 # ---- Logits and loss -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("mode", MODES)
-@torch.no_grad()
-def test_loss_is_the_cross_entropy_of_the_logits_and_at_first_that_of_a_uniform_guess(mode):
-    hp = tiny_hp(**MODES[mode])
-    ids = make_ids(hp, 3, 17)
-    inputs, targets = ids[:, :-1], ids[:, 1:]
-    model = make_model(hp).eval()
-    nll = -model(inputs).double().log_softmax(-1).gather(-1, targets[..., None])[..., 0]
-    per_token = model(inputs, targets, reduction="none")
-    mean = model(inputs, targets)
-    torch.testing.assert_close(per_token.double(), nll, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(mean, per_token.mean(), rtol=1e-5, atol=0)
-
-    fresh = make_model(hp, noise=0.0).eval()
-    assert fresh(inputs, targets).item() == pytest.approx(math.log(64), abs=0.05)
 
 
 @torch.no_grad()
