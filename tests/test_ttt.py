@@ -501,7 +501,7 @@ def test_training_hidden_in_what_scores_windows_fails_its_audit(ttt, audited, mo
         scorer.forward.load_state_dict(weights)
 
     monkeypatch.setattr(eval_sliding, "score_within_memory", peek)
-    assert audited(replace(CONFIG, ttt=ttt)).startswith("C1 C3")
+    assert {"C1", "C3"} <= set(audited(replace(CONFIG, ttt=ttt)).split())
 
 
 def attend_everywhere(*q_k_v):
@@ -606,7 +606,7 @@ def test_the_audit_of_an_artifact_logs_its_table_and_succeeds(knobs, score, tmp_
 
 
 def test_the_audit_of_a_model_that_looks_ahead_ends_with_status_1(score, monkeypatch):
-    monkeypatch.setattr(train_gpt, "attention_kernel", lambda name: attend_everywhere)
+    monkeypatch.setattr(train_gpt, "sdpa_attention", attend_everywhere)
     result = score("--audit")
     assert (result.code, result.err) == (1, "")
     assert re.search(r"^\| C1 causal \|.*\| FAIL \|$", result.out, re.MULTILINE)
