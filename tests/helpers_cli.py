@@ -170,6 +170,11 @@ class Run:
         return self.losses == other.losses and same_artifact
 
 
+def without_progress(err: str) -> str:
+    """Return what is on stderr beside the lines of stages that take more than 5 s."""
+    return re.sub(r"^[A-Za-z ]+: \d+(s|% ETA).*\n", "", err, flags=re.MULTILINE)
+
+
 def allow_every_attention_kernel() -> None:
     """Give back what choose_attention() takes away from the process that it runs in."""
     torch.backends.cuda.enable_cudnn_sdp(True)
@@ -201,7 +206,7 @@ def run_in_process(
             train_gpt.run_entry_point(entry)
         except SystemExit as exit_info:
             code = exit_info.code
-    return Result(code, out.getvalue(), err.getvalue())
+    return Result(code, out.getvalue(), without_progress(err.getvalue()))
 
 
 def train(folder: Path, dataset: Dataset, **knobs: object) -> Run:
@@ -221,7 +226,7 @@ def run_command(
     done = subprocess.run(
         command, env=full_environment(env), cwd=cwd, capture_output=True, text=True, timeout=120
     )
-    return Result(done.returncode, done.stdout, done.stderr)
+    return Result(done.returncode, done.stdout, without_progress(done.stderr))
 
 
 def assert_refused(result: Result, *fragments: str) -> None:

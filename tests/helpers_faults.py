@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from helpers_cli import ALONE, full_environment
+from helpers_cli import ALONE, full_environment, without_progress
 
 import train_gpt
 
@@ -174,6 +174,7 @@ def run_ranks(
         process.join()
     out = [(folder / f"rank{rank}.out").read_text() for rank in range(world_size)]
     err = [(folder / f"rank{rank}.err").read_text() for rank in range(world_size)]
+    err = [without_progress(text) for text in err]
     assert not hung, (hung, out, err)
     codes = [process.exitcode for process in ranks]
     return Outcome(codes, out, err, seconds, files_in(folder / "logs"))
@@ -189,7 +190,7 @@ def assert_readable(folder: Path) -> None:
         if path.suffix == ".ptz":
             train_gpt.load_artifact(path, train_gpt.Hyperparameters(), ALONE.device)
         elif path.suffix == ".pt":
-            assert torch.load(path, weights_only=True)["state"]
+            assert torch.load(path, weights_only=True)["model"]
         elif path.suffix == ".txt":
             assert path.read_text(encoding="utf-8").endswith("\n")
         else:

@@ -270,7 +270,12 @@ def short_dataset(tmp_path_factory) -> Dataset:
     return write_dataset(tmp_path_factory.mktemp("short") / "set", val_docs=2)
 
 
-@pytest.mark.parametrize("row", pairwise_rows(), ids=lambda row: "".join(map(str, row.values())))
+ROWS = pairwise_rows()
+FEW = 4  # that are not slow
+ROWS[FEW:] = [pytest.param(row, marks=pytest.mark.slow) for row in ROWS[FEW:]]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: "".join(map(str, row.values())))
 def test_modes_in_every_pair_train_export_reload_and_score(row, short_dataset, tmp_path):
     knobs = {"ITERATIONS": 2}
     for name, index in row.items():

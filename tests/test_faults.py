@@ -27,6 +27,7 @@ from helpers_cli import (
     full_environment,
     run_in_process,
     train,
+    without_progress,
     write_dataset,
 )
 from helpers_faults import Outcome, assert_readable, files_in, planted, run_ranks
@@ -178,19 +179,19 @@ def mounted_logs(folder: Path, options: str) -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("where", "name", "files"),
+    ("where", "knobs", "name", "files"),
     [
-        ("train_gpt.write_atomically 2", SAVED_6, [SAVED_3]),
-        ("train_gpt.write_atomically 4", "run.ptz", [SAVED_6, SAVED_8]),
-        ("train_gpt.TokenLoader.sample 1", "run.txt", []),
+        ("train_gpt.write_atomically 2", {}, SAVED_6, [SAVED_3]),
+        ("train_gpt.write_atomically 4", {}, "run.ptz", [SAVED_6, SAVED_8]),
+        ("train_gpt.train_step 1", {"ITERATIONS": 99, "CHECKPOINT_EVERY": 99}, "run.txt", []),
     ],
 )
 def test_a_full_disk_is_named_with_the_file_and_the_run_goes_on_later(
-    where, name, files, dataset, tmp_path
+    where, knobs, name, files, dataset, tmp_path
 ):
     said = f"error: cannot write logs/{name}: No space left on device\n"
     with mounted_logs(tmp_path, "size=4m"):
-        result = befall(f"fill_disk {where} 0", dataset, tmp_path, VAL_LOSS_EVERY=1)
+        result = befall(f"fill_disk {where} 0", dataset, tmp_path, **knobs)
         assert (result.code, result.err) == (2, said)
         (tmp_path / "logs" / "junk").unlink()
         assert files_in(tmp_path / "logs") == [*files, "run.txt"]
@@ -251,7 +252,7 @@ def test_a_clock_that_jumps_ahead_ends_a_timed_run_as_its_cap_does(dataset, tmp_
     fault = "clock_ahead train_gpt.train_step 5 0"
     result = befall(fault, dataset, tmp_path, MAX_WALLCLOCK_SECONDS=1000)
     assert (result.code, result.err) == (0, "")
-    stopped = r"^stopping_early: wallclock_cap train_time:10000\d\d\dms step:5/8$"
+    stopped = r"^stopping_early: wallclock_cap train_time:1000\d{4}ms step:5/8$"
     assert re.search(stopped, result.out, re.MULTILINE)
     assert files_in(tmp_path / "logs") == ["run.ptz", SAVED_3, SAVED_5, "run.txt"]
 
@@ -259,7 +260,7 @@ def test_a_clock_that_jumps_ahead_ends_a_timed_run_as_its_cap_does(dataset, tmp_
 @pytest.mark.slow
 def test_an_exporter_that_runs_out_of_memory_says_so(dataset, tmp_path):
     env = cli_env(dataset, **SAVED, MODEL_DIM=256, SHARED_DIM=512, GPTQ_BATCHES=0)
-    fault = "forbid_memory train_gpt.export 1 0"
+    fault = "forbid_memory train_gpt.quantize 2 0"
     outcome = run_ranks("train_gpt", env, tmp_path, fault, world_size=1)
     assert outcome.codes == [2], outcome.err
     assert re.match("error: out of memory: .", outcome.errors(0)[0])
@@ -323,7 +324,7 @@ def test_runs_and_evaluations_in_one_folder_leave_each_others_files_alone(
         assert contents(logs).items() >= before.items()
         (tmp_path / "go").touch()
         _, err = first.communicate(timeout=60)
-    assert (first.returncode, err) == (0, "")
+    assert (first.returncode, without_progress(err)) == (0, "")
     expected = contents(trained.folder / "logs")
     for name in ("run", "run.step"):
         own = re.compile(rf"{re.escape(name)}\.(step\d+\.pt|ptz|txt)")

@@ -441,10 +441,7 @@ def leave_out_the_first(scorer, model, windows, score) -> None:
         (leave_out_the_first, "C4"),
     ],
 )
-@pytest.mark.parametrize("epochs", [1, 2])
-def test_a_chunk_that_is_scored_otherwise_fails_the_audit(
-    cheat, fails, epochs, audited, monkeypatch
-):
+def test_a_chunk_that_is_scored_otherwise_fails_the_audit(cheat, fails, audited, monkeypatch):
     honest = eval_sliding.score_first
 
     def cheating(scorer, model, config, log, started, score, segments):
@@ -454,7 +451,7 @@ def test_a_chunk_that_is_scored_otherwise_fails_the_audit(
         return honest(scorer, model, config, log, started, scored, segments)
 
     monkeypatch.setattr(eval_sliding, "score_first", cheating)
-    failed = audited(replace(CONFIG, ttt_epochs=epochs)).split()
+    failed = audited().split()
     assert set(failed) >= set(fails.split())
     assert not {"artifact", "bytes"} & set(failed)
     assert ("C4" in failed) == (fails == "C4")
@@ -509,8 +506,10 @@ def attend_everywhere(*q_k_v):
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2)
 
 
-@pytest.mark.parametrize(("ttt", "stride"), [("off", 4), ("off", 8), ("sgd", 4)])
-@pytest.mark.parametrize("where", ["first", "last"])
+@pytest.mark.parametrize(
+    ("where", "ttt", "stride"),
+    [("first", "off", 4), ("last", "off", 8), ("last", "sgd", 4), ("first", "sgd", 8)],
+)
 def test_a_model_that_attends_to_the_next_tokens_fails_its_audit(
     where, ttt, stride, audited, monkeypatch
 ):
