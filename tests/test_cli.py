@@ -301,7 +301,10 @@ def test_modes_in_every_pair_train_export_reload_and_score(row, short_dataset, t
 # ---- What a result may depend on
 
 
-@pytest.mark.parametrize("knobs", [{}, {"ROUTING": "learned", "MU": "pid"}], ids=str)
+LEARNED = pytest.param({"ROUTING": "learned", "MU": "pid"}, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("knobs", [{}, LEARNED], ids=str)
 def test_the_same_seed_repeats_losses_and_artifact_and_another_does_not(knobs, dataset, tmp_path):
     first, again = (train(tmp_path / name, dataset, **knobs) for name in "ab")
     other = train(tmp_path / "c", dataset, **knobs, SEED=1)
@@ -310,6 +313,7 @@ def test_the_same_seed_repeats_losses_and_artifact_and_another_does_not(knobs, d
     assert first.artifact.read_bytes() != other.artifact.read_bytes()
 
 
+@pytest.mark.slow
 def test_averaging_changes_the_artifact_and_accumulation_hardly_the_losses(
     chain, dataset, tmp_path
 ):
@@ -330,6 +334,7 @@ def test_validation_text_never_reaches_the_artifact_and_training_text_does(chain
     assert not train(tmp_path / "b", other_train).same_as(chain[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("peeks", [False, True])
 def test_before_the_artifact_exists_only_the_validation_loader_reads_validation_files(
     peeks, dataset, tmp_path, monkeypatch
@@ -532,6 +537,7 @@ def test_a_model_over_the_cap_is_refused_before_training(dataset, tmp_path, monk
     assert train_losses((tmp_path / "logs" / "run.txt").read_text()) == []
 
 
+@pytest.mark.slow
 def test_an_artifact_over_the_cap_is_never_written(chain, dataset, tmp_path, monkeypatch):
     nothing = SimpleNamespace(artifact=b"")
     table = train_gpt.budget_table
@@ -567,6 +573,7 @@ def test_missing_and_damaged_artifacts_are_refused(artifact, dataset):
         score_refused(artifact, dataset, "model.ptz", "artifact")
 
 
+@pytest.mark.slow
 def test_another_tokenizer_or_text_is_refused_by_scoring(artifact, dataset, tmp_path):
     other = tmp_path / "other.model"
     other.write_bytes(tiny_tokenizer(seed=50))
@@ -738,6 +745,7 @@ def slower_schedule(hp, frac, original=train_gpt.lr_scale):
     return 0.999 * original(hp, frac)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "changed"),
     [

@@ -301,6 +301,7 @@ def test_an_unfinished_score_is_that_of_the_targets_scored_and_says_so(model):
     assert scorer.total().bpb == score_all(model, val, T, 5).total().bpb
 
 
+@pytest.mark.slow
 def test_partial_scores_are_never_called_val_bpb(tmp_path):
     dataset = write_dataset(tmp_path / "set")
     trained = train(tmp_path, dataset, VAL_MAX_TOKENS=50, VAL_LOSS_EVERY=4).result

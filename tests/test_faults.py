@@ -210,14 +210,6 @@ def test_a_full_disk_in_evaluation_is_named_with_the_log(dataset, trained, tmp_p
         assert (tmp_path / "logs" / "run.ptz").read_bytes() == trained.artifact.read_bytes()
 
 
-def test_a_read_only_log_folder_is_named_before_anything_is_done(dataset, tmp_path):
-    with mounted_logs(tmp_path, "ro"):
-        result = run_in_process(train_gpt.main, cli_env(dataset), tmp_path)
-    assert result.code == 2
-    assert re.fullmatch(r"error: .*Read-only file system: 'logs.*'\n", result.err)
-    assert files_in(tmp_path / "logs") == []
-
-
 # ---- The loss, the data, the clock, the memory
 
 
@@ -258,14 +250,14 @@ def test_a_clock_that_jumps_ahead_ends_a_timed_run_as_its_cap_does(dataset, tmp_
 
 
 @pytest.mark.slow
-def test_an_exporter_that_runs_out_of_memory_says_so(dataset, tmp_path):
+def test_a_run_out_of_memory_says_so(dataset, tmp_path):
     env = cli_env(dataset, **SAVED, MODEL_DIM=256, SHARED_DIM=512, GPTQ_BATCHES=0)
     fault = "forbid_memory train_gpt.quantize 2 0"
     outcome = run_ranks("train_gpt", env, tmp_path, fault, world_size=1)
     assert outcome.codes == [2], outcome.err
     assert re.match("error: out of memory: .", outcome.errors(0)[0])
     assert "Traceback" not in outcome.err[0]
-    assert outcome.files == [SAVED_6, SAVED_8, "run.txt"]
+    assert outcome.files == ["run.txt"]
 
 
 # ---- Other runs

@@ -92,7 +92,7 @@ def test_cycles_of_training_and_scoring_leave_memory_handles_and_results_flat(tm
 
 
 def open_handle(folder: Path, kept: list) -> None:
-    kept.append(open(folder.parent / "leaked.txt", "a"))
+    kept.append(open(folder.parent / "leaked.txt", "a"))  # noqa: SIM115
 
 
 def keep_memory(folder: Path, kept: list) -> None:

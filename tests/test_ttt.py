@@ -118,6 +118,7 @@ def test_a_segment_starts_with_the_artifact_and_trained_weights_score_its_other_
     assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.slow
 def test_what_repeats_beyond_the_window_is_learned_and_noise_is_not():
     """The first time that the sequence comes it is as hard as without training."""
     config = replace(CONFIG, ttt_chunk_tokens=40, ttt_epochs=6)
@@ -216,20 +217,6 @@ def test_gradients_below_the_bound_are_not_scaled_up_to_it():
     adapt(scorer, torch.optim.SGD(model.parameters(), lr=1.0), 0, 57)
     for (name, p), g in zip(model.named_parameters(), gradients, strict=True):
         torch.testing.assert_close(before[name] - p.detach(), 0.02 * g, rtol=0, atol=1e-5)
-
-
-def test_an_update_sees_no_token_outside_its_targets():
-    val, states = make_val(101), []
-    other = replace(val, tokens=(val.tokens + 1) % 64)
-    other.tokens[20:53] = val.tokens[20:53]  # of the targets 20 to 51
-    nudged = replace(val, tokens=val.tokens.clone())
-    nudged.tokens[52] = (nudged.tokens[52] + 1) % 64  # the last target
-    for text in (val, other, nudged):
-        model = make_model(HP)
-        adapt(make_scorer(model, text), torch.optim.SGD(model.parameters(), lr=0.1), 20, 52)
-        states.append(copy_of(model))
-    assert not changed_names(states[0], states[1])
-    assert changed_names(states[0], states[2])
 
 
 # ---- The clock
@@ -392,9 +379,11 @@ def audited(dataset) -> Callable:
     [
         ("off", "masked", {}),
         ("sgd", "grouped", {}),
-        ("sgd", "masked", {"eval_stride": 1}),
-        ("off", "grouped", {"eval_stride": 16}),
-        ("sgd", "masked", {"eval_seq_len": 9, "eval_stride": 3}),
+        pytest.param("sgd", "masked", {"eval_stride": 1}, marks=pytest.mark.slow),
+        pytest.param("off", "grouped", {"eval_stride": 16}, marks=pytest.mark.slow),
+        pytest.param(
+            "sgd", "masked", {"eval_seq_len": 9, "eval_stride": 3}, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_an_honest_evaluation_passes_its_audit(ttt, dispatch, changes, audited):
@@ -469,6 +458,7 @@ def test_weights_left_trained_fail_the_audit(audited, monkeypatch):
     assert "artifact" in audited()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dispatch", ["masked", "grouped"])
 def test_weights_carried_into_the_next_segment_fail_the_audit(dispatch, audited, monkeypatch):
     honest = eval_sliding.score_first
@@ -486,6 +476,7 @@ def test_weights_carried_into_the_next_segment_fail_the_audit(dispatch, audited,
     assert audited(dispatch=dispatch) == "ranks"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ttt", ["off", "sgd"])
 def test_training_hidden_in_what_scores_windows_fails_its_audit(ttt, audited, monkeypatch):
     """The weights that the audit sees before a chunk is scored are not those that score it."""
@@ -506,6 +497,7 @@ def attend_everywhere(*q_k_v):
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("where", "ttt", "stride"),
     [("first", "off", 4), ("last", "off", 8), ("last", "sgd", 4), ("first", "sgd", 8)],
@@ -544,6 +536,7 @@ def test_losses_that_are_no_probabilities_fail_the_audit(ttt, audited, monkeypat
     assert audited(replace(CONFIG, ttt=ttt)) == "C2"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", [0, -1])
 def test_one_byte_too_many_fails_the_audit_wherever_it_is(place, audited, dataset):
     paths = {"data_path": str(dataset.folder), "tokenizer_path": str(dataset.tokenizer)}
