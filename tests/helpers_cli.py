@@ -1,4 +1,4 @@
-"""Tiny data sets, environments and runs of the command lines, in this process or in their own.   (no tests here)"""
+"""Tiny data sets, environments and runs of the command lines, in this process or in their own."""
 
 import contextlib
 import functools
@@ -17,65 +17,56 @@ from unittest import mock
 import numpy as np
 import tokenize_docs
 import torch
+from conftest import ALONE, TINY
 
+import eval_sliding
 import train_gpt
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
 BOS = 1
 VOCAB_SIZE = 340
-CPU = torch.device("cpu")
-ALONE = train_gpt.Dist(0, 1, CPU)
-TINY_MODEL = {
-    "VOCAB_SIZE": VOCAB_SIZE,
-    "TRAIN_SEQ_LEN": 32,
-    "NUM_LAYERS": 2,
-    "MODEL_DIM": 32,
-    "NUM_HEADS": 4,
-    "NUM_KV_HEADS": 2,
-    "ROPE_DIMS": 4,
-    "EXPERT_DIM": 8,
-    "SHARED_DIM": 32,
-    "LOOP_START": 0,
-    "LOOP_END": 0,
-    "LOOP_PASSES": 2,
-    "PARALLEL_START_LAYER": 1,
+CPU = ALONE.device
+MODEL_KNOBS = train_gpt.knob_fields(train_gpt.ModelConfig)
+EVAL_KNOBS = train_gpt.knob_fields(eval_sliding.EvalConfig)
+
+# The model of the unit tests, with the vocabulary that a tokenizer needs, and longer sequences.
+TINY_KNOBS = {
+    **TINY,
+    "vocab_size": VOCAB_SIZE,
+    "train_seq_len": 32,
+    "train_batch_tokens": 128,
+    "micro_batch_tokens": 128,
+    "iterations": 8,
+    "eval_stride": 8,
+    "run_id": "run",
 }
-TINY_RUN = {
-    "DEVICE": "cpu",
-    "DTYPE": "float32",
-    "COMPILE": 0,
-    "WARMUP_STEPS": 0,
-    "TRAIN_BATCH_TOKENS": 128,
-    "MICRO_BATCH_TOKENS": 128,
-    "ITERATIONS": 8,
-    "MAX_WALLCLOCK_SECONDS": 0,
-    "GPTQ_BATCHES": 2,
-    "EVAL_STRIDE": 8,
-    "RUN_ID": "run",
+TINY_ENV = {
+    name.upper(): str(int(value) if isinstance(value, bool) else value)
+    for name, value in TINY_KNOBS.items()
 }
+TINY_MODEL = {name: TINY_ENV[name] for name in TINY_ENV if name.lower() in MODEL_KNOBS}
+TINY_RUN = {name: TINY_ENV[name] for name in TINY_ENV if name not in TINY_MODEL}
 
 
 def make_sentences(seed: int, count: int) -> list[str]:
-    """Documents of 20 to 60 words from one vocabulary of 200, the same for every seed."""
-    words_rng, rng = random.Random(0), random.Random(seed)
-    words = [
-        "".join(words_rng.choices("abcdefghijklmnopqrstuvwxyz", k=words_rng.randint(2, 8)))
-        for _ in range(200)
-    ]
+    """Return documents of 20 to 60 words from one vocabulary of 200, the same for every seed."""
+    letters, rng = random.Random(0), random.Random(seed)
+    alphabet = "abcdefghijklmnopqrstuvwxyz"
+    words = ["".join(letters.choices(alphabet, k=letters.randint(2, 8))) for _ in range(200)]
     return [" ".join(rng.choices(words, k=rng.randint(20, 60))) + " 12" for _ in range(count)]
 
 
 @functools.cache
-def tiny_tokenizer() -> bytes:
-    """A serialized SentencePiece model of VOCAB_SIZE pieces, trained as the challenge trains its own."""
-    return tokenize_docs.train_tokenizer(make_sentences(0, 200), VOCAB_SIZE)
+def tiny_tokenizer(seed: int = 0, pieces: int = VOCAB_SIZE) -> bytes:
+    """Return a SentencePiece model, serialized, trained as the challenge trains its own."""
+    return tokenize_docs.train_tokenizer(make_sentences(seed, 200), pieces)
 
 
 def write_shard(
     path: Path, tokens: Iterable[int], magic=20240520, version=1, count=None, tail=b""
 ) -> Path:
-    """A shard as the challenge defines it, or a broken one: 256 little-endian int32, then uint16 tokens."""
+    """Write a shard as the challenge defines it, or a broken one: 256 int32, then uint16 tokens."""
     tokens = np.asarray(tokens, dtype="<u2")
     header = np.zeros(256, "<i4")
     header[:3] = magic, version, len(tokens) if count is None else count
@@ -92,45 +83,49 @@ class Dataset:
     tokenizer: Path
 
 
+def encoded(seed: int, docs: int, tokenizer: bytes) -> list[int]:
+    """Return the tokens of generated documents, each after BOS."""
+    sp = train_gpt.spm.SentencePieceProcessor(model_proto=tokenizer)
+    return [token for text in make_sentences(seed, docs) for token in [BOS, *sp.encode(text)]]
+
+
 def write_dataset(
     folder: Path, train_seed: int = 1, val_seed: int = 2, val_docs: int = 8
 ) -> Dataset:
-    """Two training shards and one validation shard of generated sentences in `folder`, and their tokenizer."""
+    """Write two training shards and one validation shard of sentences, and their tokenizer."""
     folder.mkdir(parents=True)
     tokenizer = folder / "tiny.model"
     tokenizer.write_bytes(tiny_tokenizer())
-    sp = train_gpt.spm.SentencePieceProcessor(model_proto=tiny_tokenizer())
-    contents = {
-        "train_0": (train_seed, 40),
-        "train_1": (train_seed + 100, 20),
-        "val_0": (val_seed, val_docs),
-    }
-    for name, (seed, docs) in contents.items():
-        tokens = [token for text in make_sentences(seed, docs) for token in [BOS, *sp.encode(text)]]
-        write_shard(folder / f"fineweb_{name}.bin", tokens)
+    for name, seed, docs in (
+        ("train_0", train_seed, 40),
+        ("train_1", train_seed + 100, 20),
+        ("val_0", val_seed, val_docs),
+    ):
+        write_shard(folder / f"fineweb_{name}.bin", encoded(seed, docs, tiny_tokenizer()))
     return Dataset(folder, tokenizer)
 
 
 def cli_env(dataset: Dataset, **knobs: object) -> dict[str, str]:
-    """Knobs of a tiny run on the CPU; `knobs` come on top, and None takes one away."""
+    """Return the knobs of a tiny run; `knobs` come on top, and None takes one away."""
     paths = {"DATA_PATH": dataset.folder, "TOKENIZER_PATH": dataset.tokenizer}
-    merged = {**TINY_MODEL, **TINY_RUN, **paths, **knobs}
+    merged = {**TINY_ENV, **paths, **knobs}
     return {name: str(value) for name, value in merged.items() if value is not None}
 
 
 def eval_env(dataset: Dataset, **knobs: object) -> dict[str, str]:
-    """What eval_sliding.py needs: paths and how to run, and nothing about the model."""
-    return cli_env(dataset, **{**dict.fromkeys([*TINY_MODEL, "TRAIN_BATCH_TOKENS"]), **knobs})
+    """Return what eval_sliding.py needs: paths and how to run, and nothing about the model."""
+    env = cli_env(dataset)
+    for name in (*TINY_MODEL, "TRAIN_BATCH_TOKENS"):
+        del env[name]
+    return env | {name: str(value) for name, value in knobs.items()}
 
 
 def full_environment(env: dict[str, str]) -> dict[str, str]:
-    """This process's environment with exactly the knobs of `env`, and without torchrun's variables."""
-    foreign = {name.upper() for name in train_gpt.ALL_KNOBS} | {"RANK", "LOCAL_RANK", "WORLD_SIZE"}
-    return (
-        {name: value for name, value in os.environ.items() if name not in foreign}
-        | {"OMP_NUM_THREADS": "1"}
-        | env
-    )
+    """Return this process's environment with exactly the knobs of `env`, no GPU and no torchrun."""
+    foreign = {name.upper() for name in (*train_gpt.Hyperparameters().values(), *EVAL_KNOBS)}
+    foreign |= {"RANK", "LOCAL_RANK", "WORLD_SIZE"}
+    kept = {name: value for name, value in os.environ.items() if name not in foreign}
+    return kept | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | env
 
 
 @dataclass(frozen=True)
@@ -147,50 +142,95 @@ class Result:
         return json.loads(self.out.splitlines()[-1])
 
 
+@dataclass(frozen=True)
+class Run:
+    """A training in a folder of its own, which has to succeed."""
+
+    folder: Path
+    result: Result
+
+    def __post_init__(self):
+        assert self.result.code == 0, self.result.err
+
+    @property
+    def artifact(self) -> Path:
+        return self.folder / "logs" / "run.ptz"
+
+    @property
+    def log(self) -> str:
+        return (self.folder / "logs" / "run.txt").read_text(encoding="utf-8")
+
+    @property
+    def losses(self) -> list[float]:
+        return train_losses(self.log)
+
+    def same_as(self, other: "Run") -> bool:
+        assert len(self.losses) == len(other.losses) == 8
+        same_artifact = self.artifact.read_bytes() == other.artifact.read_bytes()
+        return self.losses == other.losses and same_artifact
+
+
+def without_progress(err: str) -> str:
+    """Return what is on stderr beside the lines of stages that take more than 5 s."""
+    return re.sub(r"^[A-Za-z ]+: \d+(s|% ETA).*\n", "", err, flags=re.MULTILINE)
+
+
 def allow_every_attention_kernel() -> None:
-    """What choose_attention() takes away from the process that it runs in."""
-    for name in ("cudnn", "flash", "mem_efficient", "math"):
-        vars(torch.backends.cuda)[f"enable_{name}_sdp"](True)
+    """Give back what choose_attention() takes away from the process that it runs in."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    torch.backends.cuda.enable_flash_sdp(True)
+    torch.backends.cuda.enable_mem_efficient_sdp(True)
+    torch.backends.cuda.enable_math_sdp(True)
+
+
+PACK_ONCE = functools.cache(train_gpt.pack_source)  # half of the time of a tiny run
 
 
 def run_in_process(
     entry: Callable[[], None], env: dict[str, str], cwd: Path, *argv: object
 ) -> Result:
-    """What `python SCRIPT argv` does for the script whose main is `entry`, without another import of torch."""
-    out, err, code, old_cwd = io.StringIO(), io.StringIO(), 0, Path.cwd()
+    """Do what `python SCRIPT argv` does for the script whose main is `entry`, in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    code, old_cwd = 0, Path.cwd()
     with contextlib.ExitStack() as stack:
         stack.callback(os.chdir, old_cwd)
         stack.callback(allow_every_attention_kernel)
         os.chdir(cwd)
         stack.enter_context(mock.patch.dict(os.environ, full_environment(env), clear=True))
         stack.enter_context(mock.patch.object(sys, "argv", ["script.py", *map(str, argv)]))
+        stack.enter_context(mock.patch.object(train_gpt, "pack_source", PACK_ONCE))
+        stack.enter_context(mock.patch.object(torch.cuda, "device_count", return_value=0))
         stack.enter_context(contextlib.redirect_stdout(out))
         stack.enter_context(contextlib.redirect_stderr(err))
         try:
             train_gpt.run_entry_point(entry)
         except SystemExit as exit_info:
             code = exit_info.code
-    return Result(code, out.getvalue(), err.getvalue())
+    return Result(code, out.getvalue(), without_progress(err.getvalue()))
+
+
+def train(folder: Path, dataset: Dataset, **knobs: object) -> Run:
+    """Train in this process, in a folder that is made if need be."""
+    folder.mkdir(exist_ok=True)
+    return Run(folder, run_in_process(train_gpt.main, cli_env(dataset, **knobs), folder))
 
 
 def run_command(
     script: str, env: dict[str, str], cwd: Path, *argv: object, nproc: int = 1
 ) -> Result:
-    """A script of the repository in its own process, under torchrun when there is more than one."""
-    launcher = (
-        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
-        if nproc > 1
-        else []
-    )
+    """Run a script of the repository in its own process, or in several under torchrun."""
+    launcher = []
+    if nproc > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
     command = [sys.executable, *launcher, str(ROOT / script), *map(str, argv)]
     done = subprocess.run(
         command, env=full_environment(env), cwd=cwd, capture_output=True, text=True, timeout=120
     )
-    return Result(done.returncode, done.stdout, done.stderr)
+    return Result(done.returncode, done.stdout, without_progress(done.stderr))
 
 
 def assert_refused(result: Result, *fragments: str) -> None:
-    """Exit status 2 and a single line on stderr that holds every fragment."""
+    """Check for exit status 2 and a single line on stderr that holds every fragment."""
     assert result.code == 2, result
     assert result.err.startswith("error: "), result.err
     assert result.err.count("\n") == 1, result.err
@@ -199,8 +239,6 @@ def assert_refused(result: Result, *fragments: str) -> None:
 
 
 def train_losses(log_text: str) -> list[float]:
-    """The logged training losses in order."""
-    return [
-        float(loss)
-        for loss in re.findall(r"^step:\d+/\d+ train_loss:(\S+)", log_text, re.MULTILINE)
-    ]
+    """Return the logged training losses in order."""
+    lines = re.findall(r"^step:\d+/\d+ train_loss:(\S+)", log_text, re.MULTILINE)
+    return [float(loss) for loss in lines]

@@ -1,12 +1,12 @@
-"""Faults to plant in a run, and runs of several ranks that one of them befalls.   (no tests here)
+"""Faults to plant in a run, and runs of several ranks that one of them befalls.
 
-FAULT="kill train_gpt.train_step 3 1" torchrun ... tests/helpers_faults.py train_gpt   kills rank 1 before its third
-step, with PYTHONPATH=.:data:tests.
+FAULT="kill train_gpt.train_step 3 1" torchrun ... tests/helpers_faults.py train_gpt   kills rank 1
+before its third step, with PYTHONPATH=.:data:tests.
 """
 
+import contextlib
 import importlib
 import itertools
-import json
 import multiprocessing
 import os
 import resource
@@ -14,16 +14,28 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from helpers_cli import ALONE, full_environment
+from helpers_cli import ALONE, full_environment, without_progress
 
 import train_gpt
-from train_gpt import Hyperparameters, load_artifact
+
+NO_FAULT = "kill train_gpt.train_step 1000000 0"
+
+
+def kill(*args: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def term(*args: object) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def interrupt(*args: object) -> None:
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 def fill_disk(*args: object) -> None:
@@ -42,12 +54,14 @@ def forbid_memory(*args: object) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (used, used))
 
 
-def every_shard(change: Callable[[Path], None]) -> Callable:
-    def act(*args: object) -> None:
-        for path in Path(os.environ["DATA_PATH"]).glob("fineweb_train_*.bin"):
-            change(path)
+def cut_shards(*args: object) -> None:
+    for path in Path(os.environ["DATA_PATH"]).glob("fineweb_train_*.bin"):
+        os.truncate(path, 1100)
 
-    return act
+
+def remove_shards(*args: object) -> None:
+    for path in Path(os.environ["DATA_PATH"]).glob("fineweb_train_*.bin"):
+        path.unlink()
 
 
 def poison(model: torch.nn.Module, *args: object) -> None:
@@ -55,12 +69,17 @@ def poison(model: torch.nn.Module, *args: object) -> None:
         next(model.parameters()).fill_(torch.nan)
 
 
-def turn_clock(seconds: float, clock: str) -> Callable:
-    def act(*args: object) -> None:
-        honest = vars(time)[clock]
-        setattr(time, clock, lambda: honest() + seconds)
+def turn_clock(seconds: float) -> None:
+    honest = time.perf_counter
+    time.perf_counter = lambda: honest() + seconds
 
-    return act
+
+def clock_back(*args: object) -> None:
+    turn_clock(-1e4)
+
+
+def clock_ahead(*args: object) -> None:
+    turn_clock(1e4)
 
 
 def wait(*args: object) -> None:
@@ -70,45 +89,32 @@ def wait(*args: object) -> None:
         time.sleep(0.01)
 
 
-ACTIONS = {
-    "kill": lambda *args: os.kill(os.getpid(), signal.SIGKILL),
-    "term": lambda *args: os.kill(os.getpid(), signal.SIGTERM),
-    "int": lambda *args: os.kill(os.getpid(), signal.SIGINT),
-    "poison": poison,
-    "fill_disk": fill_disk,
-    "forbid_memory": forbid_memory,
-    "cut_shards": every_shard(lambda path: os.truncate(path, 1100)),
-    "remove_shards": every_shard(os.unlink),
-    "clock_back": turn_clock(-1e4, "perf_counter"),
-    "clock_ahead": turn_clock(1e4, "perf_counter"),
-    "date_back": turn_clock(-1e9, "time"),
-    "wait": wait,
-    "none": lambda *args: None,
-}
-
-
-def plant(fault: str) -> None:
-    """Make a fault, "ACTION MODULE.FUNCTION CALL RANK", happen right before that call, if this is the rank."""
+@contextlib.contextmanager
+def planted(fault: str) -> Iterator[None]:
+    """Plant "ACTION MODULE.FUNCTION CALL RANK": the action right before that call on that rank."""
     action, function, call, rank = fault.split()
-    if int(os.environ.get("RANK", "0")) != int(rank):
-        return
     module, *path, name = function.split(".")
     owner, calls = importlib.import_module(module), itertools.count(1)
     for attribute in path:
         owner = vars(owner)[attribute]
-    honest = vars(owner)[name]
+    honest, perf_counter = vars(owner)[name], time.perf_counter
 
     def faulty(*args, **kwargs):
-        if next(calls) == int(call):
-            ACTIONS[action](*args)
+        if next(calls) == int(call) and os.environ.get("RANK", "0") == rank:
+            globals()[action](*args)
         return honest(*args, **kwargs)
 
     setattr(owner, name, faulty)
+    try:
+        yield
+    finally:
+        setattr(owner, name, honest)
+        time.perf_counter = perf_counter
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a run: by rank the exit status and what was printed; the seconds; the files of its log folder."""
+    """What became of a run: by rank exit status and output; seconds; files of its log folder."""
 
     codes: list[int]
     out: list[str]
@@ -123,73 +129,55 @@ class Outcome:
 def be_rank(
     script: str, argv: tuple[str, ...], env: dict[str, str], folder: Path, fault: str
 ) -> None:
-    """Run a script of the repository as the command line does, in this process, which ends with it."""
+    """Run a script as the command line does, in this process, which ends with it."""
     os.environ.clear()
     os.environ.update(env)
     os.chdir(folder)
+    flags = os.O_CREAT | os.O_WRONLY | os.O_TRUNC
     for stream, name in ((1, "out"), (2, "err")):
-        os.dup2(
-            os.open(
-                folder / f"rank{env.get('RANK', 0)}.{name}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC
-            ),
-            stream,
-        )
+        os.dup2(os.open(folder / f"rank{env['RANK']}.{name}", flags), stream)
     sys.stdout, sys.stderr = (open(stream, "w", buffering=1) for stream in (1, 2))  # noqa: SIM115
     sys.argv = [f"{script}.py", *argv]
     torch.set_num_threads(1)
-    plant(fault)
-    train_gpt.run_entry_point(importlib.import_module(script).main)
+    with planted(fault):
+        train_gpt.run_entry_point(importlib.import_module(script).main)
 
 
 def run_ranks(
     script: str,
     env: dict[str, str],
     folder: Path,
-    fault: str,
+    fault: str = NO_FAULT,
     *argv: str,
     world_size: int = 2,
-    limit: float = 60,
 ) -> Outcome:
-    """Run a script on so many ranks without a launcher, so that they have to notice a fault themselves."""
+    """Run a script on so many ranks, no launcher, so that they notice a fault themselves."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch._dynamo", "pytest", "sentencepiece"])
+    context.set_forkserver_preload(["torch._dynamo", "sentencepiece", "helpers_faults"])
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        place = {
-            "WORLD_SIZE": world_size,
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": listener.getsockname()[1],
-        }
-    envs = [
-        full_environment(env) | {k: str(v) for k, v in place.items()} for _ in range(world_size)
-    ]
-    for rank, each in enumerate(envs):
-        each |= (
-            {"RANK": str(rank), "LOCAL_RANK": str(rank)} if world_size > 1 else {"WORLD_SIZE": "1"}
-        )
-    ranks = [
-        context.Process(target=be_rank, args=(script, argv, each, folder, fault)) for each in envs
-    ]
+        port = listener.getsockname()[1]
+    place = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = []
+    for rank in range(world_size):
+        of_rank = full_environment(env) | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        ranks.append(context.Process(target=be_rank, args=(script, argv, of_rank, folder, fault)))
     started = time.perf_counter()
     for process in ranks:
         process.start()
     for process in ranks:
-        process.join(max(0.0, started + limit - time.perf_counter()))
-    seconds, hung = (
-        time.perf_counter() - started,
-        [rank for rank, process in enumerate(ranks) if process.is_alive()],
-    )
+        process.join(max(0.0, started + 100 - time.perf_counter()))
+    seconds = time.perf_counter() - started
+    hung = [rank for rank, process in enumerate(ranks) if process.is_alive()]
     for process in ranks:
         process.kill()
         process.join()
-    printed = [
-        [(folder / f"rank{rank}.{name}").read_text() for rank in range(world_size)]
-        for name in ("out", "err")
-    ]
-    assert not hung, (hung, printed)
-    return Outcome(
-        [process.exitcode for process in ranks], *printed, seconds, files_in(folder / "logs")
-    )
+    out = [(folder / f"rank{rank}.out").read_text() for rank in range(world_size)]
+    err = [(folder / f"rank{rank}.err").read_text() for rank in range(world_size)]
+    err = [without_progress(text) for text in err]
+    assert not hung, (hung, out, err)
+    codes = [process.exitcode for process in ranks]
+    return Outcome(codes, out, err, seconds, files_in(folder / "logs"))
 
 
 def files_in(folder: Path) -> list[str]:
@@ -197,34 +185,19 @@ def files_in(folder: Path) -> list[str]:
 
 
 def assert_readable(folder: Path) -> None:
-    """Every file under a final name is whole."""
+    """Check that every file under a final name is whole."""
     for path in folder.iterdir():
         if path.suffix == ".ptz":
-            load_artifact(path, Hyperparameters(eval_stride=8), ALONE.device)
-        elif path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as file:
-                assert all(file[name].size for name in file.files)
+            train_gpt.load_artifact(path, train_gpt.Hyperparameters(), ALONE.device)
+        elif path.suffix == ".pt":
+            assert torch.load(path, weights_only=True)["model"]
+        elif path.suffix == ".txt":
+            assert path.read_text(encoding="utf-8").endswith("\n")
         else:
-            assert path.suffix == ".txt" or path.name.endswith(".tmp"), path
-            assert path.suffix != ".txt" or path.read_text(encoding="utf-8").endswith("\n")
-
-
-def note(fault: str, where: str, outcome: Outcome) -> None:
-    """A row for the file that FAULT_TABLE names: the fault, and what became of the run."""
-    if "FAULT_TABLE" in os.environ:
-        lines = [(outcome.errors(rank) or [""])[-1] for rank in range(len(outcome.codes))]
-        row = (
-            fault,
-            where,
-            " / ".join(dict.fromkeys(filter(None, lines))),
-            outcome.codes,
-            ", ".join(outcome.files),
-        )
-        with open(os.environ["FAULT_TABLE"], "a", encoding="utf-8") as file:
-            file.write(json.dumps([*map(str, row), f"{outcome.seconds:.1f} s"]) + "\n")
+            assert path.name.endswith(".tmp"), path
 
 
 if __name__ == "__main__":
-    plant(os.environ["FAULT"])
     name = sys.argv.pop(1)
-    train_gpt.run_entry_point(importlib.import_module(name).main)
+    with planted(os.environ["FAULT"]):
+        train_gpt.run_entry_point(importlib.import_module(name).main)
