@@ -6,8 +6,8 @@
 Needs the artifact, its tokenizer and validation shards; DATA_PATH, TOKENIZER_PATH, DTYPE and
 MICRO_BATCH_TOKENS are those of eval_sliding.py. DTYPE is float32 on a CPU unless it is set.
 The sample is the first 8,192 targets of the split, so that a small model takes a CPU less than two
-minutes; a larger one tells smaller costs from noise. Every cost is the change of the loss over whole
-windows when parameters are zero, or experts exchanged; weights come back bit for bit.
+minutes; a larger one tells smaller costs from noise. Every cost is the change of the loss over
+whole windows when parameters are zero, or experts exchanged; weights come back bit for bit.
 """
 
 import argparse
@@ -44,12 +44,6 @@ from train_gpt import (
 )
 
 TARGETS = 8_192
-BLUE, ORANGE, GREEN, RED = (
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#D55E00",
-)  # Okabe-Ito, colour-blind safe
 
 
 @dataclass(frozen=True)
@@ -127,12 +121,11 @@ def next_expert(mlp: nn.Module) -> Iterator[None]:
         del mlp.choose  # which uncovers the method
 
 
-def cosines(experts: Tensor) -> tuple[float, float]:
-    """Return mean and mean absolute cosine of all pairs of matrices (E, R, C); NaN for one."""
+def cosine(experts: Tensor) -> float:
+    """Return the mean absolute cosine of all pairs of matrices (E, R, C); NaN for one."""
     flat = F.normalize(experts.detach().flatten(1).double(), dim=-1)
     rows, columns = torch.triu_indices(len(flat), len(flat), 1)
-    pairs = (flat @ flat.T)[rows, columns]
-    return pairs.mean().item(), pairs.abs().mean().item()
+    return (flat @ flat.T)[rows, columns].abs().mean().item()
 
 
 # ---- Measurements --------------------------------------------------------------------------------
@@ -146,25 +139,21 @@ class Probe:
         self.order = model.config.execution_order(True)
         self.depth = -1
         self.last_mu = None
-        R, E, V = len(self.order), self.config.num_experts, self.config.vocab_size
+        R, E = len(self.order), self.config.num_experts
         self.sums = collections.defaultdict(lambda: torch.zeros(R, dtype=torch.float64))
         self.load = torch.zeros(R, E, dtype=torch.float64, device=device)
         self.on_table = torch.zeros(R, E, dtype=torch.float64, device=device)
-        # How often a token id chose each expert, apart for even and odd targets.
-        voters = 2 * V if self.config.routing in ("learned", "hybrid") else 0
-        self.votes = torch.zeros(R, voters, E, device=device)
         self.handles = []
         for block in model.blocks:
             self.handles.append(block.attn.register_forward_pre_hook(self.see_attention))
             self.handles.append(block.mlp.register_forward_pre_hook(self.see_mlp))
             self.handles.append(block.register_forward_hook(self.see_block))
 
-    def begin(self, input_ids: Tensor, column_BT: Tensor, num_targets: int) -> None:
-        """Expect a batch (B, T), whose columns beyond the targets are padding."""
+    def begin(self, real_BT: Tensor) -> None:
+        """Expect a batch, of which these tokens are no padding."""
         self.depth = -1
         self.last_mu = None
-        self.real = column_BT < num_targets
-        self.voter_N = column_BT[self.real] % 2 * self.config.vocab_size + input_ids[self.real]
+        self.real = real_BT
 
     def add(self, name: str, y: Tensor) -> None:
         """Count the squares of y (B, T, C) as a mean over channels and a sum over tokens."""
@@ -195,41 +184,18 @@ class Probe:
         chosen_NE = mlp.choose(x, table_BTE)[0][self.real].double()
         self.load[self.depth] += chosen_NE.sum(0)
         self.on_table[self.depth] += (chosen_NE * table_BTE[self.real]).sum(0)
-        if self.votes.numel():
-            self.votes[self.depth].index_add_(0, self.voter_N, chosen_NE.float())
 
     def see_block(self, block: nn.Module, args: tuple, result: tuple) -> None:
         _, guide, _ = result
         if guide.velocity is not None:
             self.add("velocity", guide.velocity)
 
-    def depths_of(self, layer: int) -> list[int]:
-        return [depth for depth, run in enumerate(self.order) if run == layer]
-
-    def layer_load(self, layer: int) -> dict[object, float]:
-        """Return the share of each expert; the busiest's over the mean; entropy over log E."""
-        load = self.load[self.depths_of(layer)].sum(0)
-        return balance((load / load.sum()).tolist())
-
-    def lexical(self, layer: int) -> dict[str, float]:
-        """Return the shares of choices that are the table's, and the token id's favourite.
-
-        A favourite is found on the other half of the targets: on its own, every id that occurs
-        once would keep to it.
-        """
-        kept = 0.0
-        known = 0.0
-        depths = self.depths_of(layer)
-        for depth in depths:  # one by one, as the table differs from pass to pass
-            even, odd = self.votes[depth].chunk(2)
-            for votes, others in ((even, odd), (odd, even)):
-                seen = others.sum(-1) > 0
-                favourite = others[seen].argmax(-1, keepdim=True)
-                kept += votes[seen].gather(-1, favourite).sum().item()
-                known += votes[seen].sum().item()
-        on_table = self.on_table[depths].sum() / self.load[depths].sum()
-        favourite = kept / known if known else math.nan
-        return {"keeps table": on_table.item(), "keeps favourite": favourite}
+    def layer_load(self, layer: int) -> tuple[list[float], float]:
+        """Return the share of each expert over all passes, and that of choices of the table."""
+        depths = [depth for depth, run in enumerate(self.order) if run == layer]
+        load = self.load[depths].sum(0)
+        on_table = self.on_table[depths].sum() / load.sum()
+        return (load / load.sum()).tolist(), on_table.item()
 
     def mu_by_depth(self, tokens: int) -> list[dict[str, float]]:
         """Return a row per place in the order of execution; what does not exist is NaN."""
@@ -254,10 +220,8 @@ def balance(load: list[float]) -> dict[object, float]:
     """Return the shares by expert and two measures, of which 1 and 1 are a perfect balance."""
     entropy = -sum(share * math.log(share) for share in load if share > 0)
     relative = entropy / math.log(len(load)) if len(load) > 1 else 1.0
-    return dict(enumerate(load)) | {
-        "max/mean": max(load) * len(load),
-        "entropy / log E": relative,
-    }
+    row = dict(enumerate(load))
+    return row | {"max/mean": max(load) * len(load), "entropy / log E": relative}
 
 
 @torch.no_grad()
@@ -303,7 +267,7 @@ def diagnose(model: GPT, val: ValData, hp: Hyperparameters, run_id: str) -> Diag
         scorer = new_scorer()
         for batch in scorer.windows.split(batch_size):
             input_ids, _, _, column_BT = scorer.batch(batch, seq_len, batch_size)
-            probe.begin(input_ids, column_BT, scorer.num_targets)
+            probe.begin(column_BT < scorer.num_targets)
             masked.features(input_ids)
             progress.update(progress.done + len(batch))
         for handle in probe.handles:
@@ -319,15 +283,15 @@ def diagnose(model: GPT, val: ValData, hp: Hyperparameters, run_id: str) -> Diag
         for layer in routed:
             mlp = masked.blocks[layer].mlp
             row = {"shift nats": cost(next_expert(mlp))}
-            row["cos up"], row["abs cos up"] = cosines(mlp.expert_up)
-            row["cos down"], row["abs cos down"] = cosines(mlp.expert_down)
-            if probe.votes.numel():
-                row |= probe.lexical(layer)
+            row["|cos| up"] = cosine(mlp.expert_up)
+            row["|cos| down"] = cosine(mlp.expert_down)
+            if config.has_router:
+                _, row["keeps table"] = probe.layer_load(layer)
             specialisation[layer] = row
     assert same(masked.state_dict(), before), "weights were not restored"
 
     pandas = optional("pandas")
-    load = {layer: probe.layer_load(layer) for layer in routed}
+    load = {layer: balance(probe.layer_load(layer)[0]) for layer in routed}
     return Diagnosis(
         run_id,
         config,
@@ -358,14 +322,20 @@ def report(found: Diagnosis) -> str:
     per_byte = found.score.bpb / found.score.val_loss
     unit = "mean gate over E" if config.routing == "soft" else "share of the tokens' choices"
     load = f"By layer over all passes: {unit}; 1 is balance in the last columns."
-    special = """Shift: cost of giving each token the next expert in this layer alone, nats per token.
-Cosines between experts: 0 unrelated, 1 copies. Keeps table, keeps favourite, where a router
-chooses: shares of the choices that are the table's, and the most frequent of the same token id
-on the other half of the targets."""
-    zeroing = f"""Rise of the loss, nats per token, times {per_byte:.4f} in bits per byte; all layers at once
-and one at a time. Costs do not add up: the others were trained beside the branch."""
-    mu = """Q, k, v: RMS of what mu adds to the projection over the RMS of the projection without it.
-Cosine: with the mu of the depth before."""
+    special = (
+        "Shift: cost of giving each token the next expert in this layer alone, nats per token. "
+    )
+    special += (
+        "|cos| between experts: 0 unrelated, 1 copies. Keeps table: share of a router's choices."
+    )
+    zeroing = (
+        f"Rise of the loss, nats per token (times {per_byte:.4f}: bits per byte), in all layers "
+    )
+    zeroing += "or one. Costs do not add up: the others were trained beside the branch."
+    mu = (
+        "Q, k, v: RMS of what mu adds to the projection over the RMS of the projection without it. "
+    )
+    mu += "Cosine: with the mu of the depth before."
     sections = [
         ("Expert load", load, "layer", found.load, "No experts."),
         ("Specialisation", special, "layer", found.specialisation, "No experts."),
@@ -380,21 +350,6 @@ Cosine: with the mu of the depth before."""
     return "\n\n".join(parts) + "\n"
 
 
-def draw_costs(axes, found: Diagnosis) -> None:
-    costs = found.costs[::-1]  # the dearest on top
-    # The numbers stand beside the names, where no bar can run into them.
-    names = [f"{name}  {cost:+.4f}" for name, cost in costs["all"].items()]
-    axes.barh(names, costs["all"], color=BLUE, label="in all layers")
-    one_layer = costs.drop(columns="all")
-    for i, layer in enumerate(one_layer.columns):
-        label = "in one layer" if i == 0 else None
-        axes.plot(one_layer[layer], names, "o", color=ORANGE, mec="black", ms=5, label=label)
-    axes.set_xscale("symlog", linthresh=1e-3)  # costs span decades and may be negative
-    axes.axvline(0, color="black", linewidth=0.8)
-    axes.set_xlabel("nats per token, logarithmic beyond 0.001")
-    axes.legend()
-
-
 def draw_load(axes, found: Diagnosis) -> None:
     shares_LE = 100 * found.load[list(range(found.config.num_experts))]
     limit = 200 / found.config.num_experts
@@ -403,24 +358,31 @@ def draw_load(axes, found: Diagnosis) -> None:
     axes.set(xlabel="layer", ylabel="expert")
 
 
+def draw_costs(axes, found: Diagnosis) -> None:
+    costs = found.costs[::-1]  # the dearest on top
+    # The numbers stand beside the names, where no bar can run into them.
+    names = [f"{name}  {cost:+.4f}" for name, cost in costs["all"].items()]
+    axes.barh(names, costs["all"], label="in all layers")
+    for layer in costs.columns[1:]:
+        axes.plot(costs[layer], names, "o", mec="black", label=f"in layer {layer}")
+    axes.set_xscale("symlog", linthresh=1e-3)  # costs span decades and may be negative
+    axes.set_xlabel("nats per token, logarithmic beyond 0.001")
+
+
 def draw_specialisation(axes, found: Diagnosis) -> None:
     frame = found.specialisation
-    axes.bar(frame.index, frame["shift nats"], color=BLUE, label="tokens to the next expert")
-    axes.set(xlabel="layer", ylabel="cost, nats per token")
-    right = axes.twinx()
-    for name, style, colour in (("up", "o-", ORANGE), ("down", "s--", RED)):
-        right.plot(frame.index, frame[f"abs cos {name}"], style, color=colour, label=name)
-    right.set(ylabel="mean |cosine| between experts", ylim=(0, 1))
-    right.legend()
+    axes.bar(frame.index, frame["shift nats"], label="cost of the next expert, nats per token")
+    for name in ("|cos| up", "|cos| down"):
+        axes.plot(frame.index, frame[name], "o-", label=name)
+    axes.set_xlabel("layer")
 
 
 def draw_mu(axes, found: Diagnosis) -> None:
-    for name, style, colour in (("q", "o-", BLUE), ("k", "s-", ORANGE), ("v", "^-", GREEN)):
-        axes.plot(found.mu[name], style, color=colour, label=f"into {name}")
-    axes.set(xlabel="layer, in the order of execution", ylabel="ratio")
+    for name in "qkv":
+        axes.plot(found.mu[name], "o-", label=f"into {name}")
     axes.set_xticks(found.mu.index, found.mu["layer"])
+    axes.set(xlabel="layer, in the order of execution", ylabel="ratio")
     axes.set_ylim(bottom=0)
-    axes.legend()
 
 
 def picture(found: Diagnosis) -> bytes:
@@ -440,6 +402,8 @@ def picture(found: Diagnosis) -> bytes:
         axes.set_title(title)
         if len(subject):
             draw(axes, found)
+            if axes.get_legend_handles_labels()[0]:
+                axes.legend(fontsize=8)
         else:
             axes.text(0.5, 0.5, absent, ha="center", va="center", fontsize=16)
     return figure_png(figure)
@@ -451,8 +415,7 @@ def picture(found: Diagnosis) -> bytes:
 def parse_arguments() -> argparse.Namespace:
     """Read the command line. Raises ConfigError; exits with 0 after --help."""
     parser = ArgumentParser(__doc__)
-    artifact = "logs/RUN_ID.ptz, as train_gpt.py wrote it"
-    parser.add_argument("artifact", type=Path, metavar="ARTIFACT", help=artifact)
+    parser.add_argument("artifact", type=Path, metavar="ARTIFACT")
     sample = f"the first N; 0 = the whole split; default: {TARGETS}"
     parser.add_argument("--targets", type=int, default=TARGETS, metavar="N", help=sample)
     folder = "of the two files; default: the artifact's"
