@@ -108,11 +108,11 @@ def read_lines(path: Path) -> tuple[dict[str, str], dict[str, tuple[str, dict[st
         good = re.fullmatch(r"[A-Za-z0-9_.+-]+", name) is not None
         require(good, f"{where}: {name!r}: letters, digits and . _ + - name a cell")
         require(name not in rows, f"{where}: there is a cell {name} already")
-        knobs = base
-        if name != "base":
-            knobs = {}
+        knobs = {}
+        if name == "base":
+            knobs = base
+        else:
             rows[name] = (where, knobs)
-
         for setting in words[1:]:
             key, equals, value = setting.partition("=")
             good = equals == "=" and re.fullmatch("[A-Z_][A-Z0-9_]*", key) is not None
@@ -133,11 +133,12 @@ def read_grid(path: Path, solve: str) -> list[Cell]:
     for name, (where, own) in rows.items():
         knobs = caller | base | own
         width = knobs.pop("SOLVE", solve)
-        good = f"{where}: SOLVE={width}: expected {', '.join(WIDTHS)} or off"
-        require(width in (*WIDTHS, "off"), good)
-        is_control = not cells
-        unsolved = not is_control or own.get("SOLVE", "off") == "off"
-        require(unsolved, f"{where}: SOLVE in the control, which sets the bytes")
+        expected = f"{where}: SOLVE={width}: expected {', '.join(WIDTHS)} or off"
+        require(width in (*WIDTHS, "off"), expected)
+        if not cells:
+            message = f"{where}: SOLVE in the control, which sets the bytes"
+            require(own.get("SOLVE", "off") == "off", message)
+            width = "off"
         unknown = " ".join(sorted(knobs.keys() - KNOBS))
         require(not unknown, f"{where}: cell {name}: {unknown}: not a knob of train_gpt.py")
 
@@ -145,7 +146,7 @@ def read_grid(path: Path, solve: str) -> list[Cell]:
             missing = f"{where}: cell {name} has no {key}; set it in the grid or the environment"
             require(bool(knobs.get(key)), missing)
             knobs[key] = os.path.abspath(folder / knobs[key])
-        cells.append(Cell(name, where, "off" if is_control else width, knobs))
+        cells.append(Cell(name, where, width, knobs))
         cells[-1].hyperparameters()
     return cells
 
@@ -175,18 +176,19 @@ def nearest_width(size: Callable[[int], int], start: int, goal: int, step: int =
 
 
 def solve(cell: Cell, goal: int) -> dict[str, int]:
-    """Return the width of a cell for `goal` bytes, its bytes and parameters. Raises ConfigError."""
+    """Return bytes and parameters of a cell and, unless off, the width for `goal` bytes."""
+    if cell.solve == "off":
+        size, params = estimate(cell)
+        return {"bytes": size, "params": params}
 
     @functools.cache
     def estimate_width(width: int) -> tuple[int, int]:
         return estimate(cell, **{cell.solve: width})
 
     model = cell.hyperparameters().model
-    start = model.shared_dim
-    step = 1
+    start, step = model.shared_dim, 1
     if cell.solve == "EXPERT_DIM":
-        start = model.expert_dim
-        step = 8 if model.dispatch == "grouped" else 1
+        start, step = model.expert_dim, 8 if model.dispatch == "grouped" else 1
     width = nearest_width(lambda width: estimate_width(width)[0], start, goal, step)
     size, params = estimate_width(width)
     return {"width": width, "bytes": size, "params": params}
@@ -200,20 +202,16 @@ def settle(cells: list[Cell], out: Path, script: bytes) -> dict[str, dict]:
     path = out / "widths.json"
     cache = json.loads(path.read_text()) if path.exists() else {}
     settled = {}
+    goal = 0
     for cell in cells:
         inputs = [cell.solve, cell.knobs, cells[0].knobs, hashlib.sha256(script).hexdigest()]
         key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
         if key not in cache:
-            if cell.solve == "off":
-                size, params = estimate(cell)
-                cache[key] = {"bytes": size, "params": params}
-            else:
-                cache[key] = solve(cell, settled[cells[0].name]["bytes"])
+            cache[key] = solve(cell, goal)
             write_atomically(path, json.dumps(cache, indent=1).encode())
-
         found = cache[key]
         settled[cell.name] = found
-        goal = settled[cells[0].name]["bytes"]
+        goal = goal or found["bytes"]  # of the control, which is the first
         if cell.solve != "off":
             nearest = f"{cell.solve}={found['width']} gives {found['bytes']:,} bytes"
             message = f"{cell.where}: cell {cell.name}: {nearest}, {cells[0].name} has {goal:,}"
@@ -285,16 +283,12 @@ class Study:
             for seed, path in files_of(self.out, cell).items():
                 made = events_of(path).get("ablation")
                 require(made is not None, f"{path}: has no closing line of ablate.py")
-                for key, new in (self.closing_line(cell, seed) | cell.knobs).items():
-                    old = made["knobs"].get(key) if key in cell.knobs else made.get(key)
-                    stated = f"{path} was made with {key}={old}, now it is {new}"
-                    same = key == "knobs" or old == new
-                    require(same, f"{stated}: use another --out")
-                dropped = " ".join(sorted(made["knobs"].keys() - cell.knobs.keys()))
-                message = (
-                    f"{path} was made with {dropped} set, the grid does not: use another --out"
-                )
-                require(not dropped, message)
+                old = made | made["knobs"]
+                new = self.closing_line(cell, seed) | cell.knobs
+                for key in sorted((old | new).keys() - {"knobs", "threads"}):
+                    both = f"{key}={old.get(key)}, now it is {new.get(key)}"
+                    message = f"{path} was made with {both}: use another --out"
+                    require(old.get(key) == new.get(key), message)
 
 
 # ---- Runs ----------------------------------------------------------------------------------------
@@ -498,8 +492,8 @@ def table(rows: list[Row]) -> str:
     header = (
         "cell|solved width|params|model bytes|tok/s|n|float mean|mean|std|delta|95 % CI|Welch p"
     )
-    lines = []
     scores = scores_of(rows)
+    lines = []
     for row in rows:
         line = dict.fromkeys(header.split("|"), "-") | {"cell": row.cell.name, "n": len(row.runs)}
         if row.runs:
@@ -520,8 +514,7 @@ def table(rows: list[Row]) -> str:
             line["Welch p"] = "<0.0001" if row.p < 1e-4 else f"{row.p:.4f}"
         if row is rows[0]:
             line["delta"] = "control"
-        if row.note:
-            line["delta"] = row.note
+        line["delta"] = row.note or line["delta"]
         lines.append(line.values())
     return f"{markdown_table(header.split('|'), lines)}\n\n{resolution(rows)}\n"
 
@@ -573,11 +566,11 @@ def parse_arguments() -> argparse.Namespace:
     add("--seeds", type=int, nargs="+", required=True, metavar="SEED")
     add("--only", nargs="+", metavar="CELL", help="run these cells; the table has all of them")
     add("--jobs", type=int, default=1, metavar="N", help="runs at a time, which share the cores")
-    widths = (*WIDTHS, "off")
-    add("--solve", choices=widths, default="SHARED_DIM", help="knob that makes bytes equal")
+    add(
+        "--solve", default="SHARED_DIM", metavar="KNOB", help="makes bytes equal; off: nothing does"
+    )
     add("--model-bytes", type=int, metavar="N", help="TARGET_BYTES = N + the bytes of the code")
-    scores = ("sliding", "artifact")
-    add("--score", choices=scores, default="sliding", help="val_bpb of the table")
+    add("--score", choices=("sliding", "artifact"), default="sliding", help="val_bpb that counts")
     add("--dry-run", action="store_true", help="print cells, widths, bytes and runs to do")
     args = parser.parse_args()
     require(args.jobs > 0 and min(args.seeds) >= 0, "--jobs and --seeds: expected positive numbers")
