@@ -283,8 +283,8 @@ def diagnose(model: GPT, val: ValData, hp: Hyperparameters, run_id: str) -> Diag
         for layer in routed:
             mlp = masked.blocks[layer].mlp
             row = {"shift nats": cost(next_expert(mlp))}
-            row["|cos| up"] = cosine(mlp.expert_up)
-            row["|cos| down"] = cosine(mlp.expert_down)
+            row["abs cos up"] = cosine(mlp.expert_up)
+            row["abs cos down"] = cosine(mlp.expert_down)
             if config.has_router:
                 _, row["keeps table"] = probe.layer_load(layer)
             specialisation[layer] = row
@@ -326,7 +326,7 @@ def report(found: Diagnosis) -> str:
         "Shift: cost of giving each token the next expert in this layer alone, nats per token. "
     )
     special += (
-        "|cos| between experts: 0 unrelated, 1 copies. Keeps table: share of a router's choices."
+        "Abs cos of two experts: 0 unrelated, 1 copies. Keeps table: share of a router's choices."
     )
     zeroing = (
         f"Rise of the loss, nats per token (times {per_byte:.4f}: bits per byte), in all layers "
@@ -372,7 +372,7 @@ def draw_costs(axes, found: Diagnosis) -> None:
 def draw_specialisation(axes, found: Diagnosis) -> None:
     frame = found.specialisation
     axes.bar(frame.index, frame["shift nats"], label="cost of the next expert, nats per token")
-    for name in ("|cos| up", "|cos| down"):
+    for name in ("abs cos up", "abs cos down"):
         axes.plot(frame.index, frame[name], "o-", label=name)
     axes.set_xlabel("layer")
 
