@@ -411,11 +411,10 @@ class Row:
 
 def scores_of(rows: list[Row]):
     """Return a pandas frame of val_bpb, seeds x cells."""
-    pandas = optional("pandas")
     scores = {}
     for row in rows:
         scores[row.cell.name] = {seed: run["val_bpb"] for seed, run in row.runs.items()}
-    return pandas.DataFrame({name: pandas.Series(x, dtype=float) for name, x in scores.items()})
+    return optional("pandas").DataFrame(scores, dtype=float)
 
 
 def pooled_deviation(scores) -> tuple[float, int]:

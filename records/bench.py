@@ -11,13 +11,12 @@ of the dense bfloat16 peak of an H100 or H200, 989 TFLOP/s.
 """
 
 import argparse
-import contextlib
 import math
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -321,14 +320,6 @@ def knobs_from(environ: dict[str, str]) -> Hyperparameters:
     return Hyperparameters.from_env(profile("smoke") | environ)
 
 
-@contextlib.contextmanager
-def random_data(hp: Hyperparameters) -> Iterator[Hyperparameters]:
-    """Yield the knobs with a folder of random shards, for as long as that exists."""
-    with tempfile.TemporaryDirectory() as folder:
-        write_tokens(Path(folder), hp)
-        yield replace(hp, data_path=folder)
-
-
 def main() -> None:
     """Measure, or read logs, and print a table. Raises ConfigError."""
     args = parse_arguments()
@@ -348,9 +339,10 @@ def main() -> None:
     if args.what == "eval":
         print(bench_eval(hp, config, dist, args.seconds))
     else:
-        with random_data(hp) as hp:
-            print(f"{hp.train_batch_tokens:,} tokens a step, {BLOCKS} blocks each", flush=True)
-            print(bench_steps(hp, dist, device, args.seconds))
+        print(f"{hp.train_batch_tokens:,} tokens a step, {BLOCKS} blocks each", flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            write_tokens(Path(folder), hp)
+            print(bench_steps(replace(hp, data_path=folder), dist, device, args.seconds))
     print(f"{time.perf_counter() - started:.0f} s in all")
 
 

@@ -147,7 +147,6 @@ class Probe:
         for block in model.blocks:
             self.handles.append(block.attn.register_forward_pre_hook(self.see_attention))
             self.handles.append(block.mlp.register_forward_pre_hook(self.see_mlp))
-            self.handles.append(block.register_forward_hook(self.see_block))
 
     def begin(self, real_BT: Tensor) -> None:
         """Expect a batch, of which these tokens are no padding."""
@@ -185,11 +184,6 @@ class Probe:
         self.load[self.depth] += chosen_NE.sum(0)
         self.on_table[self.depth] += (chosen_NE * table_BTE[self.real]).sum(0)
 
-    def see_block(self, block: nn.Module, args: tuple, result: tuple) -> None:
-        _, guide, _ = result
-        if guide.velocity is not None:
-            self.add("velocity", guide.velocity)
-
     def layer_load(self, layer: int) -> tuple[list[float], float]:
         """Return the share of each expert over all passes, and that of choices of the table."""
         depths = [depth for depth, run in enumerate(self.order) if run == layer]
@@ -210,8 +204,6 @@ class Probe:
                 row[name] = math.sqrt(ratio)
             row["rms mu"] = math.sqrt(sums["mu"] / tokens)
             row["cosine"] = sums["cosine"] / tokens if depth else math.nan
-            if "velocity" in sums:
-                row["rms velocity"] = math.sqrt(sums["velocity"] / tokens)
             rows.append(row)
         return rows
 
@@ -355,7 +347,7 @@ def draw_load(axes, found: Diagnosis) -> None:
     limit = 200 / found.config.num_experts
     image = axes.imshow(shares_LE.T, aspect="auto", cmap="PuOr_r", vmin=0, vmax=limit)
     axes.figure.colorbar(image, ax=axes, extend="max")
-    axes.set(xlabel="layer", ylabel="expert")
+    axes.set(xlabel="layer", ylabel="expert", xticks=range(len(shares_LE)))
 
 
 def draw_costs(axes, found: Diagnosis) -> None:
@@ -374,7 +366,7 @@ def draw_specialisation(axes, found: Diagnosis) -> None:
     axes.bar(frame.index, frame["shift nats"], label="cost of the next expert, nats per token")
     for name in ("abs cos up", "abs cos down"):
         axes.plot(frame.index, frame[name], "o-", label=name)
-    axes.set_xlabel("layer")
+    axes.set(xlabel="layer", xticks=frame.index)
 
 
 def draw_mu(axes, found: Diagnosis) -> None:

@@ -72,15 +72,6 @@ def test_grouped_counts_the_chosen_expert_and_masked_all():
 # ---- Steps
 
 
-def test_a_measurement_is_consistent(hp):
-    row = bench.measure(bench.Trainer(hp, ALONE), True, 0.01)
-    assert row["fastest"] <= row["seconds"] <= row["slowest"]
-    assert row["tokens_per_second"] == pytest.approx(hp.train_batch_tokens / row["seconds"])
-    flops = bench.flops_per_token(hp.model, True)
-    assert row["flops"] == pytest.approx(row["tokens_per_second"] * flops)
-    assert row["peak_bytes"] is None
-
-
 def test_a_step_of_the_bench_is_a_step_of_training(hp, monkeypatch):
     """Compare with train() itself, told the same fraction of the budget in every step."""
     hp = replace(hp, loop_from=0.0)
@@ -196,14 +187,6 @@ def test_finished_trainings_stand_side_by_side(tmp_path):
     scores = f"{3.1 / 1.6:.4f} | {3.2 / 1.6:.4f} | {3.15 / 1.6:.4f} | 243,463"
     assert f"\n| first | 400 | {400 * 2048 / 46:,.0f} | {mfu:.1%} | {scores} |" in result.out
     assert f"\n| second | 400 | {400 * 2048 / 46:,.0f} | - | {scores} |" in result.out
-
-
-def test_the_flops_at_the_end_of_a_log_are_those_of_its_knobs(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "PEAK_FLOPS", 1e9)
-    run = bench.RunLog.read(write_log(tmp_path / "first.txt", "H200"))
-    config = bench.knobs_from(TINY_ENV).model
-    expected = 20_480 * bench.flops_per_token(config, True) / 1e9
-    assert bench.mfu_at_end(run) == pytest.approx(expected)
 
 
 def test_an_unfinished_training_is_refused(tmp_path):

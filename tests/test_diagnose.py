@@ -105,19 +105,6 @@ def test_a_router_that_repeats_the_table_is_wholly_lexical_and_one_that_reads_th
     assert "keeps table" not in found_for(routing="zipf").specialisation
 
 
-@pytest.mark.parametrize("routing", ["zipf", "soft"])
-def test_exchanging_experts_costs_nothing_only_when_they_are_equal(routing):
-    def equal(model):
-        for block in model.blocks:
-            for experts in (block.mlp.expert_up, block.mlp.expert_down):
-                experts.copy_(experts[:1].expand_as(experts))
-
-    copies = found_for(equal, routing=routing).specialisation
-    assert copies["shift nats"].abs().max() < 1e-6
-    assert copies[["abs cos up", "abs cos down"]].to_numpy() == pytest.approx(1)
-    assert found_for(routing=routing).specialisation["shift nats"].abs().min() > 1e-5
-
-
 def test_exchanging_experts_is_a_shift_of_the_layers_table():
     model, hp = model_of()
     found = diagnose.diagnose(model, split(), hp, "run")
@@ -133,6 +120,7 @@ def test_cosines_of_experts_take_no_pair_twice():
     a = torch.tensor([[1.0, 0.0]])
     b = torch.tensor([[0.0, 1.0]])
     assert diagnose.cosine(torch.stack([a, b, -3 * a])) == pytest.approx(1 / 3)
+    assert diagnose.cosine(torch.stack([a, a])) == pytest.approx(1)
     assert math.isnan(diagnose.cosine(a[None]))
 
 
@@ -204,10 +192,9 @@ def rms(y: torch.Tensor) -> float:
 def test_mu_ratios_are_those_of_a_hand_computation():
     model, hp = model_of(mu="pid")
     found = diagnose.diagnose(model, split(), hp, "run").mu
-    seen, guides = [], []
+    seen = []
     for block in model.blocks:
         block.attn.register_forward_pre_hook(lambda attn, args: seen.append((attn, *args[:2])))
-        block.register_forward_hook(lambda block, args, result: guides.append(result[1]))
     depths = len(hp.model.execution_order(True))
     last_mu = None
     with torch.no_grad():
@@ -217,14 +204,12 @@ def test_mu_ratios_are_those_of_a_hand_computation():
             attn = seen[depth][0]
             x = torch.cat([x[0] for _, x, _ in seen[depth::depths]])
             mu = torch.cat([mu[0] for _, _, mu in seen[depth::depths]])
-            velocity = torch.cat([guide.velocity[0] for guide in guides[depth::depths]])
             assert len(x) == N
             for i, matrix in enumerate((attn.c_q, attn.c_k, attn.c_v)):
                 bias = (attn.mu_gain[i] * mu) @ matrix.weight.T
                 expected = rms(bias) / rms(x @ matrix.weight.T)
                 assert row["qkv"[i]] == pytest.approx(expected, rel=1e-4)
             assert row["rms mu"] == pytest.approx(rms(mu), rel=1e-5)
-            assert row["rms velocity"] == pytest.approx(rms(velocity), rel=1e-5)
             if depth:
                 cosine = torch.cosine_similarity(mu, last_mu, dim=-1).mean().item()
                 assert row["cosine"] == pytest.approx(cosine, abs=1e-5)
@@ -259,7 +244,7 @@ def run(dataset, artifact, *argv, **knobs):
     return run_in_process(diagnose.main, eval_env(dataset, **knobs), artifact.parent, *argv)
 
 
-KINDS = [("zipf", "pid"), ("learned", "vector"), ("soft", "full"), ("dense", "off")]
+KINDS = [("zipf", "pid"), ("learned", "full"), ("dense", "off")]
 
 
 @pytest.mark.parametrize(("routing", "mu"), KINDS)
@@ -289,6 +274,7 @@ def test_the_numbers_of_the_text_are_those_of_the_structure():
     assert f" | {mu:.4f} | - | " in text  # no mu is before the first
 
 
+@pytest.mark.slow
 def test_the_whole_split_is_not_called_partial(dataset, artifact):
     whole = run(dataset, artifact, artifact, "--targets", 0)
     assert whole.out.startswith("# my.run: loss, all ")
