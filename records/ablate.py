@@ -1,37 +1,31 @@
-"""Run a grid of settings over seeds, each a training run and its evaluation, and write a table of differences.
+"""Run a grid of settings over seeds, each a training and its evaluation, and compare the cells.
 
     python records/ablate.py grid.txt --out study --seeds 1 2 3 --model-bytes 1000000
-    python records/ablate.py grid.txt --out study --seeds 1 2 3 --dry-run    # widths, bytes and runs to do
+    python records/ablate.py grid.txt --out study --seeds 1 2 3 --dry-run    # widths, bytes, runs
 
 One line of GRID is one cell; the first cell is the control:
 
-    base     DEVICE=cpu ITERATIONS=1000                        # for all cells; may occur several times
+    base     ITERATIONS=1000 MAX_WALLCLOCK_SECONDS=0           # for all cells, as often as needed
     dense    ROUTING=dense
     zipf     ROUTING=zipf
-    swiglu   ROUTING=zipf ACTIVATION=swiglu SOLVE=EXPERT_DIM   # SOLVE overrides --solve for one cell
-    bank     ROUTING=zipf SCRIPT=variants/bank.py              # another training script
+    swiglu   ROUTING=zipf ACTIVATION=swiglu SOLVE=EXPERT_DIM   # SOLVE overrides --solve for a cell
 
-Paths in GRID are relative to it. Knobs of the caller's environment do not count, except DATA_PATH and TOKENIZER_PATH.
-Every cell but the control gets the integer width (--solve) whose estimated artifact is nearest to the control's.
+Paths in GRID are relative to it. Knobs of the caller's environment do not count, except DATA_PATH
+and TOKENIZER_PATH. Every cell but the control gets the integer width (--solve) whose estimated
+artifact is nearest to the control's in bytes.
 
-A run happens in a folder of its own, in copies named train_gpt.py and eval_sliding.py; the latter is the one beside the
-training script or else the repository's, which any single-file variant of train_gpt.py can use. Other scripts have to
-leave logs/RUN_ID.ptz and the closing JSON lines of logs/RUN_ID.txt. The same command again runs what is missing or has
-failed. --out gets a log per run, the scripts in sources/ (by the SHA-256 that ends each log), artifacts/, failed/ (what
-failing runs printed), results.csv, table.md and plot.png.
-Exit status: 1 if a run has failed or model bytes differ by more than 1 % from the control's, 2 after a refusal.
+The same command again runs what is missing or has failed, and nothing twice. --out gets a log per
+run, artifacts/, failed/ (what failing runs printed), sources/ (the script, by the SHA-256 that ends
+each log), results.csv, table.md and plot.png.
+Exit status: 1 if a run has failed or model bytes differ by more than 1 % from the control's.
 """
 
 import argparse
-import ast
+import bisect
 import contextlib
-import csv
-import ctypes
 import fcntl
+import functools
 import hashlib
-import importlib
-import importlib.util
-import io
 import json
 import math
 import os
@@ -39,761 +33,615 @@ import re
 import shlex
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
 
-import torch
+import numpy as np
+from common import ROOT, ArgumentParser, figure_png, markdown_table, optional
+from runlog import RunLog
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import runlog
+from eval_sliding import EvalConfig
+from train_gpt import (
+    GPT,
+    LOADER_BYTES,
+    ConfigError,
+    Hyperparameters,
+    build_expert_table,
+    dry_run,
+    knob_fields,
+    pack_source,
+    require,
+    run_entry_point,
+    write_atomically,
+)
 
-from train_gpt import LOADER_BYTES, Refusal, pack_source, require, run_entry_point, write_atomically
-
-ROOT = Path(__file__).resolve().parents[1]
 TOLERANCE = 0.01  # of the control's model bytes
-WIDTHS, MAX_WIDTH = ("SHARED_DIM", "EXPERT_DIM"), 65_536
+WIDTHS = ("SHARED_DIM", "EXPERT_DIM")
+MAX_WIDTH = 65_536
 PATHS = ("DATA_PATH", "TOKENIZER_PATH")
-INHERITED = r"PATH|HOME|USER|SHELL|LANG|TMPDIR|CC|CXX|VIRTUAL_ENV|(LC|LD|XDG|PYTHON|TORCH|TRITON|CU|NVIDIA|NCCL|KMP).*"
+KNOBS = {name.upper() for cls in (Hyperparameters, EvalConfig) for name in knob_fields(cls)}
 COLUMNS = ("val_bpb", "val_bpb_float", "bytes_model", "params", "tokens", "steps", "train_seconds")
 
 
-# ---- Grid
-
-
-@dataclass(frozen=True)
-class Source:
-    """A training script and its evaluation script as they were at the start, and the module with its knobs, if any."""
-
-    path: Path
-    train: bytes
-    evaluation: bytes
-    module: ModuleType | None = None
-    knobs: frozenset[str] | None = None  # None: not known
-
-    @classmethod
-    def read(cls, path: Path) -> "Source":
-        """Raises Refusal when there is no such script or it cannot be imported."""
-        require(path.is_file(), f"{path}: no such script")
-        beside = path.with_name("eval_sliding.py")
-        train, evaluation = (
-            path.read_bytes(),
-            (beside if beside.is_file() else ROOT / "eval_sliding.py").read_bytes(),
-        )
-        try:
-            classes = [
-                node.name for node in ast.parse(train).body if isinstance(node, ast.ClassDef)
-            ]
-            if "Hyperparameters" not in classes:  # nor is it known what an import would do
-                return cls(path, train, evaluation)
-            spec = importlib.util.spec_from_file_location(
-                f"ablated_{hashlib.sha256(train).hexdigest()}", path
-            )
-            module = importlib.util.module_from_spec(spec)
-            sys.modules[spec.name] = module
-            spec.loader.exec_module(module)
-            knobs = frozenset(f.name.upper() for f in fields(module.Hyperparameters))
-        except Exception as error:
-            raise Refusal(f"{path}: {type(error).__name__}: {error}") from error
-        return cls(path, train, evaluation, module, knobs)
-
-    @property
-    def can_estimate(self) -> bool:
-        return self.module is not None and {"GPT", "dry_run"} <= vars(self.module).keys()
-
-    @property
-    def hashes(self) -> dict[str, str]:
-        sha256 = (hashlib.sha256(data).hexdigest() for data in (self.train, self.evaluation))
-        return dict(zip(("script_sha256", "eval_sha256"), sha256, strict=True))
+# ---- Grid ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One line of the grid, `where`, with the knobs that its runs get."""
+    """One line of the grid, with the knobs that its runs get."""
 
     name: str
-    where: str
-    source: Source
-    solve: str
+    where: str  # file and line
+    solve: str  # the knob that makes bytes equal, or off
     knobs: dict[str, str]
 
-    def hyperparameters(self, **more: object):
-        """The script's own, from the knobs and `more`. Raises Refusal."""
+    def hyperparameters(self, **more: object) -> Hyperparameters:
+        """Return the cell's knobs and `more`, checked. Raises ConfigError naming the line."""
+        texts = {name: str(value) for name, value in more.items()}
         try:
-            return self.source.module.Hyperparameters.from_env(
-                self.knobs | {k: str(v) for k, v in more.items()}
-            )
-        except Exception as error:  # the Refusal of another module is another class
-            raise Refusal(f"{self.where}: cell {self.name}: {error}") from error
+            EvalConfig.from_env(self.knobs)
+            return Hyperparameters.from_env(self.knobs | texts)
+        except ConfigError as error:
+            raise ConfigError(f"{self.where}: cell {self.name}: {error}") from error
 
 
 def read_lines(path: Path) -> tuple[dict[str, str], dict[str, tuple[str, dict[str, str]]]]:
-    """Settings for all cells, and by cell its place in the file and its settings. Raises Refusal."""
-    base, rows = {}, {}
+    """Return the settings for all cells and, by cell, its line and settings. Raises ConfigError."""
+    base = {}
+    rows = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         where = f"{path} line {number}"
         try:
-            name, *settings = shlex.split(line, comments=True) or [""]
+            words = shlex.split(line, comments=True)
         except ValueError as error:
-            raise Refusal(f"{where}: {error}") from error
-        if not name:
+            raise ConfigError(f"{where}: {error}") from error
+        if not words:
             continue
-        require(
-            re.fullmatch(r"[A-Za-z0-9_.+-]+", name),
-            f"{where}: {name!r}: letters, digits and . _ + - name a cell",
-        )
+
+        name = words[0]
+        good = re.fullmatch(r"[A-Za-z0-9_.+-]+", name) is not None
+        require(good, f"{where}: {name!r}: letters, digits and . _ + - name a cell")
         require(name not in rows, f"{where}: there is a cell {name} already")
-        knobs = base if name == "base" else rows.setdefault(name, (where, {}))[1]
-        for setting in settings:
+        knobs = {}
+        if name == "base":
+            knobs = base
+        else:
+            rows[name] = (where, knobs)
+        for setting in words[1:]:
             key, equals, value = setting.partition("=")
-            require(
-                equals and re.fullmatch("[A-Z_][A-Z0-9_]*", key),
-                f"{where}: {setting!r}: expected KEY=VALUE",
-            )
+            good = equals == "=" and re.fullmatch("[A-Z_][A-Z0-9_]*", key) is not None
+            require(good, f"{where}: {setting!r}: expected KEY=VALUE")
             require(key not in ("SEED", "RUN_ID"), f"{where}: {key} is not a cell's to set")
             require(key not in knobs, f"{where}: {key} is set twice")
             knobs[key] = value
-    require(rows, f"{path}: no cells")
+    require(len(rows) > 0, f"{path}: no cells")
     return base, rows
 
 
-def read_grid(path: Path, script: Path, solve: str) -> list[Cell]:
-    """The cells in order, with absolute paths. Raises Refusal naming the line before any script but these is used."""
+def read_grid(path: Path, solve: str) -> list[Cell]:
+    """Return the cells in order, with absolute paths. Raises ConfigError naming the line."""
     base, rows = read_lines(path)
-    cells, sources, folder = [], {}, Path(os.path.abspath(path)).parent
+    folder = path.absolute().parent
     caller = {key: os.path.abspath(os.environ[key]) for key in PATHS if os.environ.get(key)}
+    cells = []
     for name, (where, own) in rows.items():
-        knobs = base | own
-        chosen = folder / knobs.pop("SCRIPT") if "SCRIPT" in knobs else script.absolute()
+        knobs = caller | base | own
         width = knobs.pop("SOLVE", solve)
-        require(
-            width in (*WIDTHS, "off"),
-            f"{where}: SOLVE={width}: expected {', '.join(WIDTHS)} or off",
-        )
-        require(
-            cells or own.get("SOLVE", "off") == "off",
-            f"{where}: SOLVE in the control, which sets the bytes",
-        )
-        source = sources[chosen] = sources.get(chosen) or Source.read(chosen)
-        known = knobs.keys() | set(PATHS) if source.knobs is None else source.knobs
-        unknown = sorted(knobs.keys() - known)
-        require(
-            not unknown, f"{where}: cell {name}: {' '.join(unknown)}: not a knob of {chosen.name}"
-        )
-        knobs = {key: value for key, value in caller.items() if key in known} | knobs
-        knobs |= {key: os.path.abspath(folder / knobs[key]) for key in PATHS if knobs.get(key)}
-        for key in (key for key in PATHS if source.knobs and key in known):
-            require(
-                knobs.get(key),
-                f"{where}: cell {name} has no {key}; set it in the grid or in the environment",
-            )
-        cells.append(Cell(name, where, source, width if cells else "off", knobs))
-        if source.module:
-            cells[-1].hyperparameters()
+        expected = f"{where}: SOLVE={width}: expected {', '.join(WIDTHS)} or off"
+        require(width in (*WIDTHS, "off"), expected)
+        if not cells:
+            message = f"{where}: SOLVE in the control, which sets the bytes"
+            require(own.get("SOLVE", "off") == "off", message)
+            width = "off"
+        unknown = " ".join(sorted(knobs.keys() - KNOBS))
+        require(not unknown, f"{where}: cell {name}: {unknown}: not a knob of train_gpt.py")
+
+        for key in PATHS:
+            missing = f"{where}: cell {name} has no {key}; set it in the grid or the environment"
+            require(bool(knobs.get(key)), missing)
+            knobs[key] = os.path.abspath(folder / knobs[key])
+        cells.append(Cell(name, where, width, knobs))
+        cells[-1].hyperparameters()
     return cells
 
 
-# ---- Equal bytes
+# ---- Equal bytes ---------------------------------------------------------------------------------
 
 
 def estimate(cell: Cell, **more: object) -> tuple[int, int]:
-    """Bytes of the artifact to come at the grid's own k, and parameters. Raises Refusal."""
-    module, hp = cell.source.module, cell.hyperparameters(**more, TARGET_BYTES=0)
-    model = module.GPT(hp)
-    if hasattr(model, "expert_table") and model.expert_table.numel():
-        table, generator = model.expert_table, torch.Generator().manual_seed(0)
-        if hp.routing in (
-            "modulo",
-            "learned",
-            "soft",
-        ):  # a pattern, which takes no bytes to speak of
-            table.copy_(torch.arange(table.shape[1])[:, None] % hp.num_experts)
-        else:
-            table.copy_(torch.randint(hp.num_experts, table.shape, generator=generator))
-    return len(module.dry_run(hp, model).artifact), sum(p.numel() for p in model.parameters())
+    """Return the bytes of the artifact to come, at the cell's own k, and its parameters."""
+    hp = cell.hyperparameters(**more, TARGET_BYTES=0)
+    model = GPT(hp.model)
+    # Counts like a text's, for the bytes of the table depend on how it is made.
+    counts = (1_000_000 / (np.arange(hp.model.vocab_size) + 3.7)).astype(np.int64)
+    model.expert_table.copy_(build_expert_table(hp.model, counts))
+    return len(dry_run(hp, model).artifact), sum(p.numel() for p in model.parameters())
 
 
 def nearest_width(size: Callable[[int], int], start: int, goal: int, step: int = 1) -> int:
-    """The multiple of `step` up to MAX_WIDTH whose `size`, which grows with it, is nearest to `goal`; tries `start`
-    first."""
-    low = high = max(start // step, 1)
-    while low > 1 and size(low * step) > goal:
-        low, high = low // 2, low
-    while high < MAX_WIDTH // step and size(high * step) < goal:
-        low, high = high, min(2 * high, MAX_WIDTH // step)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if size(middle * step) <= goal else (low, middle)
-    return step * min(low, high, key=lambda units: abs(size(units * step) - goal))
+    """Return the multiple of `step` whose `size`, which grows with it, is nearest to `goal`."""
+    high = max(start // step, 1) * step
+    while high < MAX_WIDTH and size(high) < goal:
+        high *= 2
+    widths = range(step, min(high, MAX_WIDTH) + 1, step)
+    above = bisect.bisect_left(widths, goal, key=size)
+    neighbours = widths[max(above - 1, 0) : above + 1]
+    return min(neighbours, key=lambda width: abs(size(width) - goal))
 
 
 def solve(cell: Cell, goal: int) -> dict[str, int]:
-    """The width of a cell for `goal` bytes, with its bytes and parameters. Raises Refusal."""
-    sizes: dict[int, tuple[int, int]] = {}
+    """Return bytes and parameters of a cell and, unless off, the width for `goal` bytes."""
+    if cell.solve == "off":
+        size, params = estimate(cell)
+        return {"bytes": size, "params": params}
 
-    def size(width: int) -> int:
-        if width not in sizes:
-            sizes[width] = estimate(cell, **{cell.solve: width})
-        return sizes[width][0]
+    @functools.cache
+    def estimate_width(width: int) -> tuple[int, int]:
+        return estimate(cell, **{cell.solve: width})
 
-    hp = cell.hyperparameters()
-    grouped = cell.solve == "EXPERT_DIM" and cell.knobs.get("DISPATCH") == "grouped"
-    start = hp.shared_dim if cell.solve == "SHARED_DIM" else hp.expert_dim
-    width = nearest_width(size, start, goal, step=8 if grouped else 1)
-    return {"width": width, "bytes": size(width), "params": sizes[width][1]}
+    model = cell.hyperparameters().model
+    start, step = model.shared_dim, 1
+    if cell.solve == "EXPERT_DIM":
+        start, step = model.expert_dim, 8 if model.dispatch == "grouped" else 1
+    width = nearest_width(lambda width: estimate_width(width)[0], start, goal, step)
+    size, params = estimate_width(width)
+    return {"width": width, "bytes": size, "params": params}
 
 
-def settle(cells: list[Cell], out: Path) -> dict[str, dict]:
-    """Estimates by cell: bytes, params and, unless SOLVE=off, the width; kept in widths.json. Raises Refusal."""
-    path, control = out / "widths.json", cells[0]
-    cache, settled = json.loads(path.read_text()) if path.exists() else {}, {}
+def settle(cells: list[Cell], out: Path, script: bytes) -> dict[str, dict]:
+    """Return bytes, params and the solved width by cell, kept in widths.json.
+
+    Raises ConfigError for a cell that no width brings within TOLERANCE of the control.
+    """
+    path = out / "widths.json"
+    cache = json.loads(path.read_text()) if path.exists() else {}
+    settled = {}
+    goal = 0
     for cell in cells:
-        for source in (control.source, cell.source) if cell.solve != "off" else ():
-            needs = f"SOLVE={cell.solve} needs Hyperparameters, GPT and dry_run in {source.path}; or SOLVE=off"
-            require(source.can_estimate, f"{cell.where}: cell {cell.name}: {needs}")
-        if not cell.source.can_estimate:
-            continue
-        versions = [[part.knobs, part.source.hashes["script_sha256"]] for part in (cell, control)]
-        key = hashlib.sha256(
-            json.dumps([cell.solve, *versions], sort_keys=True).encode()
-        ).hexdigest()
-        if cache.get(cell.name, {}).get("key") != key:
-            if cell.solve == "off":
-                found = dict(zip(("bytes", "params"), estimate(cell), strict=True))
-            else:
-                found = solve(cell, settled[control.name]["bytes"])
-            cache[cell.name] = {"key": key} | found
+        inputs = [cell.solve, cell.knobs, cells[0].knobs, hashlib.sha256(script).hexdigest()]
+        key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+        if key not in cache:
+            cache[key] = solve(cell, goal)
             write_atomically(path, json.dumps(cache, indent=1).encode())
-        found = settled[cell.name] = cache[cell.name]
+        found = cache[key]
+        settled[cell.name] = found
+        goal = goal or found["bytes"]  # of the control, which is the first
         if cell.solve != "off":
-            goal = settled[control.name]["bytes"]
-            nearest = f"the nearest {cell.solve}={found['width']} gives {found['bytes']:,} bytes"
-            fits = abs(found["bytes"] - goal) <= TOLERANCE * goal
-            require(
-                fits,
-                f"{cell.where}: cell {cell.name}: {nearest}, the control {control.name} has {goal:,}",
-            )
+            nearest = f"{cell.solve}={found['width']} gives {found['bytes']:,} bytes"
+            message = f"{cell.where}: cell {cell.name}: {nearest}, {cells[0].name} has {goal:,}"
+            require(abs(found["bytes"] - goal) <= TOLERANCE * goal, message)
     return settled
 
 
-# ---- Runs
+# ---- Logs ----------------------------------------------------------------------------------------
 
 
 def events_of(log: Path) -> dict[str, dict]:
-    """The JSON lines of a log, by event, the last of each; none without a log."""
-    return runlog.Run.read(log).json_events if log.exists() else {}
+    """Return the JSON lines of a log, the last of each event; none without a log."""
+    return RunLog.read(log).json_events if log.exists() else {}
 
 
-def row_of(log: Path, score: str) -> dict[str, object]:
-    """A run's figures: COLUMNS, and tokens per second. Raises Refusal when one is missing or the score is PARTIAL."""
+def row_of(log: Path, score: str) -> dict[str, float]:
+    """Return a run's COLUMNS and tokens per second. Raises ConfigError when one is missing."""
     events = events_of(log)
-    needed = ("train_summary", "eval_summary") if score == "sliding" else ("train_summary",)
-    for name in needed:
+    scored = "eval_summary" if score == "sliding" else "train_summary"
+    for name in ("train_summary", scored):
         require(name in events, f"{log.name} has no {name}")
         require(not events[name].get("partial"), f"{name} is PARTIAL")
-    row = events["train_summary"] | {"val_bpb": events[needed[-1]].get("val_bpb")}
+    summary = events["train_summary"] | {"val_bpb": events[scored].get("val_bpb")}
+    row = {}
     for name in COLUMNS:
-        good = type(row.get(name)) in (int, float) and math.isfinite(row[name])
-        require(good, f"{log.name}: {name} is {row.get(name)}")
-    return {name: row[name] for name in COLUMNS} | {
-        "tok_per_s": row["tokens"] / max(row["train_seconds"], 1e-9)
-    }
+        value = summary.get(name)
+        good = type(value) in (int, float) and math.isfinite(value)
+        require(good, f"{log.name}: {name} is {value}")
+        row[name] = value
+    row["tok_per_s"] = row["tokens"] / max(row["train_seconds"], 1e-9)
+    return row
 
 
 def files_of(folder: Path, cell: Cell) -> dict[int, Path]:
-    """The files <cell>_seed<seed>.txt of a folder, by seed in order."""
-    names = os.listdir(folder) if folder.is_dir() else []
-    found = (re.fullmatch(rf"{re.escape(cell.name)}_seed(\d+)\.txt", name) for name in names)
-    return dict(sorted((int(match[1]), folder / match[0]) for match in found if match))
+    """Return the files <cell>_seed<seed>.txt of a folder, by seed in order."""
+    found = {}
+    for path in folder.glob("*_seed*.txt"):
+        match = re.fullmatch(rf"{re.escape(cell.name)}_seed(\d+)\.txt", path.name)
+        if match:
+            found[int(match[1])] = path
+    return dict(sorted(found.items()))
 
 
-def closing_line(cell: Cell, seed: int, score: str) -> dict[str, object]:
-    """What ends the log of a run: everything that decides its figures."""
-    return {
-        "event": "ablation",
-        "cell": cell.name,
-        "seed": seed,
-        "score": score,
-        "knobs": cell.knobs,
-    } | (cell.source.hashes)
+@dataclass(frozen=True)
+class Study:
+    """A folder of runs, the scripts as they were at the start, and the score that counts."""
+
+    out: Path
+    score: str  # sliding | artifact
+    train: bytes
+    evaluation: bytes
+    threads: int  # of each run
+
+    def closing_line(self, cell: Cell, seed: int) -> dict[str, object]:
+        """Return what ends the log of a run: everything that decides its figures."""
+        return {
+            "event": "ablation",
+            "cell": cell.name,
+            "seed": seed,
+            "score": self.score,
+            "knobs": cell.knobs,
+            "script_sha256": hashlib.sha256(self.train).hexdigest(),
+            "eval_sha256": hashlib.sha256(self.evaluation).hexdigest(),
+        }
+
+    def check_logs(self, cells: list[Cell]) -> None:
+        """Raise ConfigError when a log was made otherwise than the grid would have it now."""
+        for cell in cells:
+            for seed, path in files_of(self.out, cell).items():
+                made = events_of(path).get("ablation")
+                require(made is not None, f"{path}: has no closing line of ablate.py")
+                old = made | made["knobs"]
+                new = self.closing_line(cell, seed) | cell.knobs
+                for key in sorted((old | new).keys() - {"knobs", "threads"}):
+                    both = f"{key}={old.get(key)}, now it is {new.get(key)}"
+                    message = f"{path} was made with {both}: use another --out"
+                    require(old.get(key) == new.get(key), message)
 
 
-def check_logs(out: Path, cells: list[Cell], score: str) -> None:
-    """Raises Refusal when a log of these cells was made otherwise than the grid would have it now."""
-    for cell in cells:
-        for seed, path in files_of(out, cell).items():
-            made, wanted = events_of(path).get("ablation"), closing_line(cell, seed, score)
-            require(made, f"{path}: has no closing line of ablate.py")
-            for key in sorted(made["knobs"].keys() | cell.knobs.keys()):
-                old, new = (
-                    f"{key}={d[key]}" if key in d else f"no {key}"
-                    for d in (made["knobs"], cell.knobs)
-                )
-                require(
-                    old == new,
-                    f"{path} was made with {old}, the grid says {new}: use another --out",
-                )
-            require(
-                made["score"] == score,
-                f"{path} was made with --score {made['score']}: use another --out",
+# ---- Runs ----------------------------------------------------------------------------------------
+
+
+class Runner:
+    """Runs cells in child processes, each in a work folder of its own."""
+
+    def __init__(self, study: Study, lock: int):
+        self.study = study
+        self.lock = lock  # descriptor that children inherit: the folder is taken while one lives
+        self.children = set()
+        self.stopped = threading.Event()
+
+    def stop(self) -> None:
+        """Kill every child, and let no further one start."""
+        self.stopped.set()
+        for child in list(self.children):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+
+    def call(self, work: Path, cell: Cell, seed: int, *argv: str) -> None:
+        """Run a script to its end. Raises ConfigError with its last words if it fails."""
+        foreign = KNOBS | {"RANK", "LOCAL_RANK", "WORLD_SIZE"}
+        env = {name: value for name, value in os.environ.items() if name not in foreign}
+        env |= {"OMP_NUM_THREADS": str(self.study.threads), **cell.knobs}
+        env |= {"SEED": str(seed), "RUN_ID": work.name}
+        with open(work / "printed.txt", "a+b") as printed:
+            child = subprocess.Popen(
+                [sys.executable, *argv],
+                cwd=work,
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=printed,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                pass_fds=(self.lock,),
             )
-            script = (
-                f"{path} was made with another version of {cell.source.path} or its eval_sliding.py"
-            )
-            require(
-                all(made.get(key) == wanted[key] for key in wanted), f"{script}: use another --out"
-            )
+            self.children.add(child)
+            if self.stopped.is_set():
+                self.stop()
+            status = child.wait()
+            self.children.discard(child)
+            printed.seek(0)
+            lines = printed.read().decode(errors="replace").split("\n")
+        words = [line.strip() for line in lines if line.strip()]
+        require(status == 0, words[-1] if words else f"exit status {status}")
 
-
-def leash(cores: set[int], parent: int, libc: ctypes.CDLL) -> None:
-    """In a child before it starts: die with the runner, and keep to some cores."""
-    if sys.platform == "linux":
-        libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        os.sched_setaffinity(0, cores)
-    if os.getppid() != parent:
-        os._exit(1)
-
-
-class Run:
-    """One cell with one seed in a work folder: the training, then the evaluation unless the artifact's score counts."""
-
-    def __init__(self, out: Path, cell: Cell, seed: int, score: str, cores: set[int]):
-        self.out, self.cell, self.seed, self.score, self.cores = out, cell, seed, score, cores
-        self.name, self.started = f"{cell.name}_seed{seed}", time.perf_counter()
-        self.work = out / ".work" / self.name
-        if self.work.exists():
-            shutil.rmtree(self.work)
-        self.work.mkdir(parents=True)
-        (self.work / "train_gpt.py").write_bytes(cell.source.train)
-        (self.work / "eval_sliding.py").write_bytes(cell.source.evaluation)
-        self.stages = [["train_gpt.py"], ["eval_sliding.py", f"logs/{self.name}.ptz"]][
-            : 2 if score == "sliding" else 1
-        ]
-        self.start()
-
-    def start(self) -> None:
-        """Start the next stage, the leader of a process group."""
-        env = {name: value for name, value in os.environ.items() if re.fullmatch(INHERITED, name)}
-        env |= {
-            "OMP_NUM_THREADS": str(len(self.cores)),
-            "SEED": str(self.seed),
-            "RUN_ID": self.name,
-        } | self.cell.knobs
-        parent, libc = os.getpid(), ctypes.CDLL(None)
-        with (
-            open(self.work / "stdout.txt", "ab") as out,
-            open(self.work / "stderr.txt", "ab") as err,
-        ):
-            self.process = subprocess.Popen(
-                [sys.executable, *self.stages.pop(0)], cwd=self.work, env=env, stdin=subprocess.DEVNULL, stdout=out,
-                stderr=err, start_new_session=True, preexec_fn=lambda: leash(self.cores, parent, libc)
-            )  # fmt: skip
-
-    def over(self) -> bool:
-        """Whether all stages have ended or one has failed; starts the next when one has ended well."""
-        if self.process.poll() == 0 and self.stages:
-            self.start()
-        return self.process.poll() is not None
-
-    def kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-
-    def finish(self) -> str:
-        """File the artifact, then the log; or what a failed run has printed. Returns the score or error in words."""
-        log, failed = (
-            self.work / "logs" / f"{self.name}.txt",
-            self.out / "failed" / f"{self.name}.txt",
-        )
-        printed = [(self.work / f"{name}.txt").read_bytes() for name in ("stdout", "stderr")]
+    def run(self, cell: Cell, seed: int) -> str:
+        """Train and score; file log and artifact, or what a failed run printed. Returns words."""
+        out = self.study.out
+        name = f"{cell.name}_seed{seed}"
+        started = time.perf_counter()
+        work = out / ".work" / name
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        (work / "train_gpt.py").write_bytes(self.study.train)
+        (work / "eval_sliding.py").write_bytes(self.study.evaluation)
+        log = work / "logs" / f"{name}.txt"
+        failed = out / "failed" / log.name
         try:
-            errors = printed[1].decode(errors="replace").strip().splitlines()
-            require(
-                self.process.returncode == 0,
-                (errors or [f"exit status {self.process.returncode}"])[-1],
-            )
-            row, artifact = row_of(log, self.score), log.with_suffix(".ptz")
-            require(artifact.is_file(), f"{artifact.name} is missing")
-        except (Refusal, ValueError) as error:
-            write_atomically(failed, b"".join(printed) + f"\nablate.py: {error}\n".encode())
-            text = f"FAILED: {error}"
+            self.call(work, cell, seed, "train_gpt.py")
+            if self.study.score == "sliding":
+                self.call(work, cell, seed, "eval_sliding.py", f"logs/{name}.ptz")
+            row = row_of(log, self.study.score)
+            (out / "artifacts").mkdir(exist_ok=True)
+            os.replace(log.with_suffix(".ptz"), out / "artifacts" / f"{name}.ptz")
+        except (ConfigError, OSError, ValueError) as error:
+            if self.stopped.is_set():
+                return "stopped"
+            printed = (work / "printed.txt").read_bytes()
+            write_atomically(failed, printed + f"\nablate.py: {error}\n".encode())
+            said = f"FAILED: {error}"
         else:
-            (self.out / "artifacts").mkdir(exist_ok=True)
-            os.replace(artifact, self.out / "artifacts" / artifact.name)
-            last = json.dumps(
-                closing_line(self.cell, self.seed, self.score) | {"threads": len(self.cores)}
-            )
-            body = log.read_bytes().replace(
-                self.cell.source.train, b""
-            )  # which sources/ has once for all runs
-            write_atomically(self.out / log.name, body + last.encode() + b"\n")
+            # The log comes last, as it says that the run is done. sources/ has the script.
+            body = log.read_bytes().replace(self.study.train, b"")
+            last = self.study.closing_line(cell, seed) | {"threads": self.study.threads}
+            write_atomically(out / log.name, body + json.dumps(last).encode() + b"\n")
             failed.unlink(missing_ok=True)
-            text = f"{row['val_bpb']:.4f}"
-        shutil.rmtree(self.work)
-        return f"{text} ({time.perf_counter() - self.started:.0f} s)"
+            said = f"{row['val_bpb']:.4f}"
+        shutil.rmtree(work)
+        return f"{said} ({time.perf_counter() - started:.0f} s)"
+
+    def run_all(self, cells: list[Cell], todo: list[tuple[Cell, int]], jobs: int) -> None:
+        """Run what is to do, `jobs` at a time, and bring the table up to date after each."""
+        started = time.perf_counter()
+        with ThreadPoolExecutor(jobs) as pool:
+            futures = {pool.submit(self.run, cell, seed): (cell, seed) for cell, seed in todo}
+            try:
+                for done, future in enumerate(as_completed(futures), 1):
+                    cell, seed = futures[future]
+                    text = future.result()
+                    write_outputs(self.study.out, cells)
+                    left = (time.perf_counter() - started) / done * (len(todo) - done) / 60
+                    name = f"{done}/{len(todo)} {cell.name} seed {seed}"
+                    print(f"{name}: {text}, {left:.0f} min left", flush=True)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                self.stop()
+                raise
 
 
-def shares(jobs: int) -> list[set[int]]:
-    """Disjoint equal sets of the cores that this process may use. Raises Refusal when there are too few."""
-    cores = (
-        sorted(os.sched_getaffinity(0)) if sys.platform == "linux" else list(range(os.cpu_count()))
-    )
-    each = len(cores) // jobs
-    require(each > 0, f"--jobs {jobs}: this process has {len(cores)} cores")
-    return [set(cores[job * each : (job + 1) * each]) for job in range(jobs)]
-
-
-def run_all(
-    out: Path, cells: list[Cell], todo: list[tuple[Cell, int]], total: int, args: argparse.Namespace
-) -> None:
-    """Run what is to do, --jobs at a time, and bring the table up to date after each."""
-    free, running, started, remaining = shares(args.jobs), [], time.perf_counter(), list(todo)
-    try:
-        while remaining or running:
-            while remaining and free:
-                running.append(Run(out, *remaining.pop(0), args.score, free.pop()))
-            time.sleep(0.02)
-            for run in [run for run in running if run.over()]:
-                running.remove(run)
-                free.append(run.cores)
-                text, left = run.finish(), len(remaining) + len(running)
-                write_outputs(out, cells)
-                eta = (time.perf_counter() - started) / (len(todo) - left) * left
-                eta = f"{eta:.0f} s" if eta < 100 else f"{eta / 60:.0f} min"
-                print(
-                    f"{total - left}/{total} {run.cell.name} seed {run.seed}: {text}, ETA {eta}",
-                    flush=True,
-                )
-    finally:
-        for run in running:
-            run.kill()
-
-
-# ---- Table
+# ---- Table ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Row:
-    """A cell's runs by seed; its mean minus the control's and the half-width of the 95 % CI of that, bpb; the p of
-    Welch's test. `note` says why there is no comparison."""
+    """A cell's runs and its mean minus the control's, bpb."""
 
     cell: Cell
-    runs: dict[int, dict]
-    note: str = ""
+    runs: dict[int, dict]  # by seed
+    note: str = ""  # why there is no comparison
     delta: float | None = None
-    half: float | None = None
-    p: float | None = None
+    half: float | None = None  # half-width of the 95 % confidence interval
+    p: float | None = None  # of Welch's test
 
-    @property
-    def scores(self) -> dict[int, float]:
-        return {seed: run["val_bpb"] for seed, run in self.runs.items()}
-
-
-def needed(module: str) -> ModuleType:
-    """An optional package's module. Raises Refusal when it is not installed."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        package = module.split(".")[0]
-        raise Refusal(f"ablate.py needs {package}: pip install {package}") from error
+    def mean(self, column: str) -> float:
+        return sum(run[column] for run in self.runs.values()) / len(self.runs)
 
 
-def pooled_deviation(groups: list[list[float]]) -> tuple[float, int]:
-    """Standard deviation of values about the means of their groups, and its degrees of freedom. With two or three seeds
-    a cell's own would be of no use, and what seeds do to a model of one size differs little from cell to cell."""
-    freedom = sum(len(group) - 1 for group in groups if group)
-    squares = sum((x - statistics.mean(group)) ** 2 for group in groups for x in group)
+def scores_of(rows: list[Row]):
+    """Return a pandas frame of val_bpb, seeds x cells."""
+    scores = {}
+    for row in rows:
+        scores[row.cell.name] = {seed: run["val_bpb"] for seed, run in row.runs.items()}
+    return optional("pandas").DataFrame(scores, dtype=float)
+
+
+def pooled_deviation(scores) -> tuple[float, int]:
+    """Return the standard deviation about the means of columns, and its degrees of freedom.
+
+    With two or three seeds a cell's own would be of no use, and what seeds do to a model of one
+    size differs little from cell to cell.
+    """
+    freedom = int((scores.count() - 1).clip(lower=0).sum())
+    squares = ((scores - scores.mean()) ** 2).sum().sum()
     return math.sqrt(squares / freedom) if freedom else math.nan, freedom
 
 
 def half_width(deviation: float, freedom: int, n: int, control: int) -> float:
-    """Of the 95 % confidence interval of the difference of two means, of n and `control` values, bpb."""
-    return needed("scipy.stats").t.ppf(0.975, freedom) * deviation * math.sqrt(1 / n + 1 / control)
+    """Return that of the 95 % interval of the difference of means of n and `control` values."""
+    quantile = optional("scipy.stats").t.ppf(0.975, freedom)
+    return quantile * deviation * math.sqrt(1 / n + 1 / control)
 
 
 def compare(out: Path, cells: list[Cell]) -> list[Row]:
-    """A row per cell from the logs in `out`."""
+    """Return a row per cell from the logs in `out`. Raises ConfigError."""
     rows = []
     for cell in cells:
-        runs = {
-            seed: row_of(log, events_of(log)["ablation"]["score"])
-            for seed, log in files_of(out, cell).items()
-        }
-        failed = len(files_of(out / "failed", cell).keys() - runs.keys())
-        row = Row(
-            cell, runs, f"failed for {failed} of {failed + len(runs)} seeds" if failed else ""
-        )
+        runs = {}
+        for seed, log in files_of(out, cell).items():
+            runs[seed] = row_of(log, events_of(log)["ablation"]["score"])
+        row = Row(cell, runs)
         control = rows[0] if rows else row
-        if runs and control.runs and not row.note:
-            sizes = [
-                statistics.mean(run["bytes_model"] for run in part.runs.values())
-                for part in (row, control)
-            ]
-            off = abs(sizes[0] / sizes[1] - 1)
-            row = replace(row, note=f"bytes differ by {100 * off:.1f} %" if off > TOLERANCE else "")
-        if rows and runs and control.runs and not row.note:
-            both = [list(part.scores.values()) for part in (row, control)]
-            row = replace(row, delta=statistics.mean(both[0]) - statistics.mean(both[1]))
-            if min(map(len, both)) > 1 and any(map(statistics.stdev, both)):
-                row = replace(row, p=needed("scipy.stats").ttest_ind(*both, equal_var=False).pvalue)
+        failed = len(files_of(out / "failed", cell).keys() - runs.keys())
+        if failed:
+            row = replace(row, note=f"failed for {failed} of {failed + len(runs)} seeds")
+        elif runs and control.runs:
+            off = abs(row.mean("bytes_model") / control.mean("bytes_model") - 1)
+            if off > TOLERANCE:
+                row = replace(row, note=f"bytes differ by {100 * off:.1f} %")
         rows.append(row)
-    spread, freedom = pooled_deviation([list(row.scores.values()) for row in rows])
-    compared = [row.delta is not None and freedom > 0 for row in rows]
-    return [
-        replace(row, half=half_width(spread, freedom, len(row.runs), len(rows[0].runs)))
-        if known
-        else row
-        for row, known in zip(rows, compared, strict=True)
-    ]
+
+    scores = scores_of(rows)
+    deviation, freedom = pooled_deviation(scores)
+    control = scores[cells[0].name].dropna()
+    compared = rows[:1]
+    for row in rows[1:]:
+        mine = scores[row.cell.name].dropna()
+        if len(mine) and len(control) and not row.note:
+            row = replace(row, delta=mine.mean() - control.mean())
+            if freedom:
+                row = replace(row, half=half_width(deviation, freedom, len(mine), len(control)))
+            if min(len(mine), len(control)) > 1 and mine.std() + control.std() > 0:
+                test = optional("scipy.stats").ttest_ind(mine, control, equal_var=False)
+                row = replace(row, p=test.pvalue)
+        compared.append(row)
+    return compared
 
 
 def resolution(rows: list[Row]) -> str:
-    """What differences the study can see, in words."""
-    n, scores = len(rows[0].runs), [row.scores for row in rows]
-    spread, freedom = pooled_deviation([list(by_seed.values()) for by_seed in scores])
+    """Return what differences the study can see, in words."""
+    scores = scores_of(rows)
+    deviation, freedom = pooled_deviation(scores)
+    n = len(rows[0].runs)
     if not freedom or not n:
         return "Resolution: unknown; it takes two seeds of a cell, and the control."
-    paired = [
-        [y - scores[0][seed] for seed, y in by_seed.items() if seed in scores[0]]
-        for by_seed in scores[1:]
-    ]
-    text = f"Resolution: 95 % CI of +-{half_width(spread, freedom, n, n):.4f} bpb for a cell with the control's n = {n}"
-    text += f"; standard deviation of seeds, pooled over cells: {spread:.4f} (freedom {freedom})"
-    if pooled_deviation(paired)[1]:
-        text += f"; of differences of the same seed: {pooled_deviation(paired)[0]:.4f}"
-    return text + "."
+    half = half_width(deviation, freedom, n, n)
+    text = f"Resolution: 95 % CI of +-{half:.4f} bpb for a cell with the control's n = {n}; "
+    text += f"standard deviation of seeds, pooled over cells: {deviation:.4f} (freedom {freedom})"
+    control = rows[0].cell.name
+    paired, freedom = pooled_deviation(scores.sub(scores[control], axis=0).drop(columns=control))
+    if freedom:
+        text += f"; of differences of the same seed: {paired:.4f}"
+    return f"{text}."
 
 
 def table(rows: list[Row]) -> str:
-    """The markdown table with the study's resolution below it."""
-    titles = "| cell | solved width | params | model bytes | tok/s | n | float mean | mean | std | delta | 95 % CI |"
-    lines = [f"{titles} Welch p |", "|" + "---|" * 12]
+    """Return the Markdown table with the study's resolution below it."""
+    header = (
+        "cell|solved width|params|model bytes|tok/s|n|float mean|mean|std|delta|95 % CI|Welch p"
+    )
+    scores = scores_of(rows)
+    lines = []
     for row in rows:
-        runs, cells = list(row.runs.values()), [row.cell.name] + ["-"] * 11
-        if runs:
-            means = {name: statistics.mean(run[name] for run in runs) for name in runs[0]}
-            solved = row.cell.solve != "off"
-            cells[1] = f"{row.cell.solve}={row.cell.knobs[row.cell.solve]}" if solved else "-"
-            cells[2:5] = (f"{means[name]:,.0f}" for name in ("params", "bytes_model", "tok_per_s"))
-            cells[6:8] = (f"{means[name]:.4f}" for name in ("val_bpb_float", "val_bpb"))
-        if len(runs) > 1:
-            cells[8] = f"{statistics.stdev(run['val_bpb'] for run in runs):.4f}"
+        line = dict.fromkeys(header.split("|"), "-") | {"cell": row.cell.name, "n": len(row.runs)}
+        if row.runs:
+            if row.cell.solve != "off":
+                line["solved width"] = f"{row.cell.solve}={row.cell.knobs[row.cell.solve]}"
+            line["params"] = f"{row.mean('params'):,.0f}"
+            line["model bytes"] = f"{row.mean('bytes_model'):,.0f}"
+            line["tok/s"] = f"{row.mean('tok_per_s'):,.0f}"
+            line["float mean"] = f"{row.mean('val_bpb_float'):.4f}"
+            line["mean"] = f"{row.mean('val_bpb'):.4f}"
+        if len(row.runs) > 1:
+            line["std"] = f"{scores[row.cell.name].std():.4f}"
         if row.delta is not None:
-            cells[9] = f"{row.delta:+.4f}"
-            cells[10] = (
-                "-"
-                if row.half is None
-                else f"{row.delta - row.half:+.4f} to {row.delta + row.half:+.4f}"
-            )
-            cells[11] = "-" if row.p is None else "<0.0001" if row.p < 1e-4 else f"{row.p:.4f}"
-        cells[5], cells[9] = (
-            str(len(runs)),
-            row.note or (cells[9] if row is not rows[0] else "control"),
-        )
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", resolution(rows)]) + "\n"
+            line["delta"] = f"{row.delta:+.4f}"
+        if row.half is not None:
+            line["95 % CI"] = f"{row.delta - row.half:+.4f} to {row.delta + row.half:+.4f}"
+        if row.p is not None:
+            line["Welch p"] = "<0.0001" if row.p < 1e-4 else f"{row.p:.4f}"
+        if row is rows[0]:
+            line["delta"] = "control"
+        line["delta"] = row.note or line["delta"]
+        lines.append(line.values())
+    return f"{markdown_table(header.split('|'), lines)}\n\n{resolution(rows)}\n"
 
 
 def plot(rows: list[Row]) -> bytes:
-    """A PNG of the differences to the control by cell: seeds, mean and CI."""
+    """Return a PNG of the differences to the control: seeds, mean and interval."""
     others = rows[1:]
-    figure = needed("matplotlib.figure").Figure(
-        figsize=(8, 1.5 + 0.4 * len(others)), dpi=120, layout="constrained"
-    )
+    size = (8, 1.5 + 0.4 * len(others))
+    figure = optional("matplotlib.figure").Figure(figsize=size, dpi=120, layout="constrained")
     axes = figure.subplots()
     axes.axvline(0, color="0.4", linewidth=1)
     for y, row in enumerate(others):
         if row.delta is not None:
-            control = statistics.mean(rows[0].scores.values())
-            seeds = [score - control for score in row.scores.values()]
+            seeds = [run["val_bpb"] - rows[0].mean("val_bpb") for run in row.runs.values()]
             axes.plot(seeds, [y + 0.2] * len(seeds), "o", color="C0", markersize=4)
             axes.errorbar(row.delta, y, xerr=row.half, fmt="D", color="C3", markersize=6, capsize=4)
     labels = [f"{row.cell.name}\n({row.note})" if row.note else row.cell.name for row in others]
-    axes.set(yticks=range(len(others)), yticklabels=labels, ylim=(max(len(others), 1) - 0.5, -0.5))
-    axes.set(
-        xlabel="bpb",
-        title=f"val_bpb minus the mean of {rows[0].cell.name}: seeds, mean, 95 % CI; left is better",
-    )
+    axes.set_yticks(range(len(others)), labels)
+    axes.set_ylim(max(len(others), 1) - 0.5, -0.5)
+    axes.set_xlabel(f"val_bpb minus the mean of {rows[0].cell.name}: seeds, mean, 95 % CI")
     axes.grid(axis="x", alpha=0.3)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+    return figure_png(figure, 120)
 
 
 def write_outputs(out: Path, cells: list[Cell]) -> bool:
-    """results.csv, table.md and plot.png from the logs in `out`. Returns whether every cell can be compared."""
-    rows, buffer = compare(out, cells), io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["cell", "seed", *COLUMNS, "tok_per_s", "log"])
+    """Write results.csv, table.md and plot.png. Returns whether every cell can be compared."""
+    rows = compare(out, cells)
+    runs = []
     for row in rows:
         for seed, run in row.runs.items():
-            writer.writerow([row.cell.name, seed, *run.values(), f"{row.cell.name}_seed{seed}.txt"])
-    write_atomically(out / "results.csv", buffer.getvalue().encode())
+            log = f"{row.cell.name}_seed{seed}.txt"
+            runs.append({"cell": row.cell.name, "seed": seed, **run, "log": log})
+    frame = optional("pandas").DataFrame(runs)
+    write_atomically(out / "results.csv", frame.to_csv(index=False).encode())
     write_atomically(out / "table.md", table(rows).encode())
     write_atomically(out / "plot.png", plot(rows))
     return not any(row.note for row in rows)
 
 
-# ---- Command line
+# ---- Command line --------------------------------------------------------------------------------
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line. Raises Refusal; exits with 0 after --help."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    """Read the command line. Raises ConfigError; exits with 0 after --help."""
+    parser = ArgumentParser(__doc__)
+    add = parser.add_argument
+    add("grid", type=Path, metavar="GRID")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder of the study")
+    add("--seeds", type=int, nargs="+", required=True, metavar="SEED")
+    add("--only", nargs="+", metavar="CELL", help="run these cells; the table has all of them")
+    add("--jobs", type=int, default=1, metavar="N", help="runs at a time, which share the cores")
+    add(
+        "--solve", default="SHARED_DIM", metavar="KNOB", help="makes bytes equal; off: nothing does"
     )
-    parser.error = lambda message: require(False, f"{message} (more with --help)")
-    parser.add_argument("grid", type=Path, metavar="GRID")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="folder of the study, made if missing",
-    )
-    parser.add_argument("--seeds", type=int, nargs="+", required=True, metavar="SEED")
-    parser.add_argument(
-        "--only", nargs="+", metavar="CELL", help="run these cells; the table has all of them"
-    )
-    parser.add_argument(
-        "--jobs",
-        type=int,
-        default=1,
-        metavar="N",
-        help="runs at a time, on equal shares of the cores",
-    )
-    parser.add_argument(
-        "--solve",
-        choices=(*WIDTHS, "off"),
-        default="SHARED_DIM",
-        help="knob that makes bytes equal",
-    )
-    parser.add_argument(
-        "--model-bytes",
-        type=int,
-        metavar="N",
-        help="TARGET_BYTES = N + the bytes of the code, packed",
-    )
-    parser.add_argument(
-        "--score", choices=("sliding", "artifact"), default="sliding", help="val_bpb of the table"
-    )
-    parser.add_argument(
-        "--script", type=Path, default=ROOT / "train_gpt.py", metavar="FILE", help="train_gpt.py"
-    )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="print cells, widths, bytes and runs to do"
-    )
+    add("--model-bytes", type=int, metavar="N", help="TARGET_BYTES = N + the bytes of the code")
+    add("--score", choices=("sliding", "artifact"), default="sliding", help="val_bpb that counts")
+    add("--dry-run", action="store_true", help="print cells, widths, bytes and runs to do")
     args = parser.parse_args()
     require(args.jobs > 0 and min(args.seeds) >= 0, "--jobs and --seeds: expected positive numbers")
     return args
 
 
 @contextlib.contextmanager
-def sole_runner(out: Path) -> Iterator[None]:
-    """Hold the folder's lock, and leave no half-written file when interrupted. Raises Refusal when it is held."""
-
-    def sweep() -> None:
-        for rest in out.rglob(".*.tmp"):
-            rest.unlink(missing_ok=True)
-
+def sole_runner(out: Path) -> Iterator[int]:
+    """Hold the folder's lock and yield its descriptor. Raises ConfigError when it is held."""
     out.mkdir(parents=True, exist_ok=True)
     with open(out / ".lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise Refusal(f"{out}: another ablate.py is at work there") from None
-        sweep()
-        try:
-            yield
-        except KeyboardInterrupt:
-            sweep()
-            raise
-
-
-def final_knobs(cell: Cell, found: dict, args: argparse.Namespace) -> Cell:
-    """The cell with its solved width, and TARGET_BYTES for --model-bytes. Raises Refusal."""
-    more = {cell.solve: str(found["width"])} if cell.solve != "off" else {}
-    if args.model_bytes is not None:
-        code = len(pack_source(cell.source.train + b"\0" + cell.source.evaluation))
-        more["TARGET_BYTES"] = str(args.model_bytes + LOADER_BYTES + code)
-    cell = replace(cell, knobs=cell.knobs | more)
-    if cell.source.module:
-        for seed in args.seeds:
-            cell.hyperparameters(SEED=seed)
-    return cell
-
-
-def warn_of_sharing(cells: list[Cell], jobs: int) -> None:
-    capped = []
-    for cell in cells if jobs > 1 else ():
-        default = (
-            vars(cell.hyperparameters()).get("max_wallclock_seconds", 0)
-            if cell.source.module
-            else 0
-        )
-        capped += [cell.name] if float(cell.knobs.get("MAX_WALLCLOCK_SECONDS", default)) else []
-    if capped:
-        print(
-            f"warning: {jobs} runs at a time share the machine whose seconds cap {' '.join(capped)}",
-            file=sys.stderr,
-        )
+            message = f"{out}: another ablate.py, or a run it left behind, is at work there"
+            raise ConfigError(message) from None
+        yield lock.fileno()
 
 
 def print_plan(cells: list[Cell], settled: dict[str, dict]) -> None:
     for cell in cells:
-        text = "no estimate"
-        if cell.name in settled:
-            found, hp = settled[cell.name], vars(cell.hyperparameters())
-            text = f"{found['bytes']:,} bytes, {found['params']:,} parameters"
-            if {"iterations", "train_batch_tokens"} <= hp.keys():
-                tokens = hp["iterations"] * hp["train_batch_tokens"]
-                text += f", {tokens / found['params']:.2f} tokens per parameter"
-                text += " at most" if hp.get("max_wallclock_seconds") else ""
+        found = settled[cell.name]
+        hp = cell.hyperparameters()
         width = f" {cell.solve}={cell.knobs[cell.solve]}" if cell.solve != "off" else ""
-        print(f"{cell.name}{width}: {text}")
+        tokens = hp.iterations * hp.train_batch_tokens / found["params"]
+        size = f"{found['bytes']:,} bytes, {found['params']:,} parameters"
+        print(f"{cell.name}{width}: {size}, at most {tokens:.2f} tokens per parameter")
 
 
 def main() -> None:
-    """Plan, check, run and report; exits with 1 if not every cell can be compared. Raises Refusal."""
+    """Plan, check, run and report; exits with 1 if not every cell can be compared."""
     args = parse_arguments()
-    cells = read_grid(args.grid, args.script, args.solve)
-    unknown = sorted({*(args.only or ())} - {cell.name for cell in cells})
-    require(not unknown, f"--only {' '.join(unknown)}: no such cell in {args.grid}")
-    for module in ("scipy.stats", "matplotlib.figure"):
-        needed(module)
-    out = args.out.absolute()
-    with sole_runner(out):
-        settled = (
-            settle(cells, out) if args.dry_run or any(cell.solve != "off" for cell in cells) else {}
-        )
-        cells = [final_knobs(cell, settled.get(cell.name), args) for cell in cells]
-        check_logs(out, cells, args.score)
-        asked = [
-            (c, s)
-            for s in dict.fromkeys(args.seeds)
-            for c in cells
-            if not args.only or c.name in args.only
-        ]
-        todo = [(cell, seed) for cell, seed in asked if seed not in files_of(out, cell)]
+    cells = read_grid(args.grid, args.solve)
+    unknown = " ".join(sorted({*(args.only or ())} - {cell.name for cell in cells}))
+    require(not unknown, f"--only {unknown}: no such cell in {args.grid}")
+    for module in ("pandas", "scipy.stats", "matplotlib.figure"):
+        optional(module)  # better now than after the first run
+    train = (ROOT / "train_gpt.py").read_bytes()
+    evaluation = (ROOT / "eval_sliding.py").read_bytes()
+    threads = max(1, len(os.sched_getaffinity(0)) // args.jobs)
+    study = Study(args.out.absolute(), args.score, train, evaluation, threads)
+
+    with sole_runner(study.out) as lock:
+        settled = {}
+        if args.dry_run or any(cell.solve != "off" for cell in cells):
+            settled = settle(cells, study.out, train)
+        for i, cell in enumerate(cells):
+            more = {}
+            if cell.solve != "off":
+                more[cell.solve] = str(settled[cell.name]["width"])
+            if args.model_bytes is not None:
+                code_bytes = LOADER_BYTES + len(pack_source(train + b"\0" + evaluation))
+                more["TARGET_BYTES"] = str(args.model_bytes + code_bytes)
+            cells[i] = replace(cell, knobs=cell.knobs | more)
+            cells[i].hyperparameters()
+        study.check_logs(cells)
+
+        # Seed by seed, so that a study that is cut short has something of every cell.
+        chosen = [cell for cell in cells if not args.only or cell.name in args.only]
+        asked = [(cell, seed) for seed in dict.fromkeys(args.seeds) for cell in chosen]
+        todo = [(cell, seed) for cell, seed in asked if seed not in files_of(study.out, cell)]
         if args.dry_run:
             print_plan(cells, settled)
             print(f"{len(todo)} of {len(asked)} runs to do")
             return
-        for source in {cell.source.path: cell.source for cell in cells}.values():
-            write_atomically(
-                out / "sources" / f"{source.hashes['script_sha256'][:12]}.py", source.train
-            )
-        warn_of_sharing(cells, args.jobs)
-        run_all(out, cells, todo, len(asked), args)
-        comparable = write_outputs(out, cells)
-    print((out / "table.md").read_text())
+        if args.jobs > 1 and any(cell.hyperparameters().max_wallclock_seconds for cell in cells):
+            print("warning: runs that seconds cap share the machine", file=sys.stderr)
+        digest = hashlib.sha256(train).hexdigest()
+        write_atomically(study.out / "sources" / f"{digest[:12]}.py", train)
+        Runner(study, lock).run_all(cells, todo, args.jobs)
+        comparable = write_outputs(study.out, cells)
+    print((study.out / "table.md").read_text())
     sys.exit(0 if comparable else 1)
 
 

@@ -1,40 +1,40 @@
-"""What the parts of a trained model do: load and specialisation of experts, what each branch is worth, mu by depth.
+"""Show what the parts of a trained model do: experts' load and specialisation, branches, mu.
 
-    python records/diagnose.py logs/RUN_ID.ptz                            # RUN_ID_diagnosis.md and .png beside it
-    DEVICE=cpu DTYPE=float32 MICRO_BATCH_TOKENS=8192 \\
-        python records/diagnose.py logs/RUN_ID.ptz --targets 16384 --out /tmp
+    python records/diagnose.py logs/RUN_ID.ptz    # RUN_ID_diagnosis.md and .png beside it
+    python records/diagnose.py logs/RUN_ID.ptz --targets 100000 --out /tmp
 
-Needs the artifact, its tokenizer and validation shards; DATA_PATH, TOKENIZER_PATH, DEVICE, DTYPE and MICRO_BATCH_TOKENS
-are those of eval_sliding.py, and the model's knobs come from the artifact. Every cost is the change of the loss over
-whole windows when parameters are set to zero, or experts exchanged; the weights are restored bit for bit.
+Needs the artifact, its tokenizer and validation shards; DATA_PATH, TOKENIZER_PATH, DTYPE and
+MICRO_BATCH_TOKENS are those of eval_sliding.py. DTYPE is float32 on a CPU unless it is set.
+The sample is the first 8,192 targets of the split, so that a small model takes a CPU less than two
+minutes; a larger one tells smaller costs from noise. Every cost is the change of the loss over
+whole windows when parameters are zero, or experts exchanged; weights come back bit for bit.
 """
 
 import argparse
 import collections
 import contextlib
-import io
 import math
 import os
-import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from common import ArgumentParser, figure_png, markdown_table, optional
+from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from eval_sliding import check_tokenizer_made
+from eval_sliding import check_tokenizer_made, same, snapshot
 from train_gpt import (
     GPT,
-    MATRIX_MU,
     Dist,
     Hyperparameters,
+    ModelConfig,
     Progress,
     Score,
     Scorer,
     ValData,
+    Windowing,
     choose_attention,
     load_artifact,
     load_tokenizer,
@@ -43,75 +43,58 @@ from train_gpt import (
     write_atomically,
 )
 
-ROUTERS = ("learned", "hybrid")  # choose experts from the stream; soft takes all of them
-BLUE, ORANGE, GREEN, RED = (
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#D55E00",
-)  # Okabe-Ito: safe for the colour-blind
-DPI = 150
-Cost = collections.namedtuple(
-    "Cost", "nats bpb"
-)  # rise of the loss, per token, and in bits per byte of text
+TARGETS = 8_192
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """All that the tables and the picture show. Layers count from 0; a depth is a place in the order of execution."""
+    """All that the tables and the picture show, in pandas frames; layers count from 0."""
 
     run_id: str
-    hp: Hyperparameters
+    config: ModelConfig
     score: Score
-    load: dict[
-        int, list[float]
-    ]  # by layer, the share of each expert in the choices of all passes; E values, sum 1
-    specialisation: dict[int, dict[str, float]]  # by layer and column
-    costs: dict[
-        str, dict[int | None, Cost]
-    ]  # by branch and layer, None = all of its layers at once
-    mu: list[dict[str, float]]  # by depth and column; empty without mu
+    load: object  # layers x experts: share of the choices of all passes; then two measures
+    specialisation: object  # layers x measures; both are empty without experts
+    costs: object  # branches x (all, layers): rise of the loss, nats per token; dearest first
+    mu: object  # places in the order of execution x measures; empty without mu
 
     def title(self) -> str:
-        """The run, and on how many targets which loss; a part of the split never looks like a result."""
-        count, partial = self.score.target_tokens, self.score.partial
-        what = (
-            f"PARTIAL loss, first {count:,} targets"
-            if partial
-            else f"loss, all {count:,} targets of the split"
-        )
-        return f"{self.run_id}: {what}: {self.score.val_loss:.4f} nats per token, {self.score.bpb:.4f} bits per byte"
+        """Return the run, and which loss on how many targets: a part never looks like a result."""
+        which = "PARTIAL loss, first" if self.score.partial else "loss, all"
+        loss = f"{self.score.val_loss:.4f} nats per token, {self.score.bpb:.4f} bits per byte"
+        return f"{self.run_id}: {which} {self.score.target_tokens:,} targets of the split: {loss}"
 
 
-# ---- Measurements
+# ---- Changes to a model --------------------------------------------------------------------------
 
 
 def branches(model: GPT) -> dict[str, dict[int, list[Tensor]]]:
-    """By branch and layer, views of the parameters that are zero when the branch is gone."""
-    hp, found = model.hp, collections.defaultdict(dict)
-    kv_dim = hp.num_kv_heads * hp.head_dim
+    """Return by branch and layer views of the parameters that are zero when the branch is gone."""
+    config = model.config
+    kv_dim = config.num_kv_heads * config.head_dim
+    found = collections.defaultdict(dict)
     for layer, block in enumerate(model.blocks):
-        if block.mlp.routed:
+        if config.is_routed:
             found["routed experts"][layer] = [block.mlp.expert_down.detach()]
-        found["shared expert" if block.mlp.routed else "dense MLP"][layer] = [
-            block.mlp.down.weight.detach()
-        ]
-        if hp.mu in MATRIX_MU:
-            readers = block.attn.mu_read.weight.detach().split([hp.model_dim, kv_dim, kv_dim])
-        elif hp.mu != "off":
-            readers = block.attn.mu_gain.detach().split(1)
-        if hp.mu != "off":
-            for target, rows in zip("qkv", readers, strict=True):
-                found[f"mu into {target}"][layer] = [rows]
-            found["mu into q, k and v"][layer] = list(readers)
-        if hp.mu == "pid":
-            found["pid velocity"][layer] = [block.pid_gains.detach()[2]]
+        plain = "shared expert" if config.is_routed else "dense MLP"
+        found[plain][layer] = [block.mlp.down.weight.detach()]
         found["x0 re-injection"][layer] = [block.resid_mix.detach()[1]]
-    return dict(found)
+        if config.mu == "off":
+            continue
+        if config.mu == "full":
+            readers = block.attn.mu_read.weight.detach().split([config.model_dim, kv_dim, kv_dim])
+        else:
+            readers = block.attn.mu_gain.detach().split(1)
+        for target, rows in zip("qkv", readers, strict=True):
+            found[f"mu into {target}"][layer] = [rows]
+        found["mu into q, k and v"][layer] = list(readers)
+        if config.mu == "pid":
+            found["pid velocity"][layer] = [block.pid_gains.detach()[2]]
+    return found
 
 
 @contextlib.contextmanager
-def zeroed(views: list[Tensor]):
+def zeroed(views: list[Tensor]) -> Iterator[None]:
     """Set parameters to zero in place for the length of a with block, whatever happens in it."""
     saved = [view.clone() for view in views]
     try:
@@ -124,471 +107,341 @@ def zeroed(views: list[Tensor]):
 
 
 @contextlib.contextmanager
-def next_expert(mlp):
-    """Give every token of a routed layer the expert after its own, for the length of a with block."""
+def next_expert(mlp: nn.Module) -> Iterator[None]:
+    """Give every token of a layer the expert after its own, for the length of a with block."""
     choose = mlp.choose
-    mlp.choose = lambda *args: (
-        choose(*args)[0].roll(1, -1),
-        0.0,
-    )  # before the method, and gone with the attribute
+
+    def shifted(x: Tensor, table_BTE: Tensor) -> tuple[Tensor, float]:
+        return choose(x, table_BTE)[0].roll(1, -1), 0.0
+
+    mlp.choose = shifted
     try:
         yield
     finally:
-        del mlp.choose
+        del mlp.choose  # which uncovers the method
 
 
-def cosines(experts: Tensor) -> tuple[float, float]:
-    """Mean and mean absolute cosine of all pairs among matrices (E, R, C), each one long vector; NaN for one expert."""
+def cosine(experts: Tensor) -> float:
+    """Return the mean absolute cosine of all pairs of matrices (E, R, C); NaN for one."""
     flat = F.normalize(experts.detach().flatten(1).double(), dim=-1)
-    pairs = (flat @ flat.T)[torch.triu_indices(len(flat), len(flat), 1).unbind()]
-    return pairs.mean().item(), pairs.abs().mean().item()
+    rows, columns = torch.triu_indices(len(flat), len(flat), 1)
+    return (flat @ flat.T)[rows, columns].abs().mean().item()
+
+
+# ---- Measurements --------------------------------------------------------------------------------
 
 
 class Probe:
-    """Sums over real tokens, by depth, that hooks on a model with masked dispatch collect in forward passes."""
+    """Sums over real tokens, by depth, that hooks on a masked model collect in forward passes."""
 
     def __init__(self, model: GPT, device: torch.device):
-        self.hp, self.order, self.depth, self.last_mu = (
-            model.hp,
-            model.hp.execution_order(True),
-            -1,
-            None,
-        )
-        R, E, V = len(self.order), self.hp.num_experts, self.hp.vocab_size
-        self.sums = collections.defaultdict(
-            lambda: torch.zeros(R, dtype=torch.float64, device=device)
-        )
-        self.load, self.on_table = (
-            torch.zeros(R, E, dtype=torch.float64, device=device) for _ in range(2)
-        )
-        # How often a token id chose each expert, apart for even and odd targets.
-        halves = 2 * V if self.hp.routing in ROUTERS else 0
-        self.votes = [torch.zeros(halves, E, device=device) for _ in range(R)]
-        self.handles = [
-            block.attn.register_forward_pre_hook(self.see_attention) for block in model.blocks
-        ]
-        self.handles += [
-            block.mlp.register_forward_pre_hook(self.see_mlp) for block in model.blocks
-        ]
-        self.handles += [block.register_forward_hook(self.see_block) for block in model.blocks]
+        self.config = model.config
+        self.order = model.config.execution_order(True)
+        self.depth = -1
+        self.last_mu = None
+        R, E = len(self.order), self.config.num_experts
+        self.sums = collections.defaultdict(lambda: torch.zeros(R, dtype=torch.float64))
+        self.load = torch.zeros(R, E, dtype=torch.float64, device=device)
+        self.on_table = torch.zeros(R, E, dtype=torch.float64, device=device)
+        self.handles = []
+        for block in model.blocks:
+            self.handles.append(block.attn.register_forward_pre_hook(self.see_attention))
+            self.handles.append(block.mlp.register_forward_pre_hook(self.see_mlp))
 
-    def begin(self, input_ids: Tensor, column_BT: Tensor, num_targets: int) -> None:
-        """A batch (B, T) comes; columns beyond the targets are padding."""
-        self.depth, self.last_mu, self.real = -1, None, column_BT < num_targets
-        self.half_N = column_BT[self.real] % 2 * self.hp.vocab_size + input_ids[self.real]
+    def begin(self, real_BT: Tensor) -> None:
+        """Expect a batch, of which these tokens are no padding."""
+        self.depth = -1
+        self.last_mu = None
+        self.real = real_BT
 
     def add(self, name: str, y: Tensor) -> None:
         """Count the squares of y (B, T, C) as a mean over channels and a sum over tokens."""
-        self.sums[name][self.depth] += y[self.real].double().square().mean(-1).sum()
+        self.sums[name][self.depth] += y[self.real].double().square().mean(-1).sum().item()
 
-    def see_attention(self, attn, args: tuple) -> None:
-        """In float32, in which a small bias does not drown in the rounding of what it is added to."""
-        self.depth, (x, mu) = self.depth + 1, args[:2]
+    def see_attention(self, attn: nn.Module, args: tuple) -> None:
+        """Compare projections without and with mu, in float32, where a small bias counts."""
+        self.depth += 1
+        x, mu = args[:2]
         if mu is None:
             return
         x, mu = x.float(), mu.float()
-        for name, plain, guided in zip(
-            "qkv", attn.qkv(x, None, None), attn.qkv(x, mu, None), strict=True
-        ):
-            self.add(name, plain)
-            self.add(f"bias {name}", guided - plain)
+        plain = attn.qkv(x, None, None)
+        guided = attn.qkv(x, mu, None)
+        for i, name in enumerate("qkv"):
+            self.add(name, plain[i])
+            self.add(f"bias {name}", guided[i] - plain[i])
         self.add("mu", mu)
         if self.last_mu is not None:
-            self.sums["cosine"][self.depth] += (
-                F.cosine_similarity(mu, self.last_mu, dim=-1)[self.real].double().sum()
-            )
+            cosine = F.cosine_similarity(mu, self.last_mu, dim=-1)[self.real]
+            self.sums["cosine"][self.depth] += cosine.double().sum().item()
         self.last_mu = mu
 
-    def see_mlp(self, mlp, args: tuple) -> None:
-        if not mlp.routed:
+    def see_mlp(self, mlp: nn.Module, args: tuple) -> None:
+        if not self.config.is_routed:
             return
-        x, (table_BTE,) = args
+        x, table_BTE = args
         chosen_NE = mlp.choose(x, table_BTE)[0][self.real].double()
         self.load[self.depth] += chosen_NE.sum(0)
         self.on_table[self.depth] += (chosen_NE * table_BTE[self.real]).sum(0)
-        if self.hp.routing in ROUTERS:
-            self.votes[self.depth].index_add_(0, self.half_N, chosen_NE.float())
 
-    def see_block(self, block, args: tuple, stream) -> None:
-        if stream.velocity is not None:
-            self.add("velocity", stream.velocity)
-
-    def depths_of(self, layer: int) -> list[int]:
-        return [depth for depth, run in enumerate(self.order) if run == layer]
-
-    def layer_load(self, layer: int) -> Tensor:
-        """Share of each expert in the choices of all passes, (E,)."""
-        load = self.load[self.depths_of(layer)].sum(0)
-        return load / load.sum()
-
-    def lexical(self, layer: int) -> dict[str, float]:
-        """Shares of the choices that are the table's, and that are the favourite of the same token id. A favourite is
-        found on the other half of the targets: on its own, every id that occurs once would keep to it."""
-        depths, kept, known = self.depths_of(layer), 0.0, 0.0
-        for depth in depths:  # one by one, as the table differs from pass to pass
-            even, odd = self.votes[depth].chunk(2)
-            for votes, others in ((even, odd), (odd, even)):
-                votes, others = (half[others.sum(-1) > 0] for half in (votes, others))
-                kept += votes.gather(-1, others.topk(self.hp.top_k).indices).sum().item()
-                known += votes.sum().item()
-        on_table = self.on_table[depths].sum() / self.load[depths].sum()
-        return {
-            "keeps table": on_table.item(),
-            "keeps favourite": kept / known if known else math.nan,
-        }
+    def layer_load(self, layer: int) -> tuple[list[float], float]:
+        """Return the share of each expert over all passes, and that of choices of the table."""
+        depths = [depth for depth, run in enumerate(self.order) if run == layer]
+        load = self.load[depths].sum(0)
+        on_table = self.on_table[depths].sum() / load.sum()
+        return (load / load.sum()).tolist(), on_table.item()
 
     def mu_by_depth(self, tokens: int) -> list[dict[str, float]]:
-        """Columns of the table of mu; a cosine or a ratio that does not exist is NaN."""
-        sums, rows = {name: total.tolist() for name, total in self.sums.items()}, []
-        for depth, layer in enumerate(self.order if "mu" in sums else ()):
+        """Return a row per place in the order of execution; what does not exist is NaN."""
+        rows = []
+        for depth, layer in enumerate(self.order):
+            sums = {name: total[depth].item() for name, total in self.sums.items()}
+            if "mu" not in sums:
+                return []
             row = {"layer": layer}
             for name in "qkv":
-                plain = sums[name][depth]
-                row[name] = math.sqrt(sums[f"bias {name}"][depth] / plain) if plain else math.nan
-            row["rms mu"] = math.sqrt(sums["mu"][depth] / tokens)
-            row["cosine"] = sums["cosine"][depth] / tokens if depth else math.nan
-            if "velocity" in sums:
-                row["rms velocity"] = math.sqrt(sums["velocity"][depth] / tokens)
+                ratio = sums[f"bias {name}"] / sums[name] if sums[name] else math.nan
+                row[name] = math.sqrt(ratio)
+            row["rms mu"] = math.sqrt(sums["mu"] / tokens)
+            row["cosine"] = sums["cosine"] / tokens if depth else math.nan
             rows.append(row)
         return rows
 
 
+def balance(load: list[float]) -> dict[object, float]:
+    """Return the shares by expert and two measures, of which 1 and 1 are a perfect balance."""
+    entropy = -sum(share * math.log(share) for share in load if share > 0)
+    relative = entropy / math.log(len(load)) if len(load) > 1 else 1.0
+    row = dict(enumerate(load))
+    return row | {"max/mean": max(load) * len(load), "entropy / log E": relative}
+
+
 @torch.no_grad()
 def diagnose(model: GPT, val: ValData, hp: Hyperparameters, run_id: str) -> Diagnosis:
-    """Measure everything on all targets of `val`, in whole windows. `model` is as before when this returns. Raises
-    Refusal when a loss is not finite."""
-    with torch.device(
-        "meta"
-    ):  # the masked dispatch computes the same, and has a factor on every expert to look at
-        masked = GPT(replace(hp, dispatch="masked"))
+    """Measure everything on all targets of `val`, in whole windows. Leaves `model` as it was."""
+    # The masked dispatch computes the same, and has a factor on every expert to look at.
+    with torch.device("meta"):
+        masked = GPT(replace(model.config, dispatch="masked"), model.dtype)
     masked.load_state_dict(model.state_dict(), assign=True)
     for block, original in zip(masked.eval().blocks, model.blocks, strict=True):
         block.attn.attend = original.attn.attend
-    model, before = masked, {name: tensor.clone() for name, tensor in masked.state_dict().items()}
-    found, dist, T = branches(model), Dist(0, 1, val.tokens.device), hp.train_seq_len
-    passes = 2 + len(hp.routed_layers) + sum(1 + len(layers) for layers in found.values())
-    progress = Progress("diagnose", passes * math.ceil((len(val.tokens) - 1) / T))
+    before = snapshot(masked)
 
-    def score() -> Score:
-        scorer = Scorer(model, val, hp, dist, T, "diagnose")
-        scorer.progress = progress  # one line with one ETA for all passes
-        scorer.score(scorer.share)
-        return scorer.total()
+    config = masked.config
+    device = val.tokens.device
+    seq_len = config.train_seq_len
+    windows = math.ceil((len(val.tokens) - 1) / seq_len)
+    batch_size = max(1, min(hp.micro_batch_tokens // seq_len, windows))
+    windowing = Windowing(seq_len, seq_len, batch_size)
+    layers = range(config.num_layers)
+    found = branches(masked)
+    routed = layers if config.is_routed else ()
+    passes = 2 + len(routed) + len(found) * (1 + len(layers))
 
-    base, probe, scorer = (
-        score(),
-        Probe(model, val.tokens.device),
-        Scorer(model, val, hp, dist, T, "diagnose"),
-    )
-    for windows in scorer.windows.split(scorer.batch_size):
-        input_ids, _, _, column_BT = scorer.batch(windows, T, scorer.batch_size)
-        probe.begin(input_ids, column_BT, scorer.num_targets)
-        model.features(input_ids)
-        progress.update(progress.done + len(windows))
-    for handle in probe.handles:
-        handle.remove()
+    with Progress("diagnose", passes * windows) as progress:
 
-    def cost(change) -> Cost:
-        with change:
-            changed = score()
-        return Cost(changed.val_loss - base.val_loss, changed.bpb - base.bpb)
+        def new_scorer() -> Scorer:
+            scorer = Scorer(masked, val, Dist(0, 1, device), windowing, "diagnose")
+            scorer.progress = progress  # one for all passes
+            return scorer
 
-    costs, specialisation = {}, {}
-    for branch, views in found.items():
-        everywhere = [view for layer_views in views.values() for view in layer_views]
-        costs[branch] = {
-            layer: cost(zeroed(some)) for layer, some in ({None: everywhere} | views).items()
-        }
-    for layer in hp.routed_layers:
-        mlp = model.blocks[layer].mlp
-        row = dict(zip(("shift nats", "shift bpb"), cost(next_expert(mlp)), strict=True))
-        for name, experts in (("up", mlp.expert_up), ("down", mlp.expert_down)):
-            row[f"cos {name}"], row[f"abs cos {name}"] = cosines(experts)
-        specialisation[layer] = row | (probe.lexical(layer) if hp.routing in ROUTERS else {})
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor.view(torch.uint8), before[name].view(torch.uint8)), (
-            f"{name} was not restored"
-        )
-    load = {layer: probe.layer_load(layer).tolist() for layer in hp.routed_layers}
+        def score() -> Score:
+            scorer = new_scorer()
+            scorer.score(scorer.share)
+            return scorer.total()
+
+        def cost(change: contextlib.AbstractContextManager) -> float:
+            with change:
+                return score().val_loss - base.val_loss
+
+        base = score()
+        probe = Probe(masked, device)
+        scorer = new_scorer()
+        for batch in scorer.windows.split(batch_size):
+            input_ids, _, _, column_BT = scorer.batch(batch, seq_len, batch_size)
+            probe.begin(column_BT < scorer.num_targets)
+            masked.features(input_ids)
+            progress.update(progress.done + len(batch))
+        for handle in probe.handles:
+            handle.remove()
+
+        costs = {}
+        for branch, views in found.items():
+            everywhere = [view for layer in layers for view in views[layer]]
+            costs[branch] = {"all": cost(zeroed(everywhere))}
+            for layer in layers:
+                costs[branch][layer] = cost(zeroed(views[layer]))
+        specialisation = {}
+        for layer in routed:
+            mlp = masked.blocks[layer].mlp
+            row = {"shift nats": cost(next_expert(mlp))}
+            row["abs cos up"] = cosine(mlp.expert_up)
+            row["abs cos down"] = cosine(mlp.expert_down)
+            if config.has_router:
+                _, row["keeps table"] = probe.layer_load(layer)
+            specialisation[layer] = row
+    assert same(masked.state_dict(), before), "weights were not restored"
+
+    pandas = optional("pandas")
+    load = {layer: balance(probe.layer_load(layer)[0]) for layer in routed}
     return Diagnosis(
-        run_id, hp, base, load, specialisation, costs, probe.mu_by_depth(base.target_tokens)
+        run_id,
+        config,
+        base,
+        pandas.DataFrame.from_dict(load, orient="index"),
+        pandas.DataFrame.from_dict(specialisation, orient="index"),
+        pandas.DataFrame.from_dict(costs, orient="index").sort_values("all", ascending=False),
+        pandas.DataFrame(probe.mu_by_depth(base.target_tokens)),
     )
 
 
-# ---- Text
+# ---- Text and picture ----------------------------------------------------------------------------
 
 
-def table(header: list[str], rows: list[list]) -> str:
-    """Markdown. Floats have four digits, NaN is a dash."""
-    cells = [
-        [f"{x:.4f}".replace("nan", "-") if isinstance(x, float) else str(x) for x in row]
-        for row in rows
-    ]
-    lines = ["| " + " | ".join(row) + " |" for row in [header, *cells]]
-    return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]])
-
-
-def balance(load: list[float]) -> tuple[float, float]:
-    """Load of the busiest expert over the mean, and the entropy in units of log E; 1 and 1 are a perfect balance."""
-    entropy = -sum(share * math.log(share) for share in load if share > 0)
-    return max(load) * len(load), entropy / math.log(len(load)) if len(load) > 1 else 1.0
-
-
-def by_cost(found: Diagnosis) -> list[str]:
-    """Branches, the most costly to lose first."""
-    return sorted(found.costs, key=lambda branch: -found.costs[branch][None].nats)
+def frame_table(corner: str, frame) -> str:
+    """Return a frame as Markdown with four digits, and a dash for NaN."""
+    rows = []
+    for index, row in zip(frame.index, frame.itertuples(index=False), strict=True):
+        cells = [f"{x:.4f}" if isinstance(x, float) else str(x) for x in row]
+        rows.append([index, *("-" if cell == "nan" else cell for cell in cells)])
+    return markdown_table([corner, *frame.columns], rows)
 
 
 def report(found: Diagnosis) -> str:
-    """The tables, each with how to read it."""
-    hp, layers = found.hp, list(range(found.hp.num_layers))
-    lines = [f"# {found.title()}", ""]
-    lines += [
-        f"routing:{hp.routing} experts:{hp.num_experts} top_k:{hp.top_k} mu:{hp.mu} "
-        f"layers as run:{' '.join(map(str, hp.execution_order(True)))}"
-    ]
-    lines += ["", "## Expert load", ""]
-    if found.load:
-        unit = "mean gate over E" if hp.routing == "soft" else "share of the tokens' choices"
-        lines += [f"By layer over all passes: {unit}; 1 is balance in the last columns.", ""]
-        header = ["layer", *map(str, range(hp.num_experts)), "max/mean", "entropy / log E"]
-        lines += [
-            table(header, [[layer, *load, *balance(load)] for layer, load in found.load.items()])
-        ]
-        lines += [
-            "",
-            "## Specialisation",
-            "",
-            "Shift: cost of giving each token the next expert in this layer alone. "
-            "Cosines between experts: 0 unrelated, 1 copies.",
-        ]
-        lines += [
-            "Keeps table, keeps favourite: shares of the choices that are the table's, and the most frequent of "
-            "the same token id on the other half of the targets."
-        ] * (hp.routing in ROUTERS)
-        rows = [[layer, *row.values()] for layer, row in found.specialisation.items()]
-        lines += ["", table(["layer", *next(iter(found.specialisation.values()))], rows)]
-    else:
-        lines += ["No experts."]
-    lines += [
-        "",
-        "## Cost of zeroing a branch",
-        "",
-        "Rise of the loss, all layers at once and one at a time. "
-        "Costs do not add up: the others were trained beside the branch.",
-    ]
-    for unit, name in (("nats", "nats per token"), ("bpb", "bits per byte")):
-        rows = [
-            [
-                branch,
-                *(
-                    getattr(costs[layer], unit) if layer in costs else math.nan
-                    for layer in (None, *layers)
-                ),
-            ]
-            for branch in by_cost(found)
-            for costs in [found.costs[branch]]
-        ]
-        lines += ["", table([name, "all", *map(str, layers)], rows)]
-    lines += ["", "## Mu by depth", ""]
-    if found.mu:
-        lines += [
-            "Q, k, v: RMS of what mu adds to the projection over the RMS of the projection without it. "
-            "Cosine: with the mu of the depth before.",
-            "",
-        ]
-        lines += [
-            table(
-                ["depth", *found.mu[0]],
-                [[depth, *row.values()] for depth, row in enumerate(found.mu)],
-            )
-        ]
-    else:
-        lines += ["No mu."]
-    return "\n".join(lines) + "\n"
-
-
-# ---- Picture
-
-
-def import_figure():
-    """matplotlib's Figure, without pyplot's state and backends. Raises Refusal when it is not installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        require(False, f"the picture needs matplotlib: pip install matplotlib ({error})")
-    return Figure
-
-
-def label_ticks(set_ticks, labels: list) -> None:
-    """At most 24 ticks, at the positions 0, 1, ... that have these labels."""
-    step = math.ceil(len(labels) / 24)
-    set_ticks(range(0, len(labels), step), map(str, labels[::step]))
-
-
-def legend(*both: object) -> None:
-    """One legend below a panel for its left and right axes, where no line or bar can be under it."""
-    handles = [handle for axes in both for handle in axes.get_legend_handles_labels()[0]]
-    both[0].legend(
-        handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=4, frameon=False
+    """Return the tables, each with how to read it."""
+    config = found.config
+    order = " ".join(map(str, config.execution_order(True)))
+    per_byte = found.score.bpb / found.score.val_loss
+    unit = "mean gate over E" if config.routing == "soft" else "share of the tokens' choices"
+    load = f"By layer over all passes: {unit}; 1 is balance in the last columns."
+    special = (
+        "Shift: cost of giving each token the next expert in this layer alone, nats per token. "
     )
+    special += (
+        "Abs cos of two experts: 0 unrelated, 1 copies. Keeps table: share of a router's choices."
+    )
+    zeroing = (
+        f"Rise of the loss, nats per token (times {per_byte:.4f}: bits per byte), in all layers "
+    )
+    zeroing += "or one. Costs do not add up: the others were trained beside the branch."
+    mu = (
+        "Q, k, v: RMS of what mu adds to the projection over the RMS of the projection without it. "
+    )
+    mu += "Cosine: with the mu of the depth before."
+    sections = [
+        ("Expert load", load, "layer", found.load, "No experts."),
+        ("Specialisation", special, "layer", found.specialisation, "No experts."),
+        ("Cost of zeroing a branch", zeroing, "branch", found.costs, ""),
+        ("Mu by depth", mu, "depth", found.mu, "No mu."),
+    ]
+    experts = f"routing:{config.routing} experts:{config.num_experts} mu:{config.mu}"
+    parts = [f"# {found.title()}", f"{experts} layers as run:{order}"]
+    for title, text, corner, frame, absent in sections:
+        parts.append(f"## {title}")
+        parts += [text, frame_table(corner, frame)] if len(frame) else [absent]
+    return "\n\n".join(parts) + "\n"
 
 
 def draw_load(axes, found: Diagnosis) -> None:
-    shares_EL = 100 * torch.tensor(list(found.load.values())).T
-    image = axes.imshow(
-        shares_EL.numpy(), aspect="auto", cmap="PuOr_r", vmin=0, vmax=200 / len(shares_EL)
-    )
+    shares_LE = 100 * found.load[list(range(found.config.num_experts))]
+    limit = 200 / found.config.num_experts
+    image = axes.imshow(shares_LE.T, aspect="auto", cmap="PuOr_r", vmin=0, vmax=limit)
     axes.figure.colorbar(image, ax=axes, extend="max")
-    axes.set(xlabel="layer", ylabel="expert")
-    label_ticks(axes.set_xticks, list(found.load))
-    label_ticks(axes.set_yticks, list(range(len(shares_EL))))
-    for expert, x in np.ndindex(shares_EL.shape) if shares_EL.numel() < 200 else ():
-        share = shares_EL[expert, x].item()
-        colour = "black" if 50 < share * len(shares_EL) < 150 else "white"
-        axes.text(x, expert, f"{share:.0f}", ha="center", va="center", color=colour, fontsize=9)
+    axes.set(xlabel="layer", ylabel="expert", xticks=range(len(shares_LE)))
 
 
 def draw_costs(axes, found: Diagnosis) -> None:
-    names = by_cost(found)[::-1]
-    everywhere = [found.costs[name][None].nats for name in names]
-    costs = [
-        (layer, cost.nats, y)
-        for y, name in enumerate(names)
-        for layer, cost in found.costs[name].items()
-    ]
-    alone = [(nats, y) for layer, nats, y in costs if layer is not None]
-    axes.set_xscale("symlog", linthresh=1e-3)  # costs span decades and may be negative
-    axes.barh(range(len(names)), everywhere, color=BLUE, label="in all layers")
-    axes.plot(
-        *zip(*alone, strict=True),
-        "o",
-        color=ORANGE,
-        mec="black",
-        mew=0.5,
-        ms=5,
-        label="in one layer",
-    )
+    costs = found.costs[::-1]  # the dearest on top
     # The numbers stand beside the names, where no bar can run into them.
-    axes.set_yticks(
-        range(len(names)),
-        [f"{name}  {cost:+.4f}" for name, cost in zip(names, everywhere, strict=True)],
-    )
-    axes.axvline(0, color="black", linewidth=0.8)
-    axes.margins(x=0.05)
+    names = [f"{name}  {cost:+.4f}" for name, cost in costs["all"].items()]
+    axes.barh(names, costs["all"], label="in all layers")
+    for layer in costs.columns[1:]:
+        axes.plot(costs[layer], names, "o", mec="black", label=f"in layer {layer}")
+    axes.set_xscale("symlog", linthresh=1e-3)  # costs span decades and may be negative
     axes.set_xlabel("nats per token, logarithmic beyond 0.001")
-    legend(axes)
 
 
 def draw_specialisation(axes, found: Diagnosis) -> None:
-    rows, right = list(found.specialisation.values()), axes.twinx()
-    axes.bar(
-        range(len(rows)),
-        [row["shift nats"] for row in rows],
-        color=BLUE,
-        label="tokens to the next expert",
-    )
-    axes.set(xlabel="layer", ylabel="cost, nats per token")
-    label_ticks(axes.set_xticks, list(found.specialisation))
-    for name, style, colour in (("up", "o-", ORANGE), ("down", "s--", RED)):
-        values = [row[f"abs cos {name}"] for row in rows]
-        right.plot(values, style, color=colour, mec="black", label=f"|cosine| of {name} (right)")
-    right.set(ylabel="mean |cosine| between experts", ylim=(0, 1))
-    legend(axes, right)
+    frame = found.specialisation
+    axes.bar(frame.index, frame["shift nats"], label="cost of the next expert, nats per token")
+    for name in ("abs cos up", "abs cos down"):
+        axes.plot(frame.index, frame[name], "o-", label=name)
+    axes.set(xlabel="layer", xticks=frame.index)
 
 
 def draw_mu(axes, found: Diagnosis) -> None:
-    for name, style, colour in (("q", "o-", BLUE), ("k", "s-", ORANGE), ("v", "^-", GREEN)):
-        axes.plot([row[name] for row in found.mu], style, color=colour, label=f"into {name}")
+    for name in "qkv":
+        axes.plot(found.mu[name], "o-", label=f"into {name}")
+    axes.set_xticks(found.mu.index, found.mu["layer"])
     axes.set(xlabel="layer, in the order of execution", ylabel="ratio")
     axes.set_ylim(bottom=0)
-    label_ticks(axes.set_xticks, [row["layer"] for row in found.mu])
-    right = axes.twinx() if "rms velocity" in found.mu[0] else None
-    if right:
-        right.plot([row["rms velocity"] for row in found.mu], "k--", label="velocity (right)")
-        right.set_ylabel("RMS of the velocity")
-        right.set_ylim(bottom=0)
-    legend(*filter(None, (axes, right)))
 
 
 def picture(found: Diagnosis) -> bytes:
-    """A PNG of four panels; one whose subject the model lacks says so. Raises Refusal without matplotlib."""
-    figure = import_figure()(figsize=(16, 10), layout="constrained")
-    panels = [("Expert load: share in %, white is balance", draw_load, found.load, "no experts")]
-    panels += [("Cost of zeroing a branch", draw_costs, found.costs, "")]
-    panels += [
-        ("Specialisation of experts", draw_specialisation, found.specialisation, "no experts")
+    """Return a PNG of four panels; one whose subject the model lacks says so."""
+    figure = optional("matplotlib.figure").Figure(figsize=(16, 10), layout="constrained")
+    figure.suptitle(found.title(), fontsize=14, fontweight="bold")
+    ratio = "Mu: RMS of what it adds over RMS of the projection"
+    panels = [
+        ("Expert load: share in %, white is balance", draw_load, found.load, "no experts"),
+        ("Cost of zeroing a branch", draw_costs, found.costs, ""),
+        ("Specialisation of experts", draw_specialisation, found.specialisation, "no experts"),
+        (ratio, draw_mu, found.mu, "no mu"),
     ]
-    panels += [("Mu: RMS of what it adds over RMS of the projection", draw_mu, found.mu, "no mu")]
-    rows = [
-        row.subplots(1, 2) for row in figure.subfigures(2, 1)
-    ]  # so that labels of one row do not indent the other
     for axes, (title, draw, subject, absent) in zip(
-        [axes for row in rows for axes in row], panels, strict=True
+        figure.subplots(2, 2).flat, panels, strict=True
     ):
         axes.set_title(title)
-        if subject:
+        if len(subject):
             draw(axes, found)
+            if axes.get_legend_handles_labels()[0]:
+                axes.legend(fontsize=8)
         else:
-            axes.text(
-                0.5, 0.5, absent, ha="center", va="center", fontsize=16, transform=axes.transAxes
-            )
-            axes.set(xticks=[], yticks=[])
-    figure.suptitle(found.title(), fontsize=14, fontweight="bold")
-    png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=DPI)
-    return png.getvalue()
+            axes.text(0.5, 0.5, absent, ha="center", va="center", fontsize=16)
+    return figure_png(figure)
 
 
-# ---- Command line
+# ---- Command line --------------------------------------------------------------------------------
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line. Raises Refusal; exits with 0 after --help."""
-    usage = "diagnose.py ARTIFACT [--targets N] [--out FOLDER]"
-    parser = argparse.ArgumentParser(
-        usage=usage,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.error = lambda message: require(False, f"usage: {usage}: {message}")
-    parser.add_argument(
-        "artifact", type=Path, metavar="ARTIFACT", help="logs/RUN_ID.ptz, as train_gpt.py wrote it"
-    )
-    parser.add_argument(
-        "--targets", type=int, default=100_000, metavar="N", help="the first N; 0 = the whole split"
-    )
-    parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="of the two files; default: the artifact's"
-    )
+    """Read the command line. Raises ConfigError; exits with 0 after --help."""
+    parser = ArgumentParser(__doc__)
+    parser.add_argument("artifact", type=Path, metavar="ARTIFACT")
+    sample = f"the first N; 0 = the whole split; default: {TARGETS}"
+    parser.add_argument("--targets", type=int, default=TARGETS, metavar="N", help=sample)
+    folder = "of the two files; default: the artifact's"
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help=folder)
     args = parser.parse_args()
     require(args.targets >= 0, f"--targets {args.targets}: expected a number of targets, 0 for all")
     return args
 
 
 def main() -> None:
-    """Diagnose the artifact named on the command line: print the tables, write them and the picture. Raises Refusal."""
-    args, hp = parse_arguments(), Hyperparameters.from_env(dict(os.environ))
+    """Print the tables of an artifact, write them and the picture. Raises ConfigError."""
+    args = parse_arguments()
+    for module in ("pandas", "matplotlib.figure"):
+        optional(module)  # better now than after the measurements
     folder = args.out or args.artifact.parent
-    import_figure()  # better now than after the measurements
     require(folder.is_dir() or not folder.exists(), f"--out {folder}: not a folder")
-    hp, dist = (
-        replace(hp, eval_seq_len=0, eval_stride=1, val_max_tokens=args.targets),
-        Dist.from_torchrun(hp.device),
-    )
+    dist = Dist.from_torchrun()
     require(dist.world_size == 1, f"WORLD_SIZE={dist.world_size}: diagnose.py is for one process")
+    defaults = {} if dist.device.type == "cuda" else {"DTYPE": "float32"}
+    knobs = defaults | os.environ | {"VAL_MAX_TOKENS": str(args.targets)}
+    hp = Hyperparameters.from_env(knobs)
     torch.set_float32_matmul_precision("highest" if hp.dtype == "float32" else "high")
+
     model, hp, tokenizer_sha256 = load_artifact(args.artifact, hp, dist.device)
     val = ValData.load(hp, dist.device)
-    same = val.tokenizer_sha256 == tokenizer_sha256
-    require(same, f"{args.artifact} was trained with another tokenizer (TOKENIZER_PATH)")
+    known = val.tokenizer_sha256 == tokenizer_sha256
+    require(known, f"{args.artifact} was trained with another tokenizer (TOKENIZER_PATH)")
     check_tokenizer_made(val.tokens, load_tokenizer(hp)[0], hp.dataset_dir)
-    choose_attention(model, dist.device, lambda text: None)
+    choose_attention(hp.attention, model, dist.device, lambda text: None)
+
     found = diagnose(model, val, hp, args.artifact.stem)
     text = report(found)
-    for data, kind in ((text.encode(), "md"), (picture(found), "png")):
-        write_atomically(folder / f"{found.run_id}_diagnosis.{kind}", data)
+    write_atomically(folder / f"{found.run_id}_diagnosis.md", text.encode())
+    write_atomically(folder / f"{found.run_id}_diagnosis.png", picture(found))
     print(text, end="")
 
 
