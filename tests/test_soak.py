@@ -74,11 +74,12 @@ def cycle(number: int, dataset: Dataset, folder: Path, losses: dict) -> None:
     for path in (folder / "logs").glob("run.*"):
         path.unlink()
     absurd = cli_env(dataset, **{**form, "MATRIX_LR": 1e30, "EMBED_LR": 1e30})
-    assert_refused(run_in_process(train_gpt.main, absurd, folder), "stopped")
+    assert_refused(run_in_process(train_gpt.main, absurd, folder), " at step ")
     for path in (folder / "logs").glob("run.*"):  # no temporary file, as those begin with a dot
         path.unlink()
 
 
+@pytest.mark.slow
 @pytest.mark.soak
 def test_cycles_of_training_and_scoring_leave_memory_handles_and_results_flat(tmp_path):
     dataset = write_dataset(tmp_path / "set", val_docs=2)

@@ -298,6 +298,7 @@ def limited(model: GPT, fits: int, training: bool, error: str = "CUDA out of mem
     return forward
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ttt", "training", "batch", "fits", "left"),
     [("off", False, 8, 2, [4, 2]), ("off", False, 5, 1, [2, 1]), ("sgd", True, 8, 1, [2, 1])],
@@ -425,7 +426,7 @@ def leave_out_the_first(scorer, model, windows, score) -> None:
     ("cheat", "fails"),
     [
         (train_before_scoring, "C1 C3"),
-        (keep_the_second_loss, "C1 C3"),
+        pytest.param(keep_the_second_loss, "C1 C3", marks=pytest.mark.slow),
         (score_twice, "C4"),
         (leave_out_the_first, "C4"),
     ],
@@ -547,6 +548,7 @@ def test_one_byte_too_many_fails_the_audit_wherever_it_is(place, audited, datase
     assert audited(off, val) == "bytes"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bos_bytes", "failed"), [(0, ""), (1, "bytes")])
 def test_a_sidecar_may_count_other_bytes_but_none_for_the_start_of_a_document(
     bos_bytes, failed, tmp_path, audited
