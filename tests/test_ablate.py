@@ -208,7 +208,7 @@ def test_bytes_that_differ_in_the_end_give_no_delta_and_status_1(study):
 
 
 @pytest.mark.slow
-def test_the_trainer_itself_fills_both_cells_to_the_same_bytes(tmp_path):
+def test_the_trainer_itself_fills_the_bytes_asked_for(tmp_path):
     data = write_dataset(tmp_path / "data" / "set")
     quick = TINY_ENV | {"ITERATIONS": "2", "GPTQ_BATCHES": "0"}
     words = [f"{name}={value}" for name, value in quick.items() if name != "RUN_ID"]
@@ -217,9 +217,9 @@ def test_the_trainer_itself_fills_both_cells_to_the_same_bytes(tmp_path):
     env = {"TOKENIZER_PATH": str(data.tokenizer)}
     env["DATA_PATH"] = os.path.relpath(data.folder, tmp_path)
     out = tmp_path / "out"
-    argv = (grid, "--out", out, "--seeds", 5, "--model-bytes", 20_000)
+    argv = (grid, "--out", out, "--seeds", 5, "--model-bytes", 20_000, "--only", "zipf")
     result = run_in_process(ablate.main, env, tmp_path, *argv)
-    assert result.code in (0, 1), result.err  # 1: models this small miss the target by up to 2 %
+    assert result.code == 0, (result.out, result.err)
     runs = pd.read_csv(out / "results.csv", index_col="cell")
     assert ((runs["bytes_model"] > 0.98 * 20_000) & (runs["bytes_model"] <= 20_000)).all()
     closing = ablate.events_of(out / "zipf_seed5.txt")["ablation"]
