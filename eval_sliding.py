@@ -45,6 +45,7 @@ from train_gpt import (
     choice,
     choose_attention,
     knob,
+    knob_fields,
     load_artifact,
     load_tokenizer,
     out_of_memory,
@@ -53,6 +54,7 @@ from train_gpt import (
     run_entry_point,
     scoring_windows,
     submission_source,
+    warn_of_typos,
 )
 
 TTT_CLIP_NORM = 1.0  # L2 norm of the gradients of test-time training (upstream PR #1413)
@@ -581,6 +583,7 @@ def main() -> None:
     log(f"code_sha256:{hashlib.sha256(submission_source()).hexdigest()}")
     trained = f"trained_window:{hp.model.train_seq_len} rope_base:{model.rope_base:.0f}"
     log(f"{trained} sidecar:{val.sidecar} {config.stated()}")
+    warn_of_typos(log, os.environ, knob_fields(EvalConfig))
     choose_attention(hp.attention, model, dist.device, log)
     if args.audit:
         sys.exit(0 if audit(model, hp, config, val, log) else 1)

@@ -8,6 +8,7 @@ stay below 16,000,000 bytes; eval_sliding.py scores the artifact.
     ITERATIONS=10 TRAIN_BATCH_TOKENS=4096 TRAIN_SEQ_LEN=256 python train_gpt.py    # any device
 """
 
+import _thread
 import base64
 import collections
 import copy
@@ -303,7 +304,8 @@ def check_values(knobs: object) -> None:
         if "low" in f.metadata:
             low = f.metadata["low"]
             high = min(f.metadata["high"], 2**63 - 1) if f.type is int else f.metadata["high"]
-            in_range = math.isfinite(value) and low <= value <= high
+            is_finite = f.type is int or math.isfinite(value)
+            in_range = is_finite and low <= value <= high
             require(in_range, f"{stated}: expected a finite number from {low} to {high}")
 
 
@@ -413,18 +415,17 @@ class Progress:
         self.done = 0.0
         self.note = ""
         self.started = time.perf_counter()
+        self.is_main = rank == 0
         self.ended = threading.Event()
-        self.thread = threading.Thread(target=self.report, daemon=True) if rank == 0 else None
 
     def __enter__(self) -> "Progress":
-        if self.thread:
-            self.thread.start()
+        # Not a Thread, whose start waits for ever if memory is too short for it to begin.
+        if self.is_main:
+            _thread.start_new_thread(self.report, ())
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.ended.set()
-        if self.thread:
-            self.thread.join()
 
     def update(self, done: float, note: str = "") -> None:
         """Tell how much is done, in the unit of `total`, and what else to show."""
@@ -1103,6 +1104,11 @@ class GPT(nn.Module):
         longer = max(1.0, context / config.train_seq_len)
         self.rope_base = 10_000.0 * longer ** (config.rope_dims / max(config.rope_dims - 2, 1))
 
+    def use_attention(self, attend: Callable) -> None:
+        """Attend by this kernel in every layer."""
+        for block in self.blocks:
+            block.attn.attend = attend
+
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
         """Draw orthogonal matrices, each expert by itself; zero output projections and mu_read.
@@ -1284,8 +1290,7 @@ def choose_attention(name: str, model: GPT, device: torch.device, log: Callable)
             reason = (str(error) or type(error).__name__).splitlines()[0]
             failures.append(f"not {kernel}: {reason[:60]}")
             continue
-        for block in model.blocks:
-            block.attn.attend = attend
+        model.use_attention(attend)
         log(f"attention:{kernel}" + "".join(f" ({failure})" for failure in failures))
         return kernel
     raise ConfigError(f"ATTENTION={name}: {'; '.join(failures)}")
@@ -2314,9 +2319,13 @@ class Checkpoints:
 
         path = LOG_FOLDER / f"{self.hp.run_id}.step{now.step:08d}.pt"
         if self.is_main:
-            for name, tensor in self.model.state_dict().items():
-                is_finite = bool(tensor.isfinite().all())
-                require(is_finite, f"{name} is not finite at step {now.step}: {path} not written")
+            tensors = [*self.model.state_dict().values(), *self.average]
+            for optimizer in self.optimizers:
+                for state in optimizer.state.values():
+                    tensors += state.values()
+            is_finite = all(bool(tensor.isfinite().all()) for tensor in tensors)
+            where = f"at step {now.step}: stopped, {path} not written"
+            require(is_finite, f"weights or moments are not finite {where}")
             saved = {"fixed": self.fixed, "now": vars(now), "model": self.model.state_dict()}
             saved["average"] = self.average
             saved["optimizers"] = [o.state_dict()["state"] for o in self.optimizers]
@@ -2324,7 +2333,8 @@ class Checkpoints:
             torch.save(saved, file)
             write_atomically(path, file.getbuffer())
             for old in self.found()[:-2]:
-                old.unlink()
+                if old != path:  # damaged ones of a later step may be there
+                    old.unlink()
         self.last = replace(now)
         again = f"(to go on: the same command with RUN_ID={self.hp.run_id})"
         self.log(f"checkpoint:{path} train_time:{1000 * now.elapsed:.0f}ms {again}")
@@ -2496,6 +2506,7 @@ def collect_hessians(
     with torch.device("meta"):
         observed = GPT(replace(hp.model, dispatch="masked"), model.dtype)
     observed.load_state_dict(model.state_dict(), assign=True)
+    observed.use_attention(model.blocks[0].attn.attend)
     for name, module in observed.named_modules():
         module.register_forward_pre_hook(partial(observe, name))
 
@@ -2548,10 +2559,14 @@ def log_provenance(log: Log, hp: Hyperparameters, dist: Dist, environ: dict[str,
     changed = [f"{name.upper()}={v}" for name, v in values.items() if v != defaults[name]]
     threads = torch.get_num_threads()
     log(f"device:{dist.device} threads:{threads} overrides: {' '.join(changed) or 'none'}")
+    warn_of_typos(log, environ, values)
 
-    knobs = [name.upper() for name in values]
-    for name in sorted(set(environ) - set(knobs)):
-        for match in difflib.get_close_matches(name, knobs, n=1, cutoff=0.85):
+
+def warn_of_typos(log: Log, environ: dict[str, str], knobs: Iterable[str]) -> None:
+    """Log which variables of the environment are almost a knob."""
+    names = [name.upper() for name in knobs]
+    for name in sorted(set(environ) - set(names)):
+        for match in difflib.get_close_matches(name, names, n=1, cutoff=0.85):
             log(f"warning: {name} is not a knob; did you mean {match}?")
 
 
@@ -2629,6 +2644,7 @@ def main() -> None:
     log(f"pre-quantization post-{hp.average} {before} {milliseconds}")
     path = export(hp, dist, log, model.state_dict(), hessians, val.tokenizer_sha256)
     reloaded, _, _ = load_artifact(path, hp, dist.device)
+    reloaded.use_attention(model.blocks[0].attn.attend)
     after = evaluate(reloaded, val, hp, dist, "validate the artifact")
     log(f"quantized {after} eval_time:{1000 * after.seconds:.0f}ms")
     log(f"final_roundtrip_exact {after}")

@@ -91,9 +91,8 @@ def old(seed: int = 1337, points: int = 20, validate: int = 5, targets: int = 62
     lines = [f"step:0/20000 {scores(6.9)} train_time:0ms step_avg:0.01ms"]
     for point in range(1, points + 1):
         clock = f"train_time:{2000 * point}ms step_avg:40.00ms"
-        lines.append(
-            f"step:{50 * point}/20000 train_loss:{3 - point / points + 0.1 * (point % 2):.4f} {clock}"
-        )
+        loss = 3 - point / points + 0.1 * (point % 2)
+        lines.append(f"step:{50 * point}/20000 train_loss:{loss:.4f} {clock}")
         if point % validate == 0:
             lines.append(f"step:{50 * point}/20000 {scores(3 - point / points)} {clock}")
     body = "\n".join(lines)

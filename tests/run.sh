@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source run_8xh100.sh
-setup "torch, numpy, sentencepiece, zstandard, brotli, sympy, networkx, pytest, hypothesis, xdist, ruff, matplotlib, scipy" requirements.txt tests/requirements.txt
+setup "torch, numpy, sentencepiece, zstandard, brotli, sympy, networkx, pytest, hypothesis, xdist, ruff, matplotlib, scipy, pandas" requirements.txt tests/requirements.txt
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # one process per core does more than threads in models this small
