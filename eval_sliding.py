@@ -554,6 +554,13 @@ def score_or_stop(
         raise
 
 
+def log_start(log: Log, settings: str) -> None:
+    """Log which code scores, how, and what of the environment is almost a knob."""
+    log(f"code_sha256:{hashlib.sha256(submission_source()).hexdigest()}")
+    log(settings)
+    warn_of_typos(log, os.environ, knob_fields(EvalConfig))
+
+
 def main() -> None:
     """Score the artifact of the command line and log one JSON line. Raises ConfigError."""
     started = time.perf_counter()
@@ -580,10 +587,8 @@ def main() -> None:
     log = Log(dist, path.with_suffix(".txt"))
     shape = f"window:{windowing.seq_len} stride:{windowing.stride}"
     log(f"sliding evaluation of {path} {shape} world_size:{dist.world_size}")
-    log(f"code_sha256:{hashlib.sha256(submission_source()).hexdigest()}")
     trained = f"trained_window:{hp.model.train_seq_len} rope_base:{model.rope_base:.0f}"
-    log(f"{trained} sidecar:{val.sidecar} {config.stated()}")
-    warn_of_typos(log, os.environ, knob_fields(EvalConfig))
+    log_start(log, f"{trained} sidecar:{val.sidecar} {config.stated()}")
     choose_attention(hp.attention, model, dist.device, log)
     if args.audit:
         sys.exit(0 if audit(model, hp, config, val, log) else 1)

@@ -161,7 +161,10 @@ def download_file(hub: Hub, file: RemoteFile, local: Path) -> None:
 
 def size_of(path: Path) -> int:
     """Return the bytes of a file, 0 if there is none."""
-    return path.stat().st_size if path.exists() else 0
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:  # perhaps renamed by the thread that downloaded it
+        return 0
 
 
 def download_all(hub: Hub, files: list[RemoteFile], root: Path) -> None:
