@@ -160,12 +160,14 @@ def run_packed(script: Path, cwd: Path, env: dict, *argv: str) -> Result:
     return Result(done.returncode, done.stdout, done.stderr)
 
 
-def test_the_packed_script_is_the_source_and_has_the_size_that_is_counted(workshop, monkeypatch):
+def test_the_packed_script_is_the_source_and_has_the_size_that_is_counted(
+    workshop, monkeypatch, copy
+):
     script = (workshop.folder / "train_gpt.py").read_bytes()
     assert script.isascii()
     code = "import sys, train_gpt as t; sys.stdout.write(t.__file__ + chr(0)); sys.stdout.flush();"
     code += "sys.stdout.buffer.write(t.submission_source())"
-    env = full_environment({"PYTHONPATH": str(workshop.folder)})
+    env = full_environment({"PYTHONPATH": str(copy)})
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env=env, cwd=workshop.place, capture_output=True)
     unpacked, _, source = done.stdout.partition(b"\0")
@@ -174,7 +176,7 @@ def test_the_packed_script_is_the_source_and_has_the_size_that_is_counted(worksh
     assert len(script) == train_gpt.submission_bytes(train_gpt.Hyperparameters(), 0, "code")[0]
     # A checker that loads it by its path finds the sources of its functions.
     monkeypatch.setattr(sys, "path", [*sys.path])
-    spec = importlib.util.spec_from_file_location("stranger", workshop.folder / "train_gpt.py")
+    spec = importlib.util.spec_from_file_location("stranger", copy / "train_gpt.py")
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "stranger", module)
     spec.loader.exec_module(module)
