@@ -129,6 +129,7 @@ ARTIFACTS = [
     ("size_word", lambda p: p.header["streams"].insert(0, [1, "x\ny"]), "bad header"),
     ("one_more", lambda p: p.header["streams"].append([1, 0]), "its streams do not fill it"),
     ("body_cut", lambda p: p.seal(body=b"".join(p.streams.values())[:-1]), "do not fill it"),
+    ("body_long", lambda p: p.seal(body=b"".join(p.streams.values()) + b"x"), "do not fill it"),
     ("codec_unknown", lambda p: p.put("table", 9, b""), "no codec 9"),
     ("codec_other", lambda p: p.put("table", BROTLI, p.streams["table"]), "does not unpack"),
     ("stream_empty", lambda p: p.put("table", ZSTD, b""), "does not unpack"),
