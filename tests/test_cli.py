@@ -386,6 +386,10 @@ def test_worlds_and_batches_that_do_not_divide_are_refused(dataset, tmp_path):
         refused(cli_env(dataset) | env, tmp_path, f"WORLD_SIZE={world_size} does not divide 8")
     assert not list(tmp_path.iterdir())
     assert [Hyperparameters().grad_accum_steps(n) for n in (1, 2, 4, 8)] == [8, 4, 2, 1]
+    # Six sequences, of which four fit in a pass, are two passes; where one fits, they are six.
+    six = Hyperparameters().override(train_seq_len=64, train_batch_tokens=6 * 64)
+    assert six.override(micro_batch_tokens=4 * 64).grad_accum_steps(1) == 2
+    assert six.override(micro_batch_tokens=96).grad_accum_steps(1) == 6
     hp = Hyperparameters().override(train_seq_len=32, train_batch_tokens=128)
     with pytest.raises(ConfigError, match="not a whole number of sequences on each of 8 ranks"):
         hp.grad_accum_steps(8)

@@ -691,3 +691,22 @@ def test_a_signal_ends_scoring_with_the_partial_score_so_far(
     assert re.fullmatch(r"PARTIAL_loss:[\d.]+ PARTIAL_bpb:[\d.]+", line[1])
     if not knobs:
         assert line[1] in score(VAL_MAX_TOKENS=scored).out
+
+
+def test_an_update_that_runs_out_of_memory_halfway_begins_again_without_its_first_gradients():
+    """The second of two batches of tiles fails once; 100 targets are seven tiles."""
+    states = []
+    for fails_at in (None, 2):
+        model, calls = make_model(HP), itertools.count(1)
+
+        def forward(*args, model=model, calls=calls, fails_at=fails_at, **kwargs):
+            if next(calls) == fails_at:
+                raise RuntimeError("CUDA out of memory")
+            return model(*args, **kwargs)
+
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        adapt(make_scorer(forward, make_val(101)), optimizer, 0, 100)
+        states.append(model.state_dict())
+        assert next(calls) == (3 if fails_at is None else 7)  # 1, the failure, then 4
+    for name, tensor in states[0].items():
+        torch.testing.assert_close(tensor, states[1][name], rtol=0, atol=1e-5)
