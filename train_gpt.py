@@ -2492,6 +2492,7 @@ def collect_hessians(
         sums[name] = sums.get(name, 0) + x.mT @ x
 
     def observe(name: str, module: nn.Module, args: tuple) -> None:
+        """Add what reaches a module before its forward pass."""
         if isinstance(module, CastedLinear):
             add(f"{name}.weight", args[0])
         elif isinstance(module, TokenRoutedMLP) and module.config.is_routed:

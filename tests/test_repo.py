@@ -18,6 +18,7 @@ FOREIGN = {".venv", "logs"}
 SOURCES = [p for p in ROOT.rglob("*.py") if not FOREIGN & set(p.relative_to(ROOT).parts)]
 SHIPPED = [ROOT / "train_gpt.py", ROOT / "eval_sliding.py"]
 STUDIES = ROOT / "records" / "track_non_record_16mb"
+TOOLS = ROOT / "records" / "README.md"
 
 
 def read(path: Path) -> str:
@@ -56,6 +57,10 @@ def test_the_results_in_the_main_readme_are_those_of_the_logs():
             rows.append((name, log))
     readme = ROOT / "README.md"
     assert results_table(rows, readme) in read(readme)
+    scores = [RunLog.read(log).final("roundtrip").bpb for _, log in rows]
+    routed, dense = statistics.mean(scores[:2]), statistics.mean(scores[2:])
+    means = f"Means of n = 2 after int6: token-routed {routed:.4f}, dense {dense:.4f}."
+    assert means in read(readme)
 
 
 @pytest.mark.parametrize(
@@ -86,6 +91,7 @@ def test_the_gains_and_audits_of_the_evaluation_study_are_those_of_its_logs():
     assert markdown_table(["seed", "sliding", "TTT", "gain", "logs"], rows) in text
     mean, std = statistics.mean(gains), statistics.stdev(gains)
     assert f"Mean gain {mean:.4f}, standard deviation {std:.4f}, n = 3." in text
+    assert f"| score-first test-time training | -{mean:.4f}, " in read(TOOLS)
     for name in ("audit_sliding", "audit_ttt"):
         audit = RunLog.read(study / f"{name}.txt").audit.strip()
         assert audit in text
@@ -107,6 +113,10 @@ def test_the_table_of_the_routing_study_is_what_its_logs_give():
     rows = ablate.compare(study, cells)
     assert ablate.table(rows) in read(study / "README.md")
     assert not any(row.note for row in rows)
+    deltas = {row.cell.name: f"{row.delta:+.4f}" for row in rows[1:]}
+    quoted = re.findall(r"`(\w+)` ([+-]\d\.\d{4})", read(TOOLS))
+    assert len(quoted) >= 8
+    assert [(name, delta) for name, delta in quoted if deltas[name] != delta] == []
 
 
 @pytest.mark.parametrize("path", STUDIES.rglob("codec_table.txt"), ids=lambda p: p.parent.name)
