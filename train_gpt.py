@@ -1556,22 +1556,23 @@ def store_tensor(
     Vectors that 8 bits would change by over 1 % are float16 too. Raises ConfigError for weights
     that are not finite or too large.
     """
-    rule = bits_and_clip(hp, name)
+    rule = find_role(name).rule
+    precision = bits_and_clip(hp, name)
     column_codes = None
     limit = torch.tensor(torch.finfo(torch.float16).max)
-    if rule:
-        limit = SCALES[-1] * largest_symbol(rule[0])
-    if find_role(name).rule == "embedding":
+    if precision:
+        limit = SCALES[-1] * largest_symbol(precision[0])
+    if rule == "embedding":
         column_codes = column_scale_codes(hessian, weight)
         limit = limit * decode_scales(column_codes)
     fits = bool((weight.float().abs() <= limit).all())
     require(fits, f"{name}: not finite or too large, nothing exported")
 
-    if rule is None:
+    if precision is None:
         return weight.half() if weight.is_floating_point() else weight
-    bits, clip = rule
+    bits, clip = precision
     quantized = quantize_tensor(weight, bits, factor * clip, column_codes)
-    if find_role(name).rule == "int8":
+    if rule == "int8":
         error = quantized.dequantize() - weight
         if error.norm() > 0.01 * weight.norm():
             return weight.half()

@@ -46,7 +46,6 @@ TINY_ENV = {
     for name, value in TINY_KNOBS.items()
 }
 TINY_MODEL = {name: TINY_ENV[name] for name in TINY_ENV if name.lower() in MODEL_KNOBS}
-TINY_RUN = {name: TINY_ENV[name] for name in TINY_ENV if name not in TINY_MODEL}
 
 
 def make_sentences(seed: int, count: int) -> list[str]:
