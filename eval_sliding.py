@@ -409,7 +409,7 @@ def audit_rows(
 ) -> list[tuple[str, str, str, bool]]:
     """Return what `audit` finds on a short split: condition, test, finding, whether it holds."""
     # The rounding of a grouped GEMM depends on its groups.
-    is_exact = model.config.dispatch == "masked" or not model.config.is_routed
+    is_exact = not model.config.is_grouped
     vocab_size = model.config.vocab_size
     count = len(val.tokens) - 1
     artifact = snapshot(model)

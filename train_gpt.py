@@ -53,6 +53,7 @@ LOG_FOLDER = Path("logs")  # of logs, artifacts and checkpoints, below the worki
 SIGNALS = (signal.SIGINT, signal.SIGTERM)  # end a run in good order
 BOS_ID = 1  # starts every document of a shard
 GATE_CHANNELS = 12  # input channels that attention gates and SmearGate read
+GROUPED_FROM = 0.25  # share of an MLP's hidden units that a token has no part in
 
 
 # ---- Model config and knobs ----------------------------------------------------------------------
@@ -93,7 +94,7 @@ class ModelConfig:
     xsa: bool = True  # takes a head's component along the token's own value out; 0 = off
     activation: str = choice("leaky_relu2", "swiglu")  # swiglu: two up rows per hidden unit
     routing: str = choice("zipf", "hash", "modulo", "learned", "hybrid", "soft", "dense")
-    dispatch: str = choice("masked", "grouped")  # one GEMM and a block mask | one GEMM per expert
+    dispatch: str = choice("auto", "masked", "grouped")  # one GEMM, a mask | one GEMM per expert
     num_experts: int = knob(4, 1, 256)  # E, routed experts per layer
     expert_dim: int = knob(64, 1, 65_536)  # hidden units of each routed expert
     shared_dim: int = knob(1792, 1, 65_536)  # hidden units of the shared expert
@@ -119,6 +120,19 @@ class ModelConfig:
     @property
     def has_router(self) -> bool:
         return self.routing in ("learned", "hybrid", "soft")
+
+    @property
+    def is_grouped(self) -> bool:
+        """Tell whether a token is multiplied with its own expert alone.
+
+        Under DISPATCH=auto it is from GROUPED_FROM on: below that, sorting costs what it saves.
+        """
+        if not self.is_routed or self.dispatch != "auto":
+            return self.is_routed and self.dispatch == "grouped"
+        if self.has_router or self.expert_dim % 8 or self.model_dim % 8:
+            return False
+        skipped = (self.num_experts - 1) * self.expert_dim
+        return skipped >= GROUPED_FROM * (skipped + self.expert_dim + self.shared_dim)
 
     def execution_order(self, looped: bool) -> list[int]:
         """Layers in the order in which they run, with the depth recurrence or without."""
@@ -464,8 +478,6 @@ def can_compile(hp: Hyperparameters, device: torch.device) -> bool:
     """Tell whether torch.compile is wanted and can build kernels here."""
     if not hp.compile:
         return False
-    if hp.model.dispatch == "grouped" and hp.dtype == "float32":
-        return False  # torch 2.13 traces grouped_mm for bfloat16 only
     if device.type == "cuda":
         return importlib.util.find_spec("triton") is not None
     has_headers = Path(sysconfig.get_paths()["include"], "Python.h").exists()
@@ -928,6 +940,98 @@ class CausalSelfAttention(nn.Module):
         return self.proj(y.flatten(2))
 
 
+class Groups(NamedTuple):
+    """The tokens of a batch sorted by the expert that a layer gives them."""
+
+    order: Tensor  # (N,) int64, the token at each place
+    place: Tensor  # (N,) int64, the place of each token
+    ends: Tensor  # (E,) int32, the place at which each expert's tokens end
+
+
+def group_tokens(expert_RN: Tensor, num_experts: int) -> list[Groups]:
+    """Sort the tokens of every layer run by their expert, stably, by counting."""
+    experts = torch.arange(num_experts, device=expert_RN.device)
+    chosen_REN = expert_RN[:, None] == experts[:, None]
+    rank_REN = chosen_REN.cumsum(-1, dtype=torch.int32)  # from 1
+    counts_RE = rank_REN[..., -1]
+    ends_RE = counts_RE.cumsum(-1, dtype=torch.int32)
+
+    place_REN = rank_REN + (ends_RE - counts_RE - 1)[..., None]
+    place_RN = (place_REN * chosen_REN).sum(1)
+    tokens_RN = torch.arange(place_RN.size(1), device=place_RN.device).expand_as(place_RN)
+    order_RN = torch.empty_like(place_RN).scatter_(1, place_RN, tokens_RN)
+    return [Groups(*layer) for layer in zip(order_RN, place_RN, ends_RE, strict=True)]
+
+
+class Permute(torch.autograd.Function):
+    """x[order] for a permutation of rows; the gradient is a gather too, by the inverse."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return x[order]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return grad[inverse], None, None
+
+
+@torch.library.custom_op("train_gpt::expert_linear", mutates_args=())
+def expert_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """Multiply sorted rows (N, C) with their expert's matrix of (E, R, C) -> (N, R).
+
+    An operator of its own, as torch 2.13 cannot trace grouped_mm in float32. Expert e has the rows
+    from ends[e - 1] to ends[e].
+    """
+    y = x.new_empty(len(x), weight.size(1))
+    start = 0
+    for matrix, end in zip(weight, ends.tolist(), strict=True):
+        torch.mm(x[start:end], matrix.T, out=y[start:end])
+        start = end
+    return y
+
+
+@torch.library.custom_op("train_gpt::expert_linear_backward", mutates_args=())
+def expert_linear_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, ends: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of x and weight from that of the result, (N, R)."""
+    x_grad = torch.empty_like(x)
+    weight_grad = torch.empty_like(weight)
+    start = 0
+    for expert, end in enumerate(ends.tolist()):
+        rows = grad[start:end]
+        torch.mm(rows, weight[expert], out=x_grad[start:end])
+        torch.mm(rows.T, x[start:end], out=weight_grad[expert])
+        start = end
+    return x_grad, weight_grad
+
+
+@expert_linear.register_fake
+def _(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    return x.new_empty(len(x), weight.size(1))
+
+
+@expert_linear_backward.register_fake
+def _(grad: Tensor, x: Tensor, weight: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(weight)
+
+
+expert_linear.register_autograd(
+    lambda ctx, grad: (*expert_linear_backward(grad, *ctx.saved_tensors), None),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
+
+
+def linear_by_expert(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """Apply each expert's matrix to its rows, by PyTorch's kernel where there is one."""
+    weight = weight.to(x.dtype)
+    if x.is_cuda and x.dtype == torch.bfloat16:
+        return F.grouped_mm(x, weight.mT, offs=ends)
+    return expert_linear(x, weight, ends)
+
+
 class TokenRoutedMLP(nn.Module):
     """shared(x) + expert[table[token]](x); without experts a plain MLP of the same width."""
 
@@ -949,9 +1053,9 @@ class TokenRoutedMLP(nn.Module):
         """Apply the MLP by the layer's dispatch. Also returns a learned choice's Switch loss."""
         if not self.config.is_routed:
             return self.down(activate(self.up(x), self.config.activation)), 0.0
-        if self.config.dispatch == "grouped":
+        if self.config.is_grouped:
             shared = self.down(activate(self.up(x), self.config.activation))
-            return shared + self.grouped(x, *route), 0.0
+            return shared + self.grouped(x, route), 0.0
         share_BTE, balance = self.choose(x, route)
         down = torch.cat([self.down.weight, *self.expert_down], dim=-1)
         return F.linear(self.hidden(x, share_BTE), down.to(x.dtype)), balance
@@ -989,13 +1093,13 @@ class TokenRoutedMLP(nn.Module):
         routed = (routed.unflatten(-1, (E, -1)) * share_BTE[..., None]).flatten(-2)
         return torch.cat([shared, routed], dim=-1)
 
-    def grouped(self, x: Tensor, order_N: Tensor, inverse_N: Tensor, offsets_E: Tensor) -> Tensor:
-        """Sort tokens by expert, run one GEMM each between the true offsets, and sort back."""
-        up = self.expert_up.to(x.dtype).mT
-        down = self.expert_down.to(x.dtype).mT
-        sorted_ND = x.flatten(0, 1)[order_N]
-        h = activate(F.grouped_mm(sorted_ND, up, offs=offsets_E), self.config.activation)
-        return F.grouped_mm(h, down, offs=offsets_E)[inverse_N].view_as(x)
+    def grouped(self, x: Tensor, groups: Groups) -> Tensor:
+        """Sort tokens by expert, multiply each with its own expert alone, and sort back."""
+        order, place, ends = groups
+        sorted_ND = Permute.apply(x.flatten(0, 1), order, place)
+        h = activate(linear_by_expert(sorted_ND, self.expert_up, ends), self.config.activation)
+        y_ND = linear_by_expert(h, self.expert_down, ends)
+        return Permute.apply(y_ND, place, order).view_as(x)
 
 
 class Guide(NamedTuple):
@@ -1132,7 +1236,7 @@ class GPT(nn.Module):
     def routes(self, input_ids: Tensor, order: list[int]) -> list:
         """Return the dispatch of each of the R layers run, from token ids alone.
 
-        Masked: (B, T, E) of ones and zeros. Grouped: order (N,), its inverse (N,), offsets (E,).
+        Masked: (B, T, E) of ones and zeros. Grouped: the sorted tokens.
         """
         config = self.config
         if not config.is_routed:
@@ -1146,14 +1250,12 @@ class GPT(nn.Module):
             if config.routing_per_pass:
                 passes[layer] += 1
         expert_RN = torch.stack(rows)
-        experts = torch.arange(config.num_experts, device=input_ids.device)
-        chosen_RNE = expert_RN[..., None] == experts
-        if config.dispatch == "masked":
-            return list(chosen_RNE.unflatten(1, input_ids.shape).to(self.dtype))
-
-        order_RN = expert_RN.argsort(dim=-1, stable=True)
-        offsets_RE = chosen_RNE.sum(1).cumsum(-1).to(torch.int32)
-        return list(zip(order_RN, order_RN.argsort(dim=-1), offsets_RE, strict=True))
+        if config.is_grouped:
+            return group_tokens(expert_RN, config.num_experts)
+        chosen_RNE = expert_RN[..., None] == torch.arange(
+            config.num_experts, device=input_ids.device
+        )
+        return list(chosen_RNE.unflatten(1, input_ids.shape).to(self.dtype))
 
     def smear(self, x: Tensor, input_ids: Tensor) -> Tensor:
         """Add a gated part of the token before, but not across BOS (SmearGate, PR #1667)."""

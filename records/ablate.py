@@ -188,7 +188,7 @@ def solve(cell: Cell, goal: int) -> dict[str, int]:
     model = cell.hyperparameters().model
     start, step = model.shared_dim, 1
     if cell.solve == "EXPERT_DIM":
-        start, step = model.expert_dim, 8 if model.dispatch == "grouped" else 1
+        start, step = model.expert_dim, 1 if model.has_router or model.dispatch == "masked" else 8
     width = nearest_width(lambda width: estimate_width(width)[0], start, goal, step)
     size, params = estimate_width(width)
     return {"width": width, "bytes": size, "params": params}

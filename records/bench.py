@@ -76,7 +76,7 @@ def flops_per_token(config: ModelConfig, looped: bool) -> float:
     for name, p in model.named_parameters():
         role = role_of(name)
         if role in ("matrix", "mu_matrix", "router", "expert"):
-            is_grouped = role == "expert" and config.dispatch == "grouped"
+            is_grouped = role == "expert" and config.is_grouped
             used = 1 / config.num_experts if is_grouped else 1.0
             weights[int(name.split(".")[1])] += used * p.numel()
     order = config.execution_order(looped)

@@ -27,6 +27,7 @@ TINY = {
     "num_heads": 4,
     "num_kv_heads": 2,
     "rope_dims": 4,
+    "dispatch": "masked",  # exact to the bit; what is grouped says so
     "num_experts": 4,
     "expert_dim": 8,
     "shared_dim": 32,
