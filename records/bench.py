@@ -2,12 +2,15 @@
 
     python records/bench.py                          # GPU: the record at 1/8 of its batch
     NUM_EXPERTS=8 MU=off python records/bench.py     # any knob of train_gpt.py
+    python records/bench.py --grid grid.txt          # every cell of a grid of ablate.py
+    python records/bench.py mlp                      # the MLP alone at several widths and shares
     python records/bench.py eval                     # targets per second of eval_sliding.py
     python records/bench.py --table logs/*.txt       # finished trainings side by side
 
-Steps are those of train_gpt.py, on random tokens that are as frequent as those of a text. Without a
-GPU, and without a knob of the model in the environment, the model is that of PROFILE=smoke. MFU is
-of the dense bfloat16 peak of an H100 or H200, 989 TFLOP/s.
+What is compared takes turns in one process. Steps are those of train_gpt.py, on random tokens that
+are as frequent as those of a text. Without a GPU, and without a knob of the model in the
+environment, the model is that of PROFILE=smoke. MFU is of the dense bfloat16 peak of an H100 or
+H200, 989 TFLOP/s.
 """
 
 import argparse
@@ -23,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from ablate import read_grid
 from common import ArgumentParser, markdown_table, profile
 from runlog import RunLog
 
@@ -57,7 +61,7 @@ from train_gpt import (
 PEAK_FLOPS = 989e12  # per second, dense bfloat16, H100 and H200 (SXM) by their data sheet
 RECORD_RANKS = 8
 CHALLENGE_TARGETS = 40_540_160  # of the challenge's validation split in sp8192
-BLOCKS = 5  # of steps; the table has their median and extremes
+BLOCKS = 10  # of steps; the table has their median and extremes
 WARMUP_STEPS = 3
 
 
@@ -121,7 +125,6 @@ class Trainer:
         self.model.to(dist.device)
         choose_attention(hp.attention, self.model, dist.device, lambda text: None)
 
-        torch.compiler.reset()  # what another variant compiled counts towards Dynamo's limit
         self.forward = self.model
         if can_compile(hp, dist.device):
             self.forward = torch.compile(self.model, fullgraph=True, dynamic=False)
@@ -144,43 +147,29 @@ class Trainer:
         return loss
 
 
-def time_blocks(work: Callable[[], object], dist: Dist, seconds: float) -> list[float]:
-    """Return seconds per call in each of BLOCKS blocks of about `seconds`, fastest first."""
-    started = dist.synchronize()
-    work()
-    calls = max(1, math.ceil(seconds / (dist.synchronize() - started)))
-    times = []
-    for _ in range(BLOCKS):
+def time_blocks(works: dict[str, Callable], dist: Dist, seconds: float) -> dict[str, list[float]]:
+    """Return seconds per call of each work in BLOCKS blocks of about `seconds`.
+
+    The works take turns, so that what else the machine does hits all alike.
+    """
+    calls = {}
+    for name, work in works.items():
         started = dist.synchronize()
-        for _ in range(calls):
-            work()
-        times.append((dist.synchronize() - started) / calls)
-    return sorted(times)
+        work()
+        calls[name] = max(1, math.ceil(seconds / (dist.synchronize() - started)))
+    times = {name: [] for name in works}
+    for _ in range(BLOCKS):
+        for name, work in works.items():
+            started = dist.synchronize()
+            for _ in range(calls[name]):
+                work()
+            times[name].append((dist.synchronize() - started) / calls[name])
+    return times
 
 
-def measure(trainer: Trainer, looped: bool, seconds: float) -> dict[str, float]:
-    """Time steps after a warm-up. Raises ConfigError for a loss that is not finite."""
-    for _ in range(WARMUP_STEPS):
-        loss = trainer.step(looped)
-    require(math.isfinite(loss.item()), f"the loss is {loss.item()}")
-    peak = None
-    is_cuda = trainer.dist.device.type == "cuda"
-    if is_cuda:
-        torch.cuda.reset_peak_memory_stats()
-    times = time_blocks(lambda: trainer.step(looped), trainer.dist, seconds)
-    if is_cuda:
-        peak = torch.cuda.max_memory_allocated()
-    median = statistics.median(times)
-    rate = trainer.hp.train_batch_tokens / median
-    flops = rate * flops_per_token(trainer.hp.model, looped)
-    return {
-        "seconds": median,
-        "fastest": times[0],
-        "slowest": times[-1],
-        "tokens_per_second": rate,
-        "flops": flops,
-        "peak_bytes": peak,
-    }
+def over(times: list[float], control: list[float]) -> float:
+    """Return the median ratio of blocks that were measured side by side."""
+    return statistics.median(a / b for a, b in zip(times, control, strict=True))
 
 
 def variants(hp: Hyperparameters) -> dict[str, Hyperparameters]:
@@ -192,40 +181,146 @@ def variants(hp: Hyperparameters) -> dict[str, Hyperparameters]:
     return {name: replace(hp, model=replace(hp.model, **new)) for name, new in kinds.items()}
 
 
-def bench_steps(hp: Hyperparameters, dist: Dist, device: str, seconds: float) -> str:
-    """Return the table of a training step by dispatch, with the depth recurrence off and on."""
-    rows = []
+def loops_of(hp: Hyperparameters) -> tuple[bool, ...]:
+    """Return whether the depth recurrence is on, for each graph that a training runs."""
+    return (False, True) if hp.model.loop_passes > 1 else (False,)
+
+
+def bench_steps(kinds: dict[str, Hyperparameters], dist: Dist, device: str, seconds: float) -> str:
+    """Return the table of a training step of each model, with the depth recurrence off and on.
+
+    The first is the control. Raises ConfigError for a loss that is not finite.
+    """
+    torch._dynamo.config.recompile_limit = 8 * len(kinds)  # to Dynamo all are one function
+    steps = {}
+    peaks = {}
     left_out = []
-    dense = {}
-    loops = (False, True) if hp.model.loop_passes > 1 else (False,)
-    kinds = variants(hp)
-    with Progress("bench", len(kinds) * len(loops)) as progress:
-        for name, knobs in kinds.items():
+    with Progress("bench", len(kinds)) as progress:
+        for done, (name, hp) in enumerate(kinds.items()):
+            progress.update(done, f"{name}, compiling")
+            resident = torch.cuda.memory_allocated()
             try:
-                trainer = Trainer(knobs, dist)
-                for looped in loops:
-                    progress.update(len(rows), f"{name}, compiling and measuring")
-                    row = measure(trainer, looped, seconds)
-                    if name == "dense":
-                        dense[looped] = row["seconds"]
-                    title = f"{name}, recurrence {'on' if looped else 'off'}"
-                    rows.append(step_row(title, row, dense.get(looped), device))
+                trainer = Trainer(hp, dist)
+                for looped in loops_of(hp):
+                    for _ in range(WARMUP_STEPS):
+                        loss = trainer.step(looped)
+                    require(math.isfinite(loss.item()), f"{name}: the loss is {loss.item()}")
+                    steps[name, looped] = partial(trainer.step, looped)
             except (ConfigError, torch.cuda.OutOfMemoryError) as error:
                 left_out.append(f"{name}: {str(error).splitlines()[0]}")
-            trainer = None  # its memory would count in the next one's peak
-    header = "step|tok/s|ms, median|blocks|over dense|TFLOP/s|MFU|peak MiB"
+            peaks[name] = torch.cuda.max_memory_allocated() - resident
+        progress.update(len(kinds), "measuring")
+        times = time_blocks(steps, dist, seconds)
+
+    rows = []
+    first = next(iter(kinds))
+    for (name, looped), blocks in times.items():
+        control = times.get((first, looped)) or times.get((first, False))
+        title = f"{name}, recurrence {'on' if looped else 'off'}"
+        rows.append([title, *step_cells(kinds[name], looped, blocks, control, device)])
+        rows[-1].append(f"{peaks[name] / 2**20:,.0f}" if peaks[name] else "-")
+    header = "step|tok/s|ms, median|blocks|of the first|TFLOP/s|MFU|peak MiB"
     return "\n".join([markdown_table(header.split("|"), rows), *left_out])
 
 
-def step_row(title: str, row: dict, dense_seconds: float | None, device: str) -> list[str]:
+def step_cells(
+    hp: Hyperparameters, looped: bool, blocks: list[float], control: list[float], device: str
+) -> list[str]:
     """Return the cells of a measurement, with a dash for what is not known."""
-    over = f"{row['seconds'] / dense_seconds - 1:+.1%}" if dense_seconds else "-"
-    mfu = f"{row['flops'] / PEAK_FLOPS:.1%}" if is_hopper(device) else "-"
-    peak = f"{row['peak_bytes'] / 2**20:,.0f}" if row["peak_bytes"] else "-"
-    spread = f"{1000 * row['fastest']:.2f} to {1000 * row['slowest']:.2f}"
-    rate = f"{row['tokens_per_second']:,.0f}"
-    milliseconds = f"{1000 * row['seconds']:.2f}"
-    return [title, rate, milliseconds, spread, over, f"{row['flops'] / 1e12:.3f}", mfu, peak]
+    median = statistics.median(blocks)
+    rate = hp.train_batch_tokens / median
+    flops = rate * flops_per_token(hp.model, looped)
+    return [
+        f"{rate:,.0f}",
+        f"{1000 * median:.2f}",
+        f"{1000 * min(blocks):.2f} to {1000 * max(blocks):.2f}",
+        f"{over(blocks, control):.3f}" if control else "-",
+        f"{flops / 1e12:.3f}",
+        f"{flops / PEAK_FLOPS:.1%}" if is_hopper(device) else "-",
+    ]
+
+
+# ---- The MLP alone -------------------------------------------------------------------------------
+
+# Tokens, MODEL_DIM, SHARED_DIM, NUM_EXPERTS, EXPERT_DIM: of a micro-batch of the record, and small.
+RECORD_MLPS = (
+    (98_304, 512, 1792, 4, 64),
+    (98_304, 512, 1536, 4, 128),
+    (98_304, 512, 1024, 4, 256),
+    (98_304, 512, 512, 4, 384),
+    (98_304, 512, 512, 8, 192),
+)
+SMALL_MLPS = (
+    (2048, 128, 384, 4, 32),
+    (2048, 128, 256, 4, 64),
+    (2048, 128, 128, 4, 96),
+    (2048, 128, 64, 8, 56),
+    (4096, 256, 768, 4, 64),
+    (4096, 256, 256, 4, 192),
+    (4096, 256, 256, 8, 96),
+)
+
+
+def mlp_work(hp: Hyperparameters, tokens: int, dist: Dist) -> Callable:
+    """Return a forward and backward pass of one MLP, routed as a text's tokens would be."""
+    model = GPT(hp.model, hp.torch_dtype)
+    ids = text_like(hp.model.vocab_size, tokens)
+    counts = np.bincount(ids, minlength=hp.model.vocab_size)
+    model.expert_table.copy_(build_expert_table(hp.model, counts))
+    mlp = model.to(dist.device).blocks[0].mlp
+    for p in mlp.parameters():
+        torch.nn.init.normal_(p, std=0.02)
+    input_ids = torch.from_numpy(ids.astype(np.int64))[None].to(dist.device)
+    route = model.routes(input_ids, [0])[0]
+    shape = (1, tokens, hp.model.model_dim)
+    x = torch.randn(shape, device=dist.device, dtype=hp.torch_dtype, requires_grad=True)
+    grad = torch.randn_like(x)
+    forward = mlp
+    if can_compile(hp, dist.device):
+        forward = torch.compile(mlp, fullgraph=True, dynamic=False)
+
+    def work() -> None:
+        y, _ = forward(x, route)
+        y.backward(grad)
+
+    for _ in range(WARMUP_STEPS):
+        work()
+    return work
+
+
+def bench_mlp(hp: Hyperparameters, dist: Dist, seconds: float) -> str:
+    """Return the table of one MLP's passes by dispatch, and the rate of its GEMM beside it."""
+    rows = []
+    shapes = RECORD_MLPS if dist.device.type == "cuda" else SMALL_MLPS
+    torch._dynamo.config.recompile_limit = 8 * len(shapes)
+    with Progress("bench mlp", len(shapes)) as progress:
+        for tokens, dim, shared, experts, width in shapes:
+            progress.update(len(rows))
+            model = {"num_layers": 1, "model_dim": dim, "loop_passes": 1}
+            model |= {"num_experts": experts, "shared_dim": shared, "expert_dim": width}
+            units = shared + experts * width
+            x = torch.randn(tokens, dim, device=dist.device, dtype=hp.torch_dtype)
+            weight = torch.randn(dim, units, device=dist.device, dtype=hp.torch_dtype)
+            works = {"gemm": partial(torch.mm, x, weight)}
+            for name, kind in variants(hp.override(**model)).items():
+                works[name] = mlp_work(kind, tokens, dist)
+            times = time_blocks(works, dist, seconds)
+
+            dense = times["dense"]
+            row = [
+                tokens,
+                dim,
+                f"{shared} + {experts} x {width}",
+                f"{(shared + width) / units:.2f}",
+            ]
+            row += [f"{over(times[kind], dense):.3f}" for kind in ("masked", "grouped")]
+            row.append(f"{1000 * statistics.median(dense):.2f}")
+            flops = 2 * tokens * dim * units
+            row.append(f"{6 * flops / statistics.median(dense) / 1e12:.3f}")
+            row.append(f"{flops / statistics.median(times['gemm']) / 1e12:.3f}")
+            rows.append(row)
+    header = "tokens|D|shared + E x width|share used|masked|grouped|dense, ms|TFLOP/s|of its GEMM"
+    return markdown_table(header.split("|"), rows)
 
 
 # ---- Scoring -------------------------------------------------------------------------------------
@@ -251,7 +346,8 @@ def bench_eval(hp: Hyperparameters, config: EvalConfig, dist: Dist, seconds: flo
             windows = scorer.windows[-2 * scorer.batch_size : -scorer.batch_size]  # full ones
             score_within_memory(scorer, windows)
             scored = windows[: scorer.batch_size]
-            times = time_blocks(partial(score_within_memory, scorer, scored), dist, seconds)
+            work = partial(score_within_memory, scorer, scored)
+            (times,) = time_blocks({name: work}, dist, seconds).values()
         rate = len(scored) * windowing.stride / statistics.median(times)
         needed = f"{CHALLENGE_TARGETS / RECORD_RANKS / rate:,.0f}"
         shape = [windowing.seq_len, windowing.stride, len(scored)]
@@ -301,8 +397,10 @@ def table_of_logs(paths: list[Path]) -> str:
 def parse_arguments() -> argparse.Namespace:
     """Read the command line. Raises ConfigError; exits with 0 after --help."""
     parser = ArgumentParser(__doc__)
-    parser.add_argument("what", nargs="?", choices=("train", "eval"), default="train")
+    parser.add_argument("what", nargs="?", choices=("train", "mlp", "eval"), default="train")
     parser.add_argument("--seconds", type=float, default=1.0, help=f"of each of {BLOCKS} blocks")
+    help_of_grid = "measure every cell of a grid of ablate.py, SOLVE aside"
+    parser.add_argument("--grid", type=Path, metavar="GRID", help=help_of_grid)
     help_of_table = "of finished trainings; measures nothing"
     parser.add_argument("--table", nargs="+", type=Path, metavar="LOG", help=help_of_table)
     args = parser.parse_args()
@@ -328,6 +426,10 @@ def main() -> None:
         return
     require(os.environ.get("WORLD_SIZE", "1") == "1", "bench.py is for one process")
     hp = knobs_from(dict(os.environ))
+    kinds = variants(hp)
+    if args.grid:
+        kinds = {cell.name: cell.hyperparameters() for cell in read_grid(args.grid, "off")}
+        hp = next(iter(kinds.values()))
     config = EvalConfig.from_env(os.environ)
     dist = Dist.from_torchrun()
     torch.set_float32_matmul_precision("high")
@@ -338,11 +440,15 @@ def main() -> None:
     print(f"{device}, torch {torch.__version__}, {hp.dtype}", flush=True)
     if args.what == "eval":
         print(bench_eval(hp, config, dist, args.seconds))
+    elif args.what == "mlp":
+        print(f"forward and backward, {BLOCKS} blocks each; ratios to dense", flush=True)
+        print(bench_mlp(hp, dist, args.seconds))
     else:
         print(f"{hp.train_batch_tokens:,} tokens a step, {BLOCKS} blocks each", flush=True)
         with tempfile.TemporaryDirectory() as folder:
             write_tokens(Path(folder), hp)
-            print(bench_steps(replace(hp, data_path=folder), dist, device, args.seconds))
+            kinds = {name: replace(kind, data_path=folder) for name, kind in kinds.items()}
+            print(bench_steps(kinds, dist, device, args.seconds))
     print(f"{time.perf_counter() - started:.0f} s in all")
 
 

@@ -115,8 +115,28 @@ def test_one_command_measures_every_dispatch_with_and_without_recurrence(tmp_pat
     names = [line.split(" | ")[0] for line in table[2:]]
     kinds = ("dense", "masked", "grouped")
     assert names == [f"| {kind}, recurrence {on}" for kind in kinds for on in ("off", "on")]
-    assert table[2].split(" | ")[4] == "+0.0%"
+    assert [line.split(" | ")[4] == "1.000" for line in table[2:]] == [True] * 2 + [False] * 4
     assert not list(tmp_path.iterdir())
+
+
+def test_the_cells_of_a_grid_are_measured_side_by_side(tmp_path):
+    knobs = TINY_MODEL | {"COMPILE": 0, "TRAIN_BATCH_TOKENS": 128}
+    lines = ["base " + " ".join(f"{name}={value}" for name, value in knobs.items())]
+    lines += ["base DATA_PATH=. TOKENIZER_PATH=.", "shallow LOOP_PASSES=1", "deep"]
+    (tmp_path / "grid.txt").write_text("\n".join(lines))
+    result = run_bench({}, tmp_path, "--grid", "grid.txt", "--seconds", 0.01)
+    assert (result.code, result.err) == (0, "")
+    rows = [line.split(" | ") for line in result.out.splitlines() if line.startswith("|")][2:]
+    names = ["| shallow, recurrence off", "| deep, recurrence off", "| deep, recurrence on"]
+    assert [row[0] for row in rows] == names
+    assert "-" not in [row[4] for row in rows]
+
+
+def test_the_mlp_alone_is_measured_by_dispatch_beside_its_gemm(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "SMALL_MLPS", ((64, 32, 16, 4, 8),))
+    result = run_bench(TINY_ENV, tmp_path, "mlp", "--seconds", 0.01)
+    assert (result.code, result.err) == (0, "")
+    assert re.search(r"\n\| 64 \| 32 \| 16 \+ 4 x 8 \| 0.50 \| [\d.]+ \| [\d.]+ \|", result.out)
 
 
 def test_a_variant_that_the_knobs_do_not_allow_is_left_out_by_name(tmp_path):
