@@ -11,6 +11,7 @@ stay below 16,000,000 bytes; eval_sliding.py scores the artifact.
 import _thread
 import base64
 import collections
+import contextlib
 import copy
 import datetime
 import difflib
@@ -644,8 +645,7 @@ class TokenLoader:
 def token_bytes(sp: spm.SentencePieceProcessor, tokens: np.ndarray) -> np.ndarray:
     """Return the UTF-8 bytes that each token but the first adds to the text, (n - 1,) int32.
 
-    The leading space of a piece counts unless a control, unknown or unused token is before it;
-    the operators of a lossless transform (PR #1729), private-use characters, do not.
+    The leading space of a piece counts unless a control, unknown or unused token is before it.
     """
     base_bytes = np.zeros(sp.vocab_size(), np.int32)
     has_leading_space = np.zeros(sp.vocab_size(), bool)
@@ -657,7 +657,6 @@ def token_bytes(sp: spm.SentencePieceProcessor, tokens: np.ndarray) -> np.ndarra
         piece = sp.id_to_piece(i)
         has_leading_space[i] = piece.startswith("\u2581")
         text = piece.removeprefix("\u2581").replace("\u2581", " ")
-        text = re.sub("[\ue000-\uf8ff]", "", text)
         base_bytes[i] = 1 if sp.is_byte(i) else len(text.encode())
     spaces = has_leading_space[tokens[1:]] & ~is_boundary_token[tokens[:-1]]
     return base_bytes[tokens[1:]] + spaces
@@ -694,6 +693,7 @@ class ValData:
     tokenizer_sha256: str
     partial: bool  # holds fewer targets than the split
     sidecar: bool = False  # target_bytes were read, not counted
+    lacks: str = ""  # what of the split is not there, when it is partial
 
     @classmethod
     def load(cls, hp: Hyperparameters, device: torch.device) -> "ValData":
@@ -711,13 +711,39 @@ class ValData:
         target_bytes = token_bytes(sp, tokens) if sizes is None else sizes[1:].astype(np.int32)
         targets = len(tokens) - 1
         count = min(hp.val_max_tokens, targets) if hp.val_max_tokens else targets
+        lacks = what_is_missing(paths, len(tokens))
+        if count < targets:
+            lacks = f"all but VAL_MAX_TOKENS={count} targets"
         return cls(
             torch.from_numpy(tokens[: count + 1].astype(np.int32)).to(device),
             torch.from_numpy(target_bytes[:count]).to(device),
             digest,
-            partial=count < targets,
+            partial=lacks != "",
             sidecar=sizes is not None,
+            lacks=lacks,
         )
+
+
+def what_is_missing(paths: list[Path], num_tokens: int) -> str:
+    """Say what a split lacks by the numbers of its shards and by the manifest; "" if it is whole.
+
+    The manifest of a data folder is two levels above the shards, data/manifest.json.
+    """
+    for number, path in enumerate(paths):
+        found = re.fullmatch(r"fineweb_val_(\d+)\.bin", path.name)
+        if found and int(found[1]) != number:
+            return f"a shard of number {number}, before {path.name}"
+
+    folder = paths[0].absolute().parent
+    manifest = folder.parents[1] / "manifest.json"
+    try:
+        stats = {
+            entry["name"]: entry["stats"] for entry in json.loads(manifest.read_text())["datasets"]
+        }
+        expected = int(stats[folder.name]["tokens_val"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""  # there need not be one
+    return "" if expected == num_tokens else f"tokens: {num_tokens} of {expected} in {manifest}"
 
 
 def load_sidecars(paths: list[Path], shards: list[np.ndarray]) -> np.ndarray | None:
@@ -1411,8 +1437,13 @@ POLAR_EXPRESS = (
 
 
 def zeropower_via_newtonschulz5(G: Tensor) -> Tensor:
-    """Return the nearest semi-orthogonal matrix of each G[i], (M, rows, cols); zero stays zero."""
-    X = G / (G.norm(dim=-1, keepdim=True) + 1e-7)  # row-normalised: MuonEq-R, PR #1217
+    """Return the nearest semi-orthogonal matrix of each G[i], (M, rows, cols); zero stays zero.
+
+    One whose squares overflow becomes NaN, which ends the run, and not zero.
+    """
+    norm = G.norm(dim=-1, keepdim=True)
+    norm = norm.where(norm.isfinite(), math.nan)
+    X = G / (norm + 1e-7)  # row-normalised: MuonEq-R, PR #1217
     X = X / (X.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
     if G.is_cuda:
         X = X.bfloat16()
@@ -2273,7 +2304,10 @@ class Gradients:
         self.dist.all_sum(self.flat).div_(self.dist.world_size)
         if max_norm:
             gradients = self.flat[64:]
-            gradients.mul_((max_norm / (gradients.norm() + 1e-6)).clamp(max=1.0))
+            norm = gradients.norm()
+            # An infinite norm would make every gradient zero; as NaN it ends the run.
+            norm = norm.where(norm.isfinite(), math.nan)
+            gradients.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
 
 
 def train_step(
@@ -2410,16 +2444,18 @@ class Checkpoints:
         return sorted(LOG_FOLDER.glob(f"{self.hp.run_id}.step{'[0-9]' * 8}.pt"))
 
     def save(self, now: Progression, at_once: bool) -> None:
-        """Save if CHECKPOINT_EVERY has passed or `at_once`; keep two. Raises ConfigError."""
+        """Save if CHECKPOINT_EVERY has passed or `at_once`. Raises ConfigError."""
         every = self.hp.checkpoint_every
         if not every or now.step == self.last.step:
             return
         passed = now.step - self.last.step
         if every.endswith("s"):
             passed = now.elapsed - self.last.elapsed
-        if passed < int(every.rstrip("s")) and not at_once:
-            return
+        if passed >= int(every.rstrip("s")) or at_once:
+            self.write(now)
 
+    def write(self, now: Progression) -> None:
+        """Save now, whatever CHECKPOINT_EVERY says; keep two. Raises ConfigError."""
         path = LOG_FOLDER / f"{self.hp.run_id}.step{now.step:08d}.pt"
         if self.is_main:
             tensors = [*self.model.state_dict().values(), *self.average]
@@ -2439,7 +2475,10 @@ class Checkpoints:
                 if old != path:  # damaged ones of a later step may be there
                     old.unlink()
         self.last = replace(now)
-        again = f"(to go on: the same command with RUN_ID={self.hp.run_id})"
+        every = self.hp.checkpoint_every or 1
+        again = (
+            f"(to go on: the same command with RUN_ID={self.hp.run_id} CHECKPOINT_EVERY={every})"
+        )
         self.log(f"checkpoint:{path} train_time:{1000 * now.elapsed:.0f}ms {again}")
 
     def resume(self) -> Progression:
@@ -2491,7 +2530,7 @@ class Checkpoints:
 
 def train(
     hp: Hyperparameters, dist: Dist, log: Log, model: GPT, loader: TokenLoader, val: ValData
-) -> Progression:
+) -> tuple[Progression, Checkpoints]:
     """Train until ITERATIONS or the wall-clock cap; leave averaged weights in `model`."""
     compiles = can_compile(hp, dist.device)
     forward = torch.compile(model, fullgraph=True, dynamic=False) if compiles else model
@@ -2575,7 +2614,7 @@ def train(
         log(f"stopping_early: wallclock_cap {milliseconds} step:{now.step}/{hp.iterations}")
     if now.averaged:
         torch._foreach_copy_(weights, average)
-    return now
+    return now, checkpoints
 
 
 @torch.no_grad()
@@ -2726,6 +2765,8 @@ def main() -> None:
     log(f"train_loader:dataset:{hp.dataset_dir.name} {shards}")
     val_pattern = f"{hp.dataset_dir}/fineweb_val_*.bin"
     log(f"val_loader:shards pattern={val_pattern} tokens:{len(val.tokens) - 1}")
+    if val.partial:
+        log(f"warning: the validation split lacks {val.lacks}: scores are PARTIAL")
     if dist.rank == 0:
         if importlib.util.find_spec("brotli") is None:
             log("brotli is not installed: zstd alone, a larger file")
@@ -2735,7 +2776,7 @@ def main() -> None:
         log(f"{budget_table(expected)}\ndry run: {total} bytes of code + model expected")
 
     torch.set_float32_matmul_precision("high")
-    done = train(hp, dist, log, model.to(dist.device), loader, val)
+    done, checkpoints = train(hp, dist, log, model.to(dist.device), loader, val)
     hessians, gptq_seconds = {}, 0.0
     if hp.gptq_batches:
         hessians, gptq_seconds = collect_hessians(hp, dist, log, model, loader)
@@ -2746,7 +2787,13 @@ def main() -> None:
     log(f"step:{done.step}/{hp.iterations} {before} {timing(seconds, done.step)}")
     milliseconds = f"eval_time:{1000 * before.seconds:.0f}ms"
     log(f"pre-quantization post-{hp.average} {before} {milliseconds}")
-    path = export(hp, dist, log, model.state_dict(), hessians, val.tokenizer_sha256)
+    try:
+        path = export(hp, dist, log, model.state_dict(), hessians, val.tokenizer_sha256)
+    except Exception:
+        # What the clock has paid for is kept; if it cannot be, the first error says more.
+        with contextlib.suppress(ConfigError):
+            checkpoints.write(done)
+        raise
     reloaded, _, _ = load_artifact(path, hp, dist.device)
     reloaded.use_attention(model.blocks[0].attn.attend)
     after = evaluate(reloaded, val, hp, dist, "validate the artifact")

@@ -5,6 +5,7 @@ before its third step, with PYTHONPATH=.:data:tests.
 """
 
 import contextlib
+import errno
 import importlib
 import itertools
 import multiprocessing
@@ -36,6 +37,10 @@ def term(*args: object) -> None:
 
 def interrupt(*args: object) -> None:
     os.kill(os.getpid(), signal.SIGINT)
+
+
+def no_space(*args: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def fill_disk(*args: object) -> None:

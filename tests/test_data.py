@@ -5,6 +5,7 @@ Damaged shards and tokenizers are in test_hostile.py.
 
 import io
 import itertools
+import json
 from pathlib import Path
 
 import numpy as np
@@ -131,6 +132,8 @@ SIDECARS = {"000000": [0, 10, 65_535, 30], "000001": [40, 50], "000002": [0, 70]
 @pytest.fixture
 def val_folder(tmp_path) -> Path:
     """Three validation shards of tokens 4, 5, ... and sidecars of unlikely numbers of bytes."""
+    tmp_path = tmp_path / "datasets" / "mine"
+    tmp_path.mkdir(parents=True)
     token = itertools.count(4)
     for name, sizes in SIDECARS.items():
         write_shard(tmp_path / f"fineweb_val_{name}.bin", [next(token) for _ in sizes])
@@ -159,6 +162,25 @@ def test_shards_are_joined_in_order_and_sidecars_give_every_target_its_bytes(
     assert (val.partial, val.sidecar) == (count < 7, True)
     names = [path.name for path in list_shards(val_folder, "val")]
     assert names == [f"fineweb_val_{name}.bin" for name in SIDECARS]
+
+
+@pytest.mark.parametrize("number", ["000000", "000001"])
+def test_a_gap_in_the_numbers_of_the_shards_makes_the_split_partial(val_folder, number):
+    for path in val_folder.glob(f"fineweb_val*_{number}.bin"):
+        path.unlink()
+    val = load_val(val_folder)
+    assert val.partial
+    assert val.lacks.startswith(f"a shard of number {int(number)}, before fineweb_val_00000")
+
+
+@pytest.mark.parametrize(("stated", "partial"), [(8, False), (9, True), ("many", False)])
+def test_the_manifest_says_how_many_tokens_the_split_has(val_folder, stated, partial):
+    stats = {"tokens_val": stated}
+    manifest = {"datasets": [{"name": val_folder.name, "stats": stats}]}
+    (val_folder.parents[1] / "manifest.json").write_text(json.dumps(manifest))
+    val = load_val(val_folder)
+    assert val.partial == partial
+    assert ("8 of 9" in val.lacks) == partial
 
 
 def test_without_sidecars_the_bytes_are_those_of_the_tokenizer(val_folder):
@@ -275,14 +297,15 @@ def test_an_unknown_token_has_no_bytes_and_parts_the_text_as_a_document_would(pl
     assert counted(sp, [stream]) == [sum(len(sp.decode(part).encode()) for part in parts)]
 
 
-def test_spaces_inside_a_piece_count_and_operators_of_a_lossless_transform_do_not():
+def test_spaces_inside_a_piece_and_private_use_characters_count():
     texts = ["of the people by the people"] * 50
     sp = trained(texts, vocab_size=30, split_by_whitespace=False, add_dummy_prefix=False)
     ids = sp.encode("of the people")
     assert any("\u2581" in sp.id_to_piece(i)[1:] for i in ids)
     assert counted(sp, [ids]) == [len("of the people")]
-    symbols = ["\ue001", "\ue002x"]
-    sp = trained(texts, vocab_size=25, user_defined_symbols=symbols)
-    ids = sp.encode("\ue001the \ue002xpeople")
-    assert {sp.piece_to_id(symbol) for symbol in symbols} <= set(ids)
-    assert counted(sp, [ids]) == [len("the xpeople")]
+    icons = ["\uf8ff", "\ue0b0x"]
+    sp = trained(texts, vocab_size=25, user_defined_symbols=icons)
+    text = "\uf8ffthe \ue0b0xpeople"
+    ids = sp.encode(text)
+    assert {sp.piece_to_id(icon) for icon in icons} <= set(ids)
+    assert counted(sp, [ids]) == [len(text.encode())]

@@ -67,6 +67,20 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+# ---- The export fails
+
+
+def test_weights_outlive_a_failing_export_and_the_same_command_exports_them(
+    dataset, trained, tmp_path
+):
+    result = befall("no_space train_gpt.export 1 0", dataset, tmp_path, CHECKPOINT_EVERY="")
+    assert (result.code, result.err) == (2, "error: [Errno 28] No space left on device\n")
+    assert [path.name for path in sorted((tmp_path / "logs").iterdir())] == [SAVED_8, "run.txt"]
+    assert "CHECKPOINT_EVERY=1)" in result.out
+    again = train(tmp_path, dataset, **SAVED)
+    assert again.same_as(trained)
+
+
 # ---- A rank is killed
 
 

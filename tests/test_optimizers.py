@@ -254,7 +254,7 @@ class Rig:
         loader = SimpleNamespace(
             next_batch=lambda: None, hp=self.hp, dist=ALONE, num_sequences=4, num_windows=9
         )
-        end = train(self.hp, ALONE, self.lines.append, self.model, loader, None)
+        end, _ = train(self.hp, ALONE, self.lines.append, self.model, loader, None)
         return end.step, end.elapsed
 
     def weights(self) -> Tensor:
@@ -398,6 +398,17 @@ def test_clipping_bounds_the_norm_keeps_the_direction_and_spares_small_gradients
     torch.testing.assert_close(clipped[64:] / 0.05, direction, rtol=1e-4, atol=1e-6)
     assert torch.equal(flats[1e6], free)
     assert clipped[0] == free[0] > 1
+
+
+def test_gradients_whose_squares_overflow_end_a_run_instead_of_becoming_zero():
+    hp = tiny_hp()
+    gradients = Gradients(make_model(hp), ALONE)
+    gradients.flat[100] = 1e30
+    gradients.average_and_clip(1.0)
+    assert gradients.flat[64:].isnan().all()
+    update = zeropower_via_newtonschulz5(torch.full((1, 4, 8), 1e30))
+    assert update.isnan().all()
+    assert zeropower_via_newtonschulz5(torch.full((1, 4, 8), 1e15)).isfinite().all()
 
 
 @pytest.mark.parametrize(
