@@ -866,22 +866,6 @@ class CastedLinear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype))
 
 
-def pick(x: Tensor, positions_BS: Tensor | None) -> Tensor:
-    """Return (B, T, ...) at some positions of each row, (B, S, ...); all if these are None."""
-    if positions_BS is None:
-        return x
-    return x[torch.arange(len(x), device=x.device)[:, None], positions_BS]
-
-
-def attend_at(positions_BS: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attend causally from queries (B, S, H, K) at these positions to k and v (B, T, Hkv, K)."""
-    unseen_BST = torch.arange(k.size(1), device=k.device) > positions_BS[..., None]
-    q_per_kv = q.unflatten(2, (k.size(2), -1))
-    scores = torch.einsum("bsgrk,btgk->bgrst", q_per_kv, k).float() * q.size(-1) ** -0.5
-    weights = scores.masked_fill(unseen_BST[:, None, None], -math.inf).softmax(-1).to(v.dtype)
-    return torch.einsum("bgrst,btgk->bsgrk", weights, v).flatten(2, 3)
-
-
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attend causally by PyTorch's kernel, q (B, T, H, K), k and v (B, T, Hkv, K) -> like q."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -921,47 +905,40 @@ class CausalSelfAttention(nn.Module):
         elif config.mu != "off":
             self.mu_gain = nn.Parameter(torch.zeros(3, D))  # of mu in the inputs of q, k and v
 
-    def qkv(
-        self, x: Tensor, mu: Tensor | None, scored: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Project the normalised input, guided by mu -> q (B, S, D), k and v (B, T, Hkv * K)."""
+    def qkv(self, x: Tensor, mu: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Project the normalised input, guided by mu -> q (B, T, D), k and v (B, T, Hkv * K)."""
         if mu is None:
-            return self.c_q(pick(x, scored)), self.c_k(x), self.c_v(x)
+            return self.c_q(x), self.c_k(x), self.c_v(x)
         if self.config.mu == "full":
-            q, k, v = self.c_q(pick(x, scored)), self.c_k(x), self.c_v(x)
+            q, k, v = self.c_q(x), self.c_k(x), self.c_v(x)
             mu_q, mu_k, mu_v = self.mu_read(mu).split([q.size(-1), k.size(-1), v.size(-1)], dim=-1)
-            return q + pick(mu_q, scored), k + mu_k, v + mu_v
+            return q + mu_q, k + mu_k, v + mu_v
         q_gain, k_gain, v_gain = self.mu_gain.to(x.dtype)
-        q = self.c_q(pick(x + q_gain * mu, scored))
-        return q, self.c_k(x + k_gain * mu), self.c_v(x + v_gain * mu)
+        return self.c_q(x + q_gain * mu), self.c_k(x + k_gain * mu), self.c_v(x + v_gain * mu)
 
-    def forward(
-        self, x: Tensor, mu: Tensor | None, rotary: tuple, scored: Tensor | None = None
-    ) -> Tensor:
-        """Attend from every position, or (B, S) scored ones, -> (B, S, D).
+    def forward(self, x: Tensor, mu: Tensor | None, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        """Attend causally, (B, T, D) -> (B, T, D).
 
         x is normalised; mu (B, T, D) or None; rotary holds cosines and sines.
         """
         config = self.config
-        q, k, v = self.qkv(x, mu, scored)
+        q, k, v = self.qkv(x, mu)
         q = norm(q.unflatten(-1, (-1, config.head_dim)))
         k = norm(k.unflatten(-1, (-1, config.head_dim)))
         v = v.unflatten(-1, (-1, config.head_dim))
-
-        q_rotary = rotary if scored is None else [table[scored] for table in rotary]
-        q = apply_rotary(q, *q_rotary) * self.q_gain.to(x.dtype)[:, None]
+        q = apply_rotary(q, *rotary) * self.q_gain.to(x.dtype)[:, None]
         k = apply_rotary(k, *rotary)
-        y = self.attend(q, k, v) if scored is None else attend_at(scored, q, k, v)
+        y = self.attend(q, k, v)
 
         # Exclusive self attention (PR #478): the stream holds the token's own value already.
         if config.xsa:
             y = y.unflatten(2, (config.num_kv_heads, -1))
-            own = F.normalize(pick(v, scored), dim=-1)[:, :, :, None]
+            own = F.normalize(v, dim=-1)[:, :, :, None]
             y = (y - (y * own).sum(-1, keepdim=True) * own).flatten(2, 3)
 
         # SparseAttnGate (PR #1787), neutral at the start.
         if config.attn_gate:
-            channels = pick(x, scored)[..., :GATE_CHANNELS]
+            channels = x[..., :GATE_CHANNELS]
             y = y * (2 * torch.sigmoid(F.linear(channels, self.gate.to(x.dtype))))[..., None]
         return self.proj(y.flatten(2))
 
@@ -1167,13 +1144,12 @@ class Block(nn.Module):
         keep, write = self.mu_mix.to(x.dtype)
         return norm(keep * mu + write * norm(x))
 
-    def steer(self, y: Tensor, guide: Guide, scored: Tensor | None) -> tuple[Tensor, Tensor]:
+    def steer(self, y: Tensor, guide: Guide) -> tuple[Tensor, Tensor]:
         """Pull attention's result towards mu by a velocity, which a decay bounds (MU=pid)."""
         decay, pull, gain = self.pid_gains.to(y.dtype)
         # XSA leaves nothing but rounding of a first token, which eps keeps small.
-        error = F.rms_norm(y, (y.size(-1),), eps=1e-3) - pick(guide.mu, scored)
-        velocity = torch.sigmoid(decay) * pick(guide.velocity, scored)
-        velocity = velocity - torch.sigmoid(pull) * error
+        error = F.rms_norm(y, (y.size(-1),), eps=1e-3) - guide.mu
+        velocity = torch.sigmoid(decay) * guide.velocity - torch.sigmoid(pull) * error
         return y + gain * velocity, velocity
 
     def forward(
@@ -1183,26 +1159,21 @@ class Block(nn.Module):
         x0: Tensor,
         rotary: tuple[Tensor, Tensor],
         route: Any,
-        scored: Tensor | None = None,
     ) -> tuple[Tensor, Guide, Tensor | float]:
-        """Return the stream, the guide for the next layer, and the Switch loss.
-
-        With scored positions (B, S), of the last layer alone, `route` is theirs, and so is x.
-        """
+        """Return the stream, the guide for the next layer, and the Switch loss."""
         keep, inject = self.resid_mix.to(x.dtype)
         x = keep * x + inject * x0
-        y = self.attn(norm(x) * self.input_scale, guide.mu, rotary, scored)
-        x = pick(x, scored)
+        y = self.attn(norm(x) * self.input_scale, guide.mu, rotary)
         velocity = guide.velocity
         if self.config.mu == "pid":
-            y, velocity = self.steer(y, guide, scored)
+            y, velocity = self.steer(y, guide)
 
         attended = x + self.attn_scale.to(x.dtype) * y
         mlp_input = x if self.is_parallel else attended
         y, switch_loss = self.mlp(norm(mlp_input) * self.input_scale, route)
         x = attended + self.mlp_scale.to(x.dtype) * y
 
-        mu = self.next_mu(guide.mu, x) if self.makes_mu and scored is None else None
+        mu = self.next_mu(guide.mu, x) if self.makes_mu else None
         return x, Guide(mu, velocity), switch_loss
 
 
@@ -1298,10 +1269,8 @@ class GPT(nn.Module):
             return x + skip
         return torch.lerp(skip, x, torch.sigmoid(self.skip_gates[index]).to(x.dtype))
 
-    def features(
-        self, input_ids: Tensor, looped: bool = True, scored: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | float]:
-        """Return the head's normalised input, (B, S, D) where scored, and the Switch losses."""
+    def features(self, input_ids: Tensor, looped: bool = True) -> tuple[Tensor, Tensor | float]:
+        """Return the head's normalised input, (B, T, D), and the Switch losses."""
         config = self.config
         x = self.tok_emb(input_ids).to(self.dtype)
         x0 = norm(self.smear(x, input_ids) if config.smear_gate else x)
@@ -1314,8 +1283,6 @@ class GPT(nn.Module):
 
         order = config.execution_order(looped)
         routes = self.routes(input_ids, order)
-        if scored is not None:
-            routes[-1] = self.routes(pick(input_ids, scored), order)[-1]
 
         x = x0
         skips = []
@@ -1324,8 +1291,7 @@ class GPT(nn.Module):
         for step, layer in enumerate(order):
             if step >= half and skips:
                 x = self.add_skip(x, skips.pop(), step - half)
-            positions = scored if step == len(order) - 1 else None
-            x, guide, loss = self.blocks[layer](x, guide, x0, rotary, routes[step], positions)
+            x, guide, loss = self.blocks[layer](x, guide, x0, rotary, routes[step])
             switch_loss = switch_loss + loss
             if step < half:
                 skips.append(x)
@@ -1344,7 +1310,9 @@ class GPT(nn.Module):
         `looped` is off until the recurrence begins. With `scored` positions (B, S) int64 the
         result is theirs alone. In training the mean includes the Switch losses.
         """
-        x, switch_loss = self.features(input_ids, looped, scored)
+        x, switch_loss = self.features(input_ids, looped)
+        if scored is not None:
+            x = x[torch.arange(len(x), device=x.device)[:, None], scored]
         logits = F.linear(x, self.tok_emb.weight.to(x.dtype)).float()
         logits = 30.0 * torch.tanh(logits / 30.0)
         if target_ids is None:

@@ -208,17 +208,6 @@ def test_scored_positions_send_the_gradients_of_the_full_forward(mode):
         assert (elsewhere[name] - full).norm() > 1e-2 * full.norm(), name
 
 
-@torch.no_grad()
-def test_the_last_layer_works_at_the_scored_positions_alone():
-    hp = tiny_hp()
-    model = make_model(hp)
-    widths = []
-    for block in model.blocks:
-        block.mlp.register_forward_pre_hook(lambda mlp, args: widths.append(args[0].size(1)))
-    model(make_ids(hp, 3, 16), scored=SCORED)
-    assert widths == [16, 16, 16, 16, 16, 5]  # layers 0 1 2 1 2 3
-
-
 # ---- Attention and position ----------------------------------------------------------------------
 
 
@@ -295,8 +284,6 @@ def test_attention_is_its_definition(parts):
     cos, sin = rotary_tables(16, 10_000.0, 4, ALONE.device)
     expected = reference_attention(attn, x, mu, torch.atan2(sin, cos)[:, 0])
     torch.testing.assert_close(attn(x, mu, (cos, sin)), expected, rtol=1e-4, atol=1e-5)
-    at_some = attn(x, mu, (cos, sin), SCORED[:2])
-    torch.testing.assert_close(at_some, at(SCORED[:2], expected), rtol=1e-4, atol=1e-5)
 
 
 @pytest.fixture
