@@ -2516,7 +2516,11 @@ def train(
     started = dist.synchronize()
     if warms_up:
         with Progress("compile and warm up", 1, dist.rank):
-            warm_up(forward, model, optimizers, gradients, loader)
+            try:
+                warm_up(forward, model, optimizers, gradients, loader)
+            except torch._dynamo.exc.TorchDynamoException as error:
+                reason = str(error).splitlines()[0]
+                raise ConfigError(f"compiling failed; COMPILE=0 runs eager ({reason})") from error
     warmup_steps = WARMUP_STEPS if warms_up else 0
     log(
         f"warmup_step:{warmup_steps}/{warmup_steps} random tokens, undone, "

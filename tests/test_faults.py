@@ -17,14 +17,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from helpers_cli import (
     ROOT,
     Dataset,
     Result,
     Run,
+    assert_refused,
     cli_env,
     eval_env,
     full_environment,
+    run_command,
     run_in_process,
     train,
     without_progress,
@@ -79,6 +82,22 @@ def test_weights_outlive_a_failing_export_and_the_same_command_exports_them(
     assert "CHECKPOINT_EVERY=1)" in result.out
     again = train(tmp_path, dataset, **SAVED)
     assert again.same_as(trained)
+
+
+# ---- The compiler fails
+
+
+@pytest.mark.slow
+def test_a_broken_compiler_is_found_before_the_clock_starts(dataset, tmp_path):
+    if not train_gpt.can_compile(train_gpt.Hyperparameters(), torch.device("cpu")):
+        pytest.skip("no C++ compiler or no Python.h")
+    for name in ("g++", "clang++"):
+        (tmp_path / name).write_text("#!/bin/sh\nexit 1\n")
+        (tmp_path / name).chmod(0o755)
+    paths = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    result = run_command("train_gpt.py", cli_env(dataset, COMPILE=1) | paths, tmp_path)
+    assert_refused(result, "error: compiling failed; COMPILE=0 runs eager (")
+    assert "step:1/" not in result.out
 
 
 # ---- A rank is killed
