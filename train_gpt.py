@@ -338,10 +338,14 @@ class Dist:
     @classmethod
     def from_torchrun(cls) -> "Dist":
         """Join the process group that torchrun announces in the environment. Raises ConfigError."""
-        rank = int(os.environ.get("RANK", "0"))
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        require(8 % world_size == 0, f"WORLD_SIZE={world_size} does not divide 8")
+        numbers = []
+        for name, alone in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
+            text = os.environ.get(name, alone)
+            require(text.isdecimal(), f"{name}={text!r}: expected a number, as torchrun sets it")
+            numbers.append(int(text))
+        rank, local_rank, world_size = numbers
+        require(world_size in (1, 2, 4, 8), f"WORLD_SIZE={world_size} does not divide 8")
+        require(rank < world_size, f"RANK={rank} WORLD_SIZE={world_size}: not set by torchrun")
 
         count = torch.cuda.device_count()
         require(count == 0 or local_rank < count, f"rank {rank} finds only {count} CUDA devices")
@@ -353,7 +357,10 @@ class Dist:
         if world_size > 1:
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             ten_minutes = datetime.timedelta(minutes=10)
-            torch.distributed.init_process_group(backend, timeout=ten_minutes)
+            try:
+                torch.distributed.init_process_group(backend, timeout=ten_minutes)
+            except ValueError as error:
+                raise ConfigError(f"WORLD_SIZE={world_size} without torchrun: {error}") from error
         return cls(rank, world_size, device)
 
     def all_sum(self, tensor: Tensor, op=torch.distributed.ReduceOp.SUM) -> Tensor:
@@ -1787,15 +1794,23 @@ MAX_HEADER_BYTES = 1 << 16
 STORAGE = {"matrix": "q", "embedding": "q", "int8": "qh", "float16": "h", "uint8": "t"}  # by rule
 
 
+def find_brotli() -> Any:
+    """Return the module brotli, or None where it is not installed or does not load."""
+    try:
+        import brotli
+    except (ImportError, OSError):
+        return None
+    return brotli
+
+
 def compress(data: bytes, fast: bool = False) -> tuple[int, bytes]:
     """Return the codec's number and the smaller of zstd-22 and brotli-11, or `fast`, zstd-22."""
     import zstandard
 
     packed = ZSTD, zstandard.ZstdCompressor(22).compress(data)
-    if fast or importlib.util.find_spec("brotli") is None:
+    brotli = find_brotli()
+    if fast or brotli is None:
         return packed
-    import brotli
-
     smaller = brotli.compress(data, quality=11, lgwin=24)
     return (BROTLI, smaller) if len(smaller) < len(packed[1]) else packed
 
@@ -2740,7 +2755,7 @@ def main() -> None:
     if val.partial:
         log(f"warning: the validation split lacks {val.lacks}: scores are PARTIAL")
     if dist.rank == 0:
-        if importlib.util.find_spec("brotli") is None:
+        if find_brotli() is None:
             log("brotli is not installed: zstd alone, a larger file")
         with Progress("estimate the artifact", 1):
             expected = dry_run(hp, model)

@@ -384,6 +384,13 @@ def test_worlds_and_batches_that_do_not_divide_are_refused(dataset, tmp_path):
     for world_size in (3, 16):
         env = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world_size)}
         refused(cli_env(dataset) | env, tmp_path, f"WORLD_SIZE={world_size} does not divide 8")
+    left_over = {
+        "RANK=1 WORLD_SIZE=1: not set by torchrun": {"RANK": "1"},
+        "RANK='first': expected a number": {"RANK": "first"},
+        "WORLD_SIZE=2 without torchrun: ": {"WORLD_SIZE": "2"},
+    }
+    for message, env in left_over.items():
+        refused(cli_env(dataset) | env, tmp_path, message)
     assert not list(tmp_path.iterdir())
     assert [Hyperparameters().grad_accum_steps(n) for n in (1, 2, 4, 8)] == [8, 4, 2, 1]
     # Six sequences, of which four fit in a pass, are two passes; where one fits, they are six.
