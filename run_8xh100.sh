@@ -96,13 +96,13 @@ set_profile() {
 }
 
 pick_profile() {
-  local gpus argument
+  local gpus argument numbers='^__(nnodes|node_rank|nproc_per_node)=([0-9]+)$'  # bash 3.2 wants it in a variable
   gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')  # none if CUDA_VISIBLE_DEVICES is empty
   for NPROC in 8 4 2 1; do if ((NPROC <= gpus)); then break; fi; done
   NODES=1 NODE_RANK=
   for argument in "$@"; do
     [[ $argument == *=* ]] || die "$argument: torchrun arguments are written --name=value here"
-    [[ ${argument//-/_} =~ ^__(nnodes|node_rank|nproc_per_node)=([0-9]+)$ ]] || continue
+    [[ ${argument//-/_} =~ $numbers ]] || continue
     case ${BASH_REMATCH[1]} in
       nnodes) NODES=${BASH_REMATCH[2]} ;;
       node_rank) NODE_RANK=${BASH_REMATCH[2]} ;;
@@ -116,10 +116,10 @@ pick_profile() {
 }
 
 pick_data() {
-  local name
+  local name size='_sp([0-9]+)$'
   if [[ -n ${DATA_PATH:-} ]]; then
     name=$(basename "$DATA_PATH")
-    if [[ $name =~ _sp([0-9]+)$ ]]; then default VOCAB_SIZE "${BASH_REMATCH[1]}"; fi
+    if [[ $name =~ $size ]]; then default VOCAB_SIZE "${BASH_REMATCH[1]}"; fi
     name=$(dirname "$(dirname "$DATA_PATH")")/tokenizers/fineweb_${VOCAB_SIZE:-8192}_bpe.model
     if [[ -f $name ]]; then default TOKENIZER_PATH "$name"; fi
   elif [[ ! -d data/datasets/fineweb10B_sp${VOCAB_SIZE:-8192} ]]; then
@@ -166,11 +166,11 @@ train_and_score() {
 
 # What make_record.py would refuse after hours of training is refused before. Leaves its arguments in $RECORD.
 plan_record() {
-  local commit words word
+  local commit words word numbers='^[0-9]+( [0-9]+)*$'
   commit=$(git describe --always --dirty 2>/dev/null) || commit=unknown-dirty
   [[ $commit != *-dirty || ${RECORD_ARGS:-} == *--allow-commit* ]] ||
     die "SEEDS makes a record, and this tree is not a clean commit; commit first, or RECORD_ARGS='... --allow-commit'"
-  [[ $SEEDS =~ ^[0-9]+(\ [0-9]+)*$ && -z $(tr ' ' '\n' <<<"$SEEDS" | sort | uniq -d) ]] ||
+  [[ $SEEDS =~ $numbers && -z $(tr ' ' '\n' <<<"$SEEDS" | sort | uniq -d) ]] ||
     die "SEEDS=$SEEDS: expected different numbers with a space between them"
   words=$("$PYTHON" -c 'import shlex, sys; print(*shlex.split(sys.argv[1]), sep="\n")' "${RECORD_ARGS:---name TokenRouted}" 2>/dev/null) ||
     die "RECORD_ARGS=$RECORD_ARGS: a quote is not closed"

@@ -130,3 +130,20 @@ def test_a_stage_that_fails_ends_the_chain_with_its_line(workplace, arguments, e
     assert last.startswith("error: ")
     assert message in last
     assert not list((workplace / "logs").glob("failed*.ptz"))
+
+
+LATER_THAN_BASH_3_2 = {  # or not in the tools of a Mac, each with a line that has it
+    r"=~ (?!\$\w+ )": "[[ $name =~ _sp([0-9]+)$ ]]",
+    r"\b(mapfile|readarray|coproc)\b": "mapfile -t lines",
+    r"(declare|local) -[An]": "declare -A table",
+    r"\$\{\w+(\^|,)": "echo ${name,,}",
+    r"&>>|\|&": "make |& tee log",
+    r"\b(realpath|nproc)\b|readlink -f|sed -i|stat -c|date -d": "cores=$(nproc)",
+}
+
+
+@pytest.mark.parametrize("pattern", LATER_THAN_BASH_3_2)
+def test_shell_scripts_keep_to_what_a_mac_has(pattern):
+    assert re.search(pattern, LATER_THAN_BASH_3_2[pattern])
+    for path in (ROOT / "run_8xh100.sh", ROOT / "tests" / "run.sh", ROOT / ".ci" / "run"):
+        assert not re.search(pattern, path.read_text()), path
