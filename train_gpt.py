@@ -2700,6 +2700,16 @@ def warn_of_typos(log: Log, environ: dict[str, str], knobs: Iterable[str]) -> No
             log(f"warning: {name} is not a knob; did you mean {match}?")
 
 
+def estimate(hp: Hyperparameters, model: GPT, log: Log) -> None:
+    """Log what the artifact will take. Raises ConfigError where it cannot be made or fit."""
+    if find_brotli() is None:
+        log("brotli is not installed: zstd alone, a larger file")
+    with Progress("estimate the artifact", 1):
+        expected = dry_run(hp, model)
+    _, total = submission_bytes(hp, len(expected.artifact), "dry run")
+    log(f"{budget_table(expected)}\ndry run: {total} bytes of code + model expected")
+
+
 def export(
     hp: Hyperparameters, dist: Dist, log: Log, state: dict, hessians: dict, tokenizer_sha256: str
 ) -> Path:
@@ -2755,12 +2765,7 @@ def main() -> None:
     if val.partial:
         log(f"warning: the validation split lacks {val.lacks}: scores are PARTIAL")
     if dist.rank == 0:
-        if find_brotli() is None:
-            log("brotli is not installed: zstd alone, a larger file")
-        with Progress("estimate the artifact", 1):
-            expected = dry_run(hp, model)
-        _, total = submission_bytes(hp, len(expected.artifact), "dry run")
-        log(f"{budget_table(expected)}\ndry run: {total} bytes of code + model expected")
+        estimate(hp, model, log)
 
     torch.set_float32_matmul_precision("high")
     done, checkpoints = train(hp, dist, log, model.to(dist.device), loader, val)
