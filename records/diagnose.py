@@ -1,13 +1,14 @@
-"""Show what the parts of a trained model do: experts' load and specialisation, branches, mu.
+"""Show what the parts of a trained model do: experts' load and specialisation, cost of branches.
 
-    python records/diagnose.py logs/RUN_ID.ptz    # RUN_ID_diagnosis.md and .png beside it
-    python records/diagnose.py logs/RUN_ID.ptz --targets 100000 --out /tmp
+    python records/diagnose.py logs/RUN_ID.ptz > diagnosis.md
+    python records/diagnose.py logs/RUN_ID.ptz --targets 100000
 
-Needs the artifact, its tokenizer and validation shards; DATA_PATH, TOKENIZER_PATH, DTYPE and
-MICRO_BATCH_TOKENS are those of eval_sliding.py. DTYPE is float32 on a CPU unless it is set.
-The sample is the first 8,192 targets of the split, so that a small model takes a CPU less than two
-minutes; a larger one tells smaller costs from noise. Every cost is the change of the loss over
-whole windows when parameters are zero, or experts exchanged; weights come back bit for bit.
+Prints tables in Markdown. Needs the artifact, its tokenizer and validation shards; DATA_PATH,
+TOKENIZER_PATH, DTYPE and MICRO_BATCH_TOKENS are those of eval_sliding.py. DTYPE is float32 on a CPU
+unless it is set. The sample is the first 8,192 targets of the split, so that a small model takes a
+CPU less than two minutes; a larger one tells smaller costs from noise. Every cost is the change of
+the loss over whole windows when parameters are zero, or experts exchanged; weights come back bit
+for bit.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import ArgumentParser, figure_png, markdown_table, optional
+from common import ArgumentParser, markdown_table
 from torch import Tensor, nn
 
 from eval_sliding import check_tokenizer_made, same, snapshot
@@ -40,23 +41,21 @@ from train_gpt import (
     load_tokenizer,
     require,
     run_entry_point,
-    write_atomically,
 )
 
 TARGETS = 8_192
+Row = dict[object, object]  # of a table, by column
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """All that the tables and the picture show, in pandas frames; layers count from 0."""
+    """All that the tables show, none of experts in a dense model; layers count from 0."""
 
     run_id: str
     config: ModelConfig
     score: Score
-    load: object  # layers x experts: share of the choices of all passes; then two measures
-    specialisation: object  # layers x measures; both are empty without experts
-    costs: object  # branches x (all, layers): rise of the loss, nats per token; dearest first
-    mu: object  # places in the order of execution x measures; empty without mu
+    experts: list[Row]  # of each layer: shares of the choices of all passes, then measures
+    costs: list[Row]  # of each branch: rise of the loss, nats per token, in all layers and in each
 
     def title(self) -> str:
         """Return the run, and which loss on how many targets: a part never looks like a result."""
@@ -131,89 +130,27 @@ def cosine(experts: Tensor) -> float:
 # ---- Measurements --------------------------------------------------------------------------------
 
 
-class Probe:
-    """Sums over real tokens, by depth, that hooks on a masked model collect in forward passes."""
+def load_of(masked: GPT, scorer: Scorer, batch_size: int) -> Tensor:
+    """Return how many real tokens (layer, expert) chose each expert, over all passes of a layer."""
+    config = masked.config
+    order = iter(())
+    real_BT = None
+    load = torch.zeros(config.num_layers, config.num_experts, dtype=torch.float64)
 
-    def __init__(self, model: GPT, device: torch.device):
-        self.config = model.config
-        self.order = model.config.execution_order(True)
-        self.depth = -1
-        self.last_mu = None
-        R, E = len(self.order), self.config.num_experts
-        self.sums = collections.defaultdict(lambda: torch.zeros(R, dtype=torch.float64))
-        self.load = torch.zeros(R, E, dtype=torch.float64, device=device)
-        self.on_table = torch.zeros(R, E, dtype=torch.float64, device=device)
-        self.handles = []
-        for block in model.blocks:
-            self.handles.append(block.attn.register_forward_pre_hook(self.see_attention))
-            self.handles.append(block.mlp.register_forward_pre_hook(self.see_mlp))
+    def count(mlp: nn.Module, args: tuple[Tensor, Tensor]) -> None:
+        chosen_NE = mlp.choose(*args)[0][real_BT]
+        load[next(order)] += chosen_NE.double().sum(0).cpu()
 
-    def begin(self, real_BT: Tensor) -> None:
-        """Expect a batch, of which these tokens are no padding."""
-        self.depth = -1
-        self.last_mu = None
-        self.real = real_BT
-
-    def add(self, name: str, y: Tensor) -> None:
-        """Count the squares of y (B, T, C) as a mean over channels and a sum over tokens."""
-        self.sums[name][self.depth] += y[self.real].double().square().mean(-1).sum().item()
-
-    def see_attention(self, attn: nn.Module, args: tuple) -> None:
-        """Compare projections without and with mu, in float32, where a small bias counts."""
-        self.depth += 1
-        x, mu = args[:2]
-        if mu is None:
-            return
-        x, mu = x.float(), mu.float()
-        plain = attn.qkv(x, None, None)
-        guided = attn.qkv(x, mu, None)
-        for i, name in enumerate("qkv"):
-            self.add(name, plain[i])
-            self.add(f"bias {name}", guided[i] - plain[i])
-        self.add("mu", mu)
-        if self.last_mu is not None:
-            cosine = F.cosine_similarity(mu, self.last_mu, dim=-1)[self.real]
-            self.sums["cosine"][self.depth] += cosine.double().sum().item()
-        self.last_mu = mu
-
-    def see_mlp(self, mlp: nn.Module, args: tuple) -> None:
-        if not self.config.is_routed:
-            return
-        x, table_BTE = args
-        chosen_NE = mlp.choose(x, table_BTE)[0][self.real].double()
-        self.load[self.depth] += chosen_NE.sum(0)
-        self.on_table[self.depth] += (chosen_NE * table_BTE[self.real]).sum(0)
-
-    def layer_load(self, layer: int) -> tuple[list[float], float]:
-        """Return the share of each expert over all passes, and that of choices of the table."""
-        depths = [depth for depth, run in enumerate(self.order) if run == layer]
-        load = self.load[depths].sum(0)
-        on_table = self.on_table[depths].sum() / load.sum()
-        return (load / load.sum()).tolist(), on_table.item()
-
-    def mu_by_depth(self, tokens: int) -> list[dict[str, float]]:
-        """Return a row per place in the order of execution; what does not exist is NaN."""
-        rows = []
-        for depth, layer in enumerate(self.order):
-            sums = {name: total[depth].item() for name, total in self.sums.items()}
-            if "mu" not in sums:
-                return []
-            row = {"layer": layer}
-            for name in "qkv":
-                ratio = sums[f"bias {name}"] / sums[name] if sums[name] else math.nan
-                row[name] = math.sqrt(ratio)
-            row["rms mu"] = math.sqrt(sums["mu"] / tokens)
-            row["cosine"] = sums["cosine"] / tokens if depth else math.nan
-            rows.append(row)
-        return rows
-
-
-def balance(load: list[float]) -> dict[object, float]:
-    """Return the shares by expert and two measures, of which 1 and 1 are a perfect balance."""
-    entropy = -sum(share * math.log(share) for share in load if share > 0)
-    relative = entropy / math.log(len(load)) if len(load) > 1 else 1.0
-    row = dict(enumerate(load))
-    return row | {"max/mean": max(load) * len(load), "entropy / log E": relative}
+    handles = [block.mlp.register_forward_pre_hook(count) for block in masked.blocks]
+    for batch in scorer.windows.split(batch_size):
+        input_ids, _, _, column_BT = scorer.batch(batch, config.train_seq_len, batch_size)
+        real_BT = column_BT < scorer.num_targets
+        order = iter(config.execution_order(True))
+        masked.features(input_ids)
+        scorer.progress.update(scorer.progress.done + len(batch))
+    for handle in handles:
+        handle.remove()
+    return load
 
 
 @torch.no_grad()
@@ -236,7 +173,7 @@ def diagnose(model: GPT, val: ValData, hp: Hyperparameters, run_id: str) -> Diag
     layers = range(config.num_layers)
     found = branches(masked)
     routed = layers if config.is_routed else ()
-    passes = 2 + len(routed) + len(found) * (1 + len(layers))
+    passes = 1 + bool(routed) + len(routed) + len(found) * (1 + len(layers))
 
     with Progress("diagnose", passes * windows) as progress:
 
@@ -255,150 +192,60 @@ def diagnose(model: GPT, val: ValData, hp: Hyperparameters, run_id: str) -> Diag
                 return score().val_loss - base.val_loss
 
         base = score()
-        probe = Probe(masked, device)
-        scorer = new_scorer()
-        for batch in scorer.windows.split(batch_size):
-            input_ids, _, _, column_BT = scorer.batch(batch, seq_len, batch_size)
-            probe.begin(column_BT < scorer.num_targets)
-            masked.features(input_ids)
-            progress.update(progress.done + len(batch))
-        for handle in probe.handles:
-            handle.remove()
-
-        costs = {}
+        costs = []
         for branch, views in found.items():
             everywhere = [view for layer in layers for view in views[layer]]
-            costs[branch] = {"all": cost(zeroed(everywhere))}
+            row = {"branch": branch, "all": cost(zeroed(everywhere))}
             for layer in layers:
-                costs[branch][layer] = cost(zeroed(views[layer]))
-        specialisation = {}
+                row[layer] = cost(zeroed(views[layer]))
+            costs.append(row)
+        costs.sort(key=lambda row: -row["all"])
+        counts = load_of(masked, new_scorer(), batch_size) if routed else None
+        experts = []
         for layer in routed:
+            shares = (counts[layer] / counts[layer].sum()).tolist()
             mlp = masked.blocks[layer].mlp
-            row = {"shift nats": cost(next_expert(mlp))}
-            row["abs cos up"] = cosine(mlp.expert_up)
-            row["abs cos down"] = cosine(mlp.expert_down)
-            if config.has_router:
-                _, row["keeps table"] = probe.layer_load(layer)
-            specialisation[layer] = row
+            row = {"layer": layer, **dict(enumerate(shares)), "max/mean": max(shares) * len(shares)}
+            row["shift"] = cost(next_expert(mlp))
+            row |= {"cos up": cosine(mlp.expert_up), "cos down": cosine(mlp.expert_down)}
+            experts.append(row)
     assert same(masked.state_dict(), before), "weights were not restored"
-
-    pandas = optional("pandas")
-    load = {layer: balance(probe.layer_load(layer)[0]) for layer in routed}
-    return Diagnosis(
-        run_id,
-        config,
-        base,
-        pandas.DataFrame.from_dict(load, orient="index"),
-        pandas.DataFrame.from_dict(specialisation, orient="index"),
-        pandas.DataFrame.from_dict(costs, orient="index").sort_values("all", ascending=False),
-        pandas.DataFrame(probe.mu_by_depth(base.target_tokens)),
-    )
+    return Diagnosis(run_id, config, base, experts, costs)
 
 
-# ---- Text and picture ----------------------------------------------------------------------------
+# ---- Text ----------------------------------------------------------------------------------------
 
 
-def frame_table(corner: str, frame) -> str:
-    """Return a frame as Markdown with four digits, and a dash for NaN."""
-    rows = []
-    for index, row in zip(frame.index, frame.itertuples(index=False), strict=True):
-        cells = [f"{x:.4f}" if isinstance(x, float) else str(x) for x in row]
-        rows.append([index, *("-" if cell == "nan" else cell for cell in cells)])
-    return markdown_table([corner, *frame.columns], rows)
+def table(rows: list[Row]) -> str:
+    """Return rows as Markdown with four digits, and a dash for NaN."""
+    lines = []
+    for row in rows:
+        cells = [f"{x:.4f}" if isinstance(x, float) else str(x) for x in row.values()]
+        lines.append(["-" if cell == "nan" else cell for cell in cells])
+    return markdown_table(rows[0], lines)
 
 
 def report(found: Diagnosis) -> str:
     """Return the tables, each with how to read it."""
     config = found.config
-    order = " ".join(map(str, config.execution_order(True)))
     per_byte = found.score.bpb / found.score.val_loss
     unit = "mean gate over E" if config.routing == "soft" else "share of the tokens' choices"
-    load = f"By layer over all passes: {unit}; 1 is balance in the last columns."
-    special = (
-        "Shift: cost of giving each token the next expert in this layer alone, nats per token. "
+    load = (
+        f"By expert, over all passes: {unit}; max/mean is 1 where they are balanced. Shift: cost "
     )
-    special += (
-        "Abs cos of two experts: 0 unrelated, 1 copies. Keeps table: share of a router's choices."
-    )
-    zeroing = (
-        f"Rise of the loss, nats per token (times {per_byte:.4f}: bits per byte), in all layers "
-    )
-    zeroing += "or one. Costs do not add up: the others were trained beside the branch."
-    mu = (
-        "Q, k, v: RMS of what mu adds to the projection over the RMS of the projection without it. "
-    )
-    mu += "Cosine: with the mu of the depth before."
-    sections = [
-        ("Expert load", load, "layer", found.load, "No experts."),
-        ("Specialisation", special, "layer", found.specialisation, "No experts."),
-        ("Cost of zeroing a branch", zeroing, "branch", found.costs, ""),
-        ("Mu by depth", mu, "depth", found.mu, "No mu."),
-    ]
+    load += "of giving each token the next expert in this layer alone, nats per token. Cos: mean "
+    load += "absolute cosine of two experts, 0 unrelated, 1 copies."
+    zeroing = f"Rise of the loss, nats per token (times {per_byte:.4f}: bits per byte), in all "
+    zeroing += "layers or one. Costs do not add up: the others were trained beside the branch."
+    sections = [("Experts", load, found.experts)]
+    sections += [("Cost of zeroing a branch", zeroing, found.costs)]
+    order = " ".join(map(str, config.execution_order(True)))
     experts = f"routing:{config.routing} experts:{config.num_experts} mu:{config.mu}"
     parts = [f"# {found.title()}", f"{experts} layers as run:{order}"]
-    for title, text, corner, frame, absent in sections:
-        parts.append(f"## {title}")
-        parts += [text, frame_table(corner, frame)] if len(frame) else [absent]
+    for title, text, rows in sections:
+        if rows:
+            parts += [f"## {title}", text, table(rows)]
     return "\n\n".join(parts) + "\n"
-
-
-def draw_load(axes, found: Diagnosis) -> None:
-    shares_LE = 100 * found.load[list(range(found.config.num_experts))]
-    limit = 200 / found.config.num_experts
-    image = axes.imshow(shares_LE.T, aspect="auto", cmap="PuOr_r", vmin=0, vmax=limit)
-    axes.figure.colorbar(image, ax=axes, extend="max")
-    axes.set(xlabel="layer", ylabel="expert", xticks=range(len(shares_LE)))
-
-
-def draw_costs(axes, found: Diagnosis) -> None:
-    costs = found.costs[::-1]  # the dearest on top
-    # The numbers stand beside the names, where no bar can run into them.
-    names = [f"{name}  {cost:+.4f}" for name, cost in costs["all"].items()]
-    axes.barh(names, costs["all"], label="in all layers")
-    for layer in costs.columns[1:]:
-        axes.plot(costs[layer], names, "o", mec="black", label=f"in layer {layer}")
-    axes.set_xscale("symlog", linthresh=1e-3)  # costs span decades and may be negative
-    axes.set_xlabel("nats per token, logarithmic beyond 0.001")
-
-
-def draw_specialisation(axes, found: Diagnosis) -> None:
-    frame = found.specialisation
-    axes.bar(frame.index, frame["shift nats"], label="cost of the next expert, nats per token")
-    for name in ("abs cos up", "abs cos down"):
-        axes.plot(frame.index, frame[name], "o-", label=name)
-    axes.set(xlabel="layer", xticks=frame.index)
-
-
-def draw_mu(axes, found: Diagnosis) -> None:
-    for name in "qkv":
-        axes.plot(found.mu[name], "o-", label=f"into {name}")
-    axes.set_xticks(found.mu.index, found.mu["layer"])
-    axes.set(xlabel="layer, in the order of execution", ylabel="ratio")
-    axes.set_ylim(bottom=0)
-
-
-def picture(found: Diagnosis) -> bytes:
-    """Return a PNG of four panels; one whose subject the model lacks says so."""
-    figure = optional("matplotlib.figure").Figure(figsize=(16, 10), layout="constrained")
-    figure.suptitle(found.title(), fontsize=14, fontweight="bold")
-    ratio = "Mu: RMS of what it adds over RMS of the projection"
-    panels = [
-        ("Expert load: share in %, white is balance", draw_load, found.load, "no experts"),
-        ("Cost of zeroing a branch", draw_costs, found.costs, ""),
-        ("Specialisation of experts", draw_specialisation, found.specialisation, "no experts"),
-        (ratio, draw_mu, found.mu, "no mu"),
-    ]
-    for axes, (title, draw, subject, absent) in zip(
-        figure.subplots(2, 2).flat, panels, strict=True
-    ):
-        axes.set_title(title)
-        if len(subject):
-            draw(axes, found)
-            if axes.get_legend_handles_labels()[0]:
-                axes.legend(fontsize=8)
-        else:
-            axes.text(0.5, 0.5, absent, ha="center", va="center", fontsize=16)
-    return figure_png(figure)
 
 
 # ---- Command line --------------------------------------------------------------------------------
@@ -410,20 +257,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("artifact", type=Path, metavar="ARTIFACT")
     sample = f"the first N; 0 = the whole split; default: {TARGETS}"
     parser.add_argument("--targets", type=int, default=TARGETS, metavar="N", help=sample)
-    folder = "of the two files; default: the artifact's"
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help=folder)
     args = parser.parse_args()
     require(args.targets >= 0, f"--targets {args.targets}: expected a number of targets, 0 for all")
     return args
 
 
 def main() -> None:
-    """Print the tables of an artifact, write them and the picture. Raises ConfigError."""
+    """Print the tables of an artifact. Raises ConfigError."""
     args = parse_arguments()
-    for module in ("pandas", "matplotlib.figure"):
-        optional(module)  # better now than after the measurements
-    folder = args.out or args.artifact.parent
-    require(folder.is_dir() or not folder.exists(), f"--out {folder}: not a folder")
     dist = Dist.from_torchrun()
     require(dist.world_size == 1, f"WORLD_SIZE={dist.world_size}: diagnose.py is for one process")
     defaults = {} if dist.device.type == "cuda" else {"DTYPE": "float32"}
@@ -438,11 +279,7 @@ def main() -> None:
     check_tokenizer_made(val.tokens, load_tokenizer(hp)[0], hp.dataset_dir)
     choose_attention(hp.attention, model, dist.device, lambda text: None)
 
-    found = diagnose(model, val, hp, args.artifact.stem)
-    text = report(found)
-    write_atomically(folder / f"{found.run_id}_diagnosis.md", text.encode())
-    write_atomically(folder / f"{found.run_id}_diagnosis.png", picture(found))
-    print(text, end="")
+    print(report(diagnose(model, val, hp, args.artifact.stem)), end="")
 
 
 if __name__ == "__main__":
