@@ -37,11 +37,9 @@ import signal
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -247,28 +245,14 @@ def files_of(folder: Path, cell: Cell, suffix: str = ".txt") -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-@dataclass
+@dataclass(frozen=True)
 class Study:
-    """A folder of runs, with the scripts as they were at the start, and its children."""
+    """A folder of runs, with the scripts as they were at the start."""
 
     out: Path
     score: str  # that counts: sliding | artifact
     train: bytes
     evaluation: bytes
-    jobs: int
-    lock: int  # descriptor that children inherit: the folder is taken while one lives
-    children: set = field(default_factory=set)
-    stopped: threading.Event = field(default_factory=threading.Event)
-
-    def __post_init__(self):
-        cores = range(os.cpu_count() or 1)
-        if hasattr(os, "sched_getaffinity"):
-            cores = sorted(os.sched_getaffinity(0))
-        self.threads = max(1, len(cores) // self.jobs)
-        self.shares = []
-        for first in range(0, self.jobs * self.threads, self.threads):
-            share = {cores[core % len(cores)] for core in range(first, first + self.threads)}
-            self.shares.append(share)
 
     def closing_line(self, cell: Cell, seed: int) -> dict[str, object]:
         """Return what ends the log of a run: everything that decides its figures."""
@@ -295,84 +279,98 @@ class Study:
                     message = f"{path} was made with {both}: use another --out"
                     require(old.get(key) == new.get(key), message)
 
-    # ---- Runs, in child processes
 
-    def pin(self) -> None:
-        """Give a thread its share of the cores, which the processes that it starts inherit."""
-        share = self.shares.pop()
-        if hasattr(os, "sched_setaffinity"):
-            os.sched_setaffinity(0, share)
+# ---- Runs ----------------------------------------------------------------------------------------
 
-    def stop(self) -> None:
-        """Kill every child, and let no further one start."""
-        self.stopped.set()
-        for child in list(self.children):
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
 
-    def call(self, cell: Cell, seed: int, name: str, *argv: str) -> None:
-        """Run a script to its end. Raises ConfigError with its last words if it fails."""
+def shares_of_cores(jobs: int) -> list[list[int]]:
+    """Return the cores of each job: equally many, and none of another's while there are enough."""
+    cores = list(range(os.cpu_count() or 1))
+    if hasattr(os, "sched_getaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+    threads = max(1, len(cores) // jobs)
+    firsts = range(0, jobs * threads, threads)
+    return [[cores[core % len(cores)] for core in range(i, i + threads)] for i in firsts]
+
+
+class Run:
+    """The training and evaluation of a cell with a seed, in a child process."""
+
+    def __init__(self, study: Study, cell: Cell, seed: int, cores: list[int], lock: int):
+        """Start. The child inherits `lock`: the study's folder is taken while it lives."""
+        self.study, self.cell, self.seed, self.cores = study, cell, seed, cores
+        name = f"{cell.name}_seed{seed}"
+        self.log = study.out / "logs" / f"{name}.txt"
+        self.printed = self.log.with_suffix(".out")
+        for old in self.log.parent.glob(f"{name}.*"):
+            old.unlink()
         foreign = KNOBS | {"RANK", "LOCAL_RANK", "WORLD_SIZE"}
         env = {key: value for key, value in os.environ.items() if key not in foreign}
-        env |= {"OMP_NUM_THREADS": str(self.threads), **cell.knobs}
+        env |= {"OMP_NUM_THREADS": str(len(cores)), **cell.knobs}
         env |= {"SEED": str(seed), "RUN_ID": name}
-        output = self.out / "logs" / f"{name}.out"
-        with open(output, "ab") as printed:
-            child = subprocess.Popen(
-                [sys.executable, *argv],
-                cwd=self.out,
+        script = '"$0" train_gpt.py'
+        if study.score == "sliding":
+            script += f' && exec "$0" eval_sliding.py logs/{name}.ptz'
+        with open(self.printed, "wb") as printed:
+            self.child = subprocess.Popen(
+                ["sh", "-c", script, sys.executable],
+                cwd=study.out,
                 env=env,
                 stdin=subprocess.DEVNULL,
                 stdout=printed,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                pass_fds=(self.lock,),
+                pass_fds=(lock,),
+                preexec_fn=self.pin,
             )
-            self.children.add(child)
-            if self.stopped.is_set():
-                self.stop()
-            status = child.wait()
-            self.children.discard(child)
-        words = output.read_text(errors="replace").strip() or f"exit status {status}"
-        require(status == 0, words.splitlines()[-1])
 
-    def run(self, cell: Cell, seed: int) -> str:
-        """Train and score. Returns the score, or why there is none."""
-        name = f"{cell.name}_seed{seed}"
-        log = self.out / "logs" / f"{name}.txt"
-        for old in log.parent.glob(f"{name}.*"):
-            old.unlink()
+    def pin(self) -> None:
+        """Keep this process on its own cores, where the platform can."""
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, self.cores)
+
+    def finish(self) -> str:
+        """File the log of a run that has ended. Returns its score, or why there is none."""
+        status = self.child.returncode
         try:
-            self.call(cell, seed, name, "train_gpt.py")
-            if self.score == "sliding":
-                self.call(cell, seed, name, "eval_sliding.py", f"logs/{name}.ptz")
-            row = row_of(log, self.score)
+            words = self.printed.read_text(errors="replace").strip() or f"exit status {status}"
+            require(status == 0, words.splitlines()[-1])
+            row = row_of(self.log, self.study.score)
         except ConfigError as error:
-            return "stopped" if self.stopped.is_set() else f"FAILED: {error}"
+            return f"FAILED: {error}"
         # The log in its place says that the run is done. The script stands beside it.
-        body = log.read_bytes().replace(self.train, b"")
-        last = self.closing_line(cell, seed) | {"threads": self.threads}
-        write_atomically(self.out / log.name, body + json.dumps(last).encode() + b"\n")
-        log.unlink()
-        log.with_suffix(".out").unlink()
+        body = self.log.read_bytes().replace(self.study.train, b"")
+        last = self.study.closing_line(self.cell, self.seed) | {"threads": len(self.cores)}
+        target = self.study.out / self.log.name
+        write_atomically(target, body + json.dumps(last).encode() + b"\n")
+        self.log.unlink()
+        self.printed.unlink()
         return f"{row['val_bpb']:.4f}"
 
-    def run_all(self, cells: list[Cell], todo: list[tuple[Cell, int]]) -> None:
-        """Run what is to do and bring the table up to date after each."""
-        started = time.perf_counter()
-        with ThreadPoolExecutor(self.jobs, initializer=self.pin) as pool:
-            futures = {pool.submit(self.run, cell, seed): (cell, seed) for cell, seed in todo}
-            try:
-                for done, future in enumerate(as_completed(futures), 1):
-                    cell, seed = futures[future]
-                    said = f"{done}/{len(todo)} {cell.name} seed {seed}: {future.result()}"
-                    write_outputs(self.out, cells)
-                    left = (time.perf_counter() - started) / done * (len(todo) - done) / 60
-                    print(f"{said}, {left:.0f} min left", flush=True)
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                self.stop()
-                raise
+
+def run_all(study: Study, cells: list[Cell], todo: list, jobs: int, lock: int) -> None:
+    """Run pairs of cell and seed, `jobs` at a time, and bring the table up to date after each."""
+    started = time.perf_counter()
+    waiting, free, running = list(todo), shares_of_cores(jobs), []
+    try:
+        while waiting or running:
+            while waiting and free:
+                cell, seed = waiting.pop(0)
+                running.append(Run(study, cell, seed, free.pop(), lock))
+            ended = [run for run in running if run.child.poll() is not None]
+            for run in ended:
+                running.remove(run)
+                free.append(run.cores)
+                said = f"{run.cell.name} seed {run.seed}: {run.finish()}"
+                write_outputs(study.out, cells)
+                done = len(todo) - len(waiting) - len(running)
+                left = (time.perf_counter() - started) / done * (len(todo) - done) / 60
+                print(f"{done}/{len(todo)} {said}, {left:.0f} min left", flush=True)
+            time.sleep(0 if ended else 0.1)
+    finally:
+        for run in running:
+            os.killpg(run.child.pid, signal.SIGKILL)
+            run.child.wait()
 
 
 # ---- Table ---------------------------------------------------------------------------------------
@@ -564,7 +562,7 @@ def main() -> None:
         more["TARGET_BYTES"] = str(args.model_bytes + code_bytes)
 
     with sole_runner(args.out.absolute()) as lock:
-        study = Study(args.out.absolute(), args.score, train, evaluation, args.jobs, lock)
+        study = Study(args.out.absolute(), args.score, train, evaluation)
         cells = settle(cells, study.out)
         cells = [replace(cell, knobs=cell.knobs | more) for cell in cells]
         for cell in cells:
@@ -579,7 +577,7 @@ def main() -> None:
         write_atomically(study.out / "train_gpt.py", train)
         write_atomically(study.out / "eval_sliding.py", evaluation)
         (study.out / "logs").mkdir(exist_ok=True)
-        study.run_all(cells, todo)
+        run_all(study, cells, todo, args.jobs, lock)
         comparable = write_outputs(study.out, cells)
     print((study.out / "table.md").read_text())
     sys.exit(0 if comparable else 1)

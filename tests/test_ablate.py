@@ -34,7 +34,7 @@ if plan.get("die") == run:
 if plan.get("hang") == run:
     time.sleep(60)
 if plan.get("stop_parent") == run:
-    os.kill(os.getppid(), 15)
+    os.kill(plan["runner"], 15)
     time.sleep(60)
 seed = int(env["SEED"])
 bpb = 2.0 + 0.1 * seed - float(env.get("MATRIX_LR", 0)) * (1 + seed % 3)
@@ -72,8 +72,8 @@ class Study:
         self.plan()
         self.write(*CELLS)
 
-    def plan(self, **which: str) -> None:
-        which["notes"] = str(self.notes)
+    def plan(self, **which: object) -> None:
+        which |= {"notes": str(self.notes), "runner": os.getpid()}
         (self.folder / "plan.json").write_text(json.dumps(which))
 
     def write(self, *lines: str) -> None:
