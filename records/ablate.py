@@ -245,39 +245,21 @@ def files_of(folder: Path, cell: Cell, suffix: str = ".txt") -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-@dataclass(frozen=True)
-class Study:
-    """A folder of runs, with the scripts as they were at the start."""
+def check_logs(out: Path, cells: list[Cell], fixed: dict[str, str]) -> None:
+    """Raise ConfigError when a log was made otherwise than the grid would have it now.
 
-    out: Path
-    score: str  # that counts: sliding | artifact
-    train: bytes
-    evaluation: bytes
-
-    def closing_line(self, cell: Cell, seed: int) -> dict[str, object]:
-        """Return what ends the log of a run: everything that decides its figures."""
-        return {
-            "event": "ablation",
-            "cell": cell.name,
-            "seed": seed,
-            "score": self.score,
-            "knobs": cell.knobs,
-            "script_sha256": hashlib.sha256(self.train).hexdigest(),
-            "eval_sha256": hashlib.sha256(self.evaluation).hexdigest(),
-        }
-
-    def check_logs(self, cells: list[Cell]) -> None:
-        """Raise ConfigError when a log was made otherwise than the grid would have it now."""
-        for cell in cells:
-            for seed, path in files_of(self.out, cell).items():
-                made = events_of(path).get("ablation")
-                require(made is not None, f"{path}: has no closing line of ablate.py")
-                old = made | made["knobs"]
-                new = self.closing_line(cell, seed) | cell.knobs
-                for key in sorted((old | new).keys() - {"knobs", "threads"}):
-                    both = f"{key}={old.get(key)}, now it is {new.get(key)}"
-                    message = f"{path} was made with {both}: use another --out"
-                    require(old.get(key) == new.get(key), message)
+    `fixed` is what the closing lines of all logs of a study share: score and scripts.
+    """
+    for cell in cells:
+        for seed, path in files_of(out, cell).items():
+            made = events_of(path).get("ablation")
+            require(made is not None, f"{path}: has no closing line of ablate.py")
+            old = {key: made.get(key) for key in (*fixed, "cell", "seed")} | made["knobs"]
+            new = fixed | {"cell": cell.name, "seed": seed} | cell.knobs
+            for key in sorted(old.keys() | new.keys()):
+                both = f"{key}={old.get(key)}, now it is {new.get(key)}"
+                message = f"{path} was made with {both}: use another --out"
+                require(old.get(key) == new.get(key), message)
 
 
 # ---- Runs ----------------------------------------------------------------------------------------
@@ -296,11 +278,11 @@ def shares_of_cores(jobs: int) -> list[list[int]]:
 class Run:
     """The training and evaluation of a cell with a seed, in a child process."""
 
-    def __init__(self, study: Study, cell: Cell, seed: int, cores: list[int], lock: int):
+    def __init__(self, out: Path, cell: Cell, seed: int, fixed: dict, cores: list, lock: int):
         """Start. The child inherits `lock`: the study's folder is taken while it lives."""
-        self.study, self.cell, self.seed, self.cores = study, cell, seed, cores
+        self.out, self.cell, self.seed, self.fixed, self.cores = out, cell, seed, fixed, cores
         name = f"{cell.name}_seed{seed}"
-        self.log = study.out / "logs" / f"{name}.txt"
+        self.log = out / "logs" / f"{name}.txt"
         self.printed = self.log.with_suffix(".out")
         for old in self.log.parent.glob(f"{name}.*"):
             old.unlink()
@@ -309,12 +291,12 @@ class Run:
         env |= {"OMP_NUM_THREADS": str(len(cores)), **cell.knobs}
         env |= {"SEED": str(seed), "RUN_ID": name}
         script = '"$0" train_gpt.py'
-        if study.score == "sliding":
+        if fixed["score"] == "sliding":
             script += f' && exec "$0" eval_sliding.py logs/{name}.ptz'
         with open(self.printed, "wb") as printed:
             self.child = subprocess.Popen(
                 ["sh", "-c", script, sys.executable],
-                cwd=study.out,
+                cwd=out,
                 env=env,
                 stdin=subprocess.DEVNULL,
                 stdout=printed,
@@ -335,20 +317,20 @@ class Run:
         try:
             words = self.printed.read_text(errors="replace").strip() or f"exit status {status}"
             require(status == 0, words.splitlines()[-1])
-            row = row_of(self.log, self.study.score)
+            row = row_of(self.log, self.fixed["score"])
         except ConfigError as error:
             return f"FAILED: {error}"
         # The log in its place says that the run is done. The script stands beside it.
-        body = self.log.read_bytes().replace(self.study.train, b"")
-        last = self.study.closing_line(self.cell, self.seed) | {"threads": len(self.cores)}
-        target = self.study.out / self.log.name
-        write_atomically(target, body + json.dumps(last).encode() + b"\n")
+        body = self.log.read_bytes().replace((self.out / "train_gpt.py").read_bytes(), b"")
+        last = {"event": "ablation", "cell": self.cell.name, "seed": self.seed, **self.fixed}
+        last |= {"knobs": self.cell.knobs, "threads": len(self.cores)}
+        write_atomically(self.out / self.log.name, body + json.dumps(last).encode() + b"\n")
         self.log.unlink()
         self.printed.unlink()
         return f"{row['val_bpb']:.4f}"
 
 
-def run_all(study: Study, cells: list[Cell], todo: list, jobs: int, lock: int) -> None:
+def run_all(out: Path, cells: list[Cell], todo: list, fixed: dict, jobs: int, lock: int) -> None:
     """Run pairs of cell and seed, `jobs` at a time, and bring the table up to date after each."""
     started = time.perf_counter()
     waiting, free, running = list(todo), shares_of_cores(jobs), []
@@ -356,13 +338,13 @@ def run_all(study: Study, cells: list[Cell], todo: list, jobs: int, lock: int) -
         while waiting or running:
             while waiting and free:
                 cell, seed = waiting.pop(0)
-                running.append(Run(study, cell, seed, free.pop(), lock))
+                running.append(Run(out, cell, seed, fixed, free.pop(), lock))
             ended = [run for run in running if run.child.poll() is not None]
             for run in ended:
                 running.remove(run)
                 free.append(run.cores)
                 said = f"{run.cell.name} seed {run.seed}: {run.finish()}"
-                write_outputs(study.out, cells)
+                write_outputs(out, cells)
                 done = len(todo) - len(waiting) - len(running)
                 left = (time.perf_counter() - started) / done * (len(todo) - done) / 60
                 print(f"{done}/{len(todo)} {said}, {left:.0f} min left", flush=True)
@@ -561,25 +543,27 @@ def main() -> None:
         code_bytes = LOADER_BYTES + len(pack_source(train + b"\0" + evaluation))
         more["TARGET_BYTES"] = str(args.model_bytes + code_bytes)
 
-    with sole_runner(args.out.absolute()) as lock:
-        study = Study(args.out.absolute(), args.score, train, evaluation)
-        cells = settle(cells, study.out)
-        cells = [replace(cell, knobs=cell.knobs | more) for cell in cells]
+    out = args.out.absolute()
+    fixed = {"score": args.score}
+    fixed["script_sha256"] = hashlib.sha256(train).hexdigest()
+    fixed["eval_sha256"] = hashlib.sha256(evaluation).hexdigest()
+    with sole_runner(out) as lock:
+        cells = [replace(cell, knobs=cell.knobs | more) for cell in settle(cells, out)]
         for cell in cells:
             cell.hyperparameters()
-        study.check_logs(cells)
+        check_logs(out, cells, fixed)
 
         # Seed by seed, so that a study that is cut short has something of every cell.
         asked = [(cell, seed) for seed in dict.fromkeys(args.seeds) for cell in cells]
-        todo = [(cell, seed) for cell, seed in asked if seed not in files_of(study.out, cell)]
+        todo = [(cell, seed) for cell, seed in asked if seed not in files_of(out, cell)]
         if args.jobs > 1 and any(cell.hyperparameters().max_wallclock_seconds for cell in cells):
             print("warning: runs that seconds cap share the machine", file=sys.stderr)
-        write_atomically(study.out / "train_gpt.py", train)
-        write_atomically(study.out / "eval_sliding.py", evaluation)
-        (study.out / "logs").mkdir(exist_ok=True)
-        run_all(study, cells, todo, args.jobs, lock)
-        comparable = write_outputs(study.out, cells)
-    print((study.out / "table.md").read_text())
+        write_atomically(out / "train_gpt.py", train)
+        write_atomically(out / "eval_sliding.py", evaluation)
+        (out / "logs").mkdir(exist_ok=True)
+        run_all(out, cells, todo, fixed, args.jobs, lock)
+        comparable = write_outputs(out, cells)
+    print((out / "table.md").read_text())
     sys.exit(0 if comparable else 1)
 
 

@@ -3,21 +3,20 @@
     python records/diagnose.py logs/RUN_ID.ptz > diagnosis.md
     python records/diagnose.py logs/RUN_ID.ptz --targets 100000
 
-Prints tables in Markdown. Needs the artifact, its tokenizer and validation shards; DATA_PATH,
-TOKENIZER_PATH, DTYPE and MICRO_BATCH_TOKENS are those of eval_sliding.py. DTYPE is float32 on a CPU
-unless it is set. The sample is the first 8,192 targets of the split, so that a small model takes a
-CPU less than two minutes; a larger one tells smaller costs from noise. Every cost is the change of
-the loss over whole windows when parameters are zero, or experts exchanged; weights come back bit
-for bit.
+Prints tables in Markdown, line by line as they are measured. Needs the artifact, its tokenizer and
+validation shards; DATA_PATH, TOKENIZER_PATH, DTYPE and MICRO_BATCH_TOKENS are those of
+eval_sliding.py. DTYPE is float32 on a CPU unless it is set. The sample is the first 8,192 targets
+of the split, so that a small model takes a CPU less than two minutes; a larger one tells smaller
+costs from noise. Every cost is the change of the loss over whole windows when parameters are zero,
+or experts exchanged; weights come back bit for bit.
 """
 
 import argparse
 import collections
 import contextlib
-import math
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,18 +24,15 @@ import torch.nn.functional as F
 from common import ArgumentParser, markdown_table
 from torch import Tensor, nn
 
-from eval_sliding import check_tokenizer_made, same, snapshot
+from eval_sliding import check_tokenizer_made
 from train_gpt import (
     GPT,
     Dist,
     Hyperparameters,
-    ModelConfig,
-    Progress,
     Score,
-    Scorer,
     ValData,
-    Windowing,
     choose_attention,
+    evaluate,
     load_artifact,
     load_tokenizer,
     require,
@@ -45,23 +41,7 @@ from train_gpt import (
 
 TARGETS = 8_192
 Row = dict[object, object]  # of a table, by column
-
-
-@dataclass(frozen=True)
-class Diagnosis:
-    """All that the tables show, none of experts in a dense model; layers count from 0."""
-
-    run_id: str
-    config: ModelConfig
-    score: Score
-    experts: list[Row]  # of each layer: shares of the choices of all passes, then measures
-    costs: list[Row]  # of each branch: rise of the loss, nats per token, in all layers and in each
-
-    def title(self) -> str:
-        """Return the run, and which loss on how many targets: a part never looks like a result."""
-        which = "PARTIAL loss, first" if self.score.partial else "loss, all"
-        loss = f"{self.score.val_loss:.4f} nats per token, {self.score.bpb:.4f} bits per byte"
-        return f"{self.run_id}: {which} {self.score.target_tokens:,} targets of the split: {loss}"
+Cost = Callable[[contextlib.AbstractContextManager], float]  # of a change: nats per token
 
 
 # ---- Changes to a model --------------------------------------------------------------------------
@@ -130,122 +110,86 @@ def cosine(experts: Tensor) -> float:
 # ---- Measurements --------------------------------------------------------------------------------
 
 
-def load_of(masked: GPT, scorer: Scorer, batch_size: int) -> Tensor:
-    """Return how many real tokens (layer, expert) chose each expert, over all passes of a layer."""
-    config = masked.config
-    order = iter(())
-    real_BT = None
-    load = torch.zeros(config.num_layers, config.num_experts, dtype=torch.float64)
+@torch.no_grad()
+def shares_of(model: GPT, tokens: Tensor, batch_size: int) -> list[list[float]]:
+    """Return by layer the share of each expert in the choices for whole windows of tokens (N,).
 
-    def count(mlp: nn.Module, args: tuple[Tensor, Tensor]) -> None:
-        chosen_NE = mlp.choose(*args)[0][real_BT]
-        load[next(order)] += chosen_NE.double().sum(0).cpu()
+    Over all passes of a layer; for soft routing, the mean gate. The model's dispatch is masked.
+    """
+    load = torch.zeros(model.config.num_layers, model.config.num_experts, dtype=torch.float64)
+    handles = []
+    for layer, block in enumerate(model.blocks):
 
-    handles = [block.mlp.register_forward_pre_hook(count) for block in masked.blocks]
-    for batch in scorer.windows.split(batch_size):
-        input_ids, _, _, column_BT = scorer.batch(batch, config.train_seq_len, batch_size)
-        real_BT = column_BT < scorer.num_targets
-        order = iter(config.execution_order(True))
-        masked.features(input_ids)
-        scorer.progress.update(scorer.progress.done + len(batch))
+        def count(mlp: nn.Module, args: tuple[Tensor, Tensor], layer: int = layer) -> None:
+            load[layer] += mlp.choose(*args)[0].double().sum((0, 1)).cpu()
+
+        handles.append(block.mlp.register_forward_pre_hook(count))
+    seq_len = min(model.config.train_seq_len, len(tokens))
+    windows = tokens[: len(tokens) // seq_len * seq_len].view(-1, seq_len).long()
+    for batch in windows.split(batch_size):
+        model.features(batch)
     for handle in handles:
         handle.remove()
-    return load
+    return (load / load.sum(1, keepdim=True)).tolist()
 
 
-@torch.no_grad()
-def diagnose(model: GPT, val: ValData, hp: Hyperparameters, run_id: str) -> Diagnosis:
-    """Measure everything on all targets of `val`, in whole windows. Leaves `model` as it was."""
+def expert_rows(model: GPT, shares: list[list[float]], cost: Cost) -> Iterator[Row]:
+    """Yield a row of each layer: load and specialisation of its experts."""
+    for layer, block in enumerate(model.blocks):
+        row = {"layer": layer, **dict(enumerate(shares[layer]))}
+        row["max/mean"] = max(shares[layer]) * len(shares[layer])
+        row["shift"] = cost(next_expert(block.mlp))
+        row["cos up"] = cosine(block.mlp.expert_up)
+        row["cos down"] = cosine(block.mlp.expert_down)
+        yield row
+
+
+def cost_rows(model: GPT, cost: Cost) -> Iterator[Row]:
+    """Yield a row of each branch: its cost in all layers at once, then in each."""
+    for branch, views in branches(model).items():
+        everywhere = [view for layer in views.values() for view in layer]
+        row = {"branch": branch, "all": cost(zeroed(everywhere))}
+        for layer, own in views.items():
+            row[layer] = cost(zeroed(own))
+        yield row
+
+
+def diagnose(
+    model: GPT, val: ValData, hp: Hyperparameters
+) -> tuple[Score, Iterator[Row], Iterator[Row]]:
+    """Return the score on `val`, and rows of experts (none without) and of branches to measure.
+
+    Leaves `model` as it was.
+    """
     # The masked dispatch computes the same, and has a factor on every expert to look at.
     with torch.device("meta"):
         masked = GPT(replace(model.config, dispatch="masked"), model.dtype)
     masked.load_state_dict(model.state_dict(), assign=True)
     for block, original in zip(masked.eval().blocks, model.blocks, strict=True):
         block.attn.attend = original.attn.attend
-    before = snapshot(masked)
+    dist = Dist(0, 1, val.tokens.device)
+    base = evaluate(masked, val, hp, dist, "diagnose")
 
-    config = masked.config
-    device = val.tokens.device
-    seq_len = config.train_seq_len
-    windows = math.ceil((len(val.tokens) - 1) / seq_len)
-    batch_size = max(1, min(hp.micro_batch_tokens // seq_len, windows))
-    windowing = Windowing(seq_len, seq_len, batch_size)
-    layers = range(config.num_layers)
-    found = branches(masked)
-    routed = layers if config.is_routed else ()
-    passes = 1 + bool(routed) + len(routed) + len(found) * (1 + len(layers))
+    def cost(change: contextlib.AbstractContextManager) -> float:
+        with change:
+            return evaluate(masked, val, hp, dist, "diagnose").val_loss - base.val_loss
 
-    with Progress("diagnose", passes * windows) as progress:
-
-        def new_scorer() -> Scorer:
-            scorer = Scorer(masked, val, Dist(0, 1, device), windowing, "diagnose")
-            scorer.progress = progress  # one for all passes
-            return scorer
-
-        def score() -> Score:
-            scorer = new_scorer()
-            scorer.score(scorer.share)
-            return scorer.total()
-
-        def cost(change: contextlib.AbstractContextManager) -> float:
-            with change:
-                return score().val_loss - base.val_loss
-
-        base = score()
-        costs = []
-        for branch, views in found.items():
-            everywhere = [view for layer in layers for view in views[layer]]
-            row = {"branch": branch, "all": cost(zeroed(everywhere))}
-            for layer in layers:
-                row[layer] = cost(zeroed(views[layer]))
-            costs.append(row)
-        costs.sort(key=lambda row: -row["all"])
-        counts = load_of(masked, new_scorer(), batch_size) if routed else None
-        experts = []
-        for layer in routed:
-            shares = (counts[layer] / counts[layer].sum()).tolist()
-            mlp = masked.blocks[layer].mlp
-            row = {"layer": layer, **dict(enumerate(shares)), "max/mean": max(shares) * len(shares)}
-            row["shift"] = cost(next_expert(mlp))
-            row |= {"cos up": cosine(mlp.expert_up), "cos down": cosine(mlp.expert_down)}
-            experts.append(row)
-    assert same(masked.state_dict(), before), "weights were not restored"
-    return Diagnosis(run_id, config, base, experts, costs)
+    experts = iter(())
+    if model.config.is_routed:
+        batch_size = max(1, hp.micro_batch_tokens // model.config.train_seq_len)
+        experts = expert_rows(masked, shares_of(masked, val.tokens[:-1], batch_size), cost)
+    return base, experts, cost_rows(masked, cost)
 
 
-# ---- Text ----------------------------------------------------------------------------------------
-
-
-def table(rows: list[Row]) -> str:
-    """Return rows as Markdown with four digits, and a dash for NaN."""
-    lines = []
-    for row in rows:
-        cells = [f"{x:.4f}" if isinstance(x, float) else str(x) for x in row.values()]
-        lines.append(["-" if cell == "nan" else cell for cell in cells])
-    return markdown_table(rows[0], lines)
-
-
-def report(found: Diagnosis) -> str:
-    """Return the tables, each with how to read it."""
-    config = found.config
-    per_byte = found.score.bpb / found.score.val_loss
-    unit = "mean gate over E" if config.routing == "soft" else "share of the tokens' choices"
-    load = (
-        f"By expert, over all passes: {unit}; max/mean is 1 where they are balanced. Shift: cost "
-    )
-    load += "of giving each token the next expert in this layer alone, nats per token. Cos: mean "
-    load += "absolute cosine of two experts, 0 unrelated, 1 copies."
-    zeroing = f"Rise of the loss, nats per token (times {per_byte:.4f}: bits per byte), in all "
-    zeroing += "layers or one. Costs do not add up: the others were trained beside the branch."
-    sections = [("Experts", load, found.experts)]
-    sections += [("Cost of zeroing a branch", zeroing, found.costs)]
-    order = " ".join(map(str, config.execution_order(True)))
-    experts = f"routing:{config.routing} experts:{config.num_experts} mu:{config.mu}"
-    parts = [f"# {found.title()}", f"{experts} layers as run:{order}"]
-    for title, text, rows in sections:
-        if rows:
-            parts += [f"## {title}", text, table(rows)]
-    return "\n\n".join(parts) + "\n"
+def print_table(title: str, text: str, rows: Iterator[Row]) -> None:
+    """Print rows as Markdown, each at once, with four digits and a dash for NaN. None: nothing."""
+    for number, row in enumerate(rows):
+        cells = [f"{x:.4f}" if isinstance(x, float) else x for x in row.values()]
+        lines = markdown_table(row, [["-" if cell == "nan" else cell for cell in cells]])
+        if number == 0:
+            print(f"\n## {title}\n\n{text}\n\n{lines}", flush=True)
+        else:
+            print(lines.splitlines()[-1], flush=True)
 
 
 # ---- Command line --------------------------------------------------------------------------------
@@ -279,7 +223,23 @@ def main() -> None:
     check_tokenizer_made(val.tokens, load_tokenizer(hp)[0], hp.dataset_dir)
     choose_attention(hp.attention, model, dist.device, lambda text: None)
 
-    print(report(diagnose(model, val, hp, args.artifact.stem)), end="")
+    score, experts, costs = diagnose(model, val, hp)
+    which = "PARTIAL loss, first" if score.partial else "loss, all"
+    print(f"# {args.artifact.stem}: {which} {score.target_tokens:,} targets of the split: ", end="")
+    print(f"{score.val_loss:.4f} nats per token, {score.bpb:.4f} bits per byte\n")
+    config = model.config
+    order = " ".join(map(str, config.execution_order(True)))
+    print(f"routing:{config.routing} experts:{config.num_experts} mu:{config.mu} layers:{order}")
+
+    load = "By expert, the share of the choices over all passes; max/mean is 1 where they are "
+    load += "balanced. Shift: cost of giving each token the next expert in this layer alone, nats "
+    load += "per token. Cos: mean absolute cosine of two experts, 0 unrelated, 1 copies."
+    print_table("Experts", load, experts)
+    zeroing = f"Rise of the loss, nats per token (times {score.bpb / score.val_loss:.4f}: bits per "
+    zeroing += (
+        "byte), in all layers or one. Costs do not add up: the others were trained beside it."
+    )
+    print_table("Cost of zeroing a branch", zeroing, costs)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from helpers_cli import VOCAB_SIZE, assert_refused, eval_env, run_in_process, wr
 import train_gpt
 
 N = 40  # targets: two whole windows of 16 and a half, so that there is padding
+WHOLE = 32
 
 
 def split(partial: bool = True) -> train_gpt.ValData:
@@ -32,19 +33,25 @@ def loss_of(model, hp) -> float:
     return train_gpt.evaluate(model, split(), hp, ALONE, "test").val_loss
 
 
+def found_in(model, hp) -> tuple[float, list[dict], dict[str, dict]]:
+    """Return the loss, rows of experts, and those of branches by name."""
+    score, experts, costs = diagnose.diagnose(model, split(), hp)
+    return score.val_loss, list(experts), {row["branch"]: row for row in costs}
+
+
 # ---- Measurements
 
 
 @pytest.mark.parametrize("knobs", [{"routing_per_pass": False}, {"dispatch": "grouped"}], ids=str)
 def test_the_load_of_a_table_is_a_count_of_the_tokens(knobs):
     model, hp = model_of(**knobs)
-    rows = diagnose.diagnose(model, split(), hp, "run").experts
+    _, rows, _ = found_in(model, hp)
     experts = list(range(hp.model.num_experts))
     for layer in range(hp.model.num_layers):
         chosen = []
         for step in range(hp.model.execution_order(True).count(layer)):
             shift = step if hp.model.routing_per_pass else 0
-            for token in split().tokens[:-1].tolist():
+            for token in split().tokens[:WHOLE].tolist():
                 chosen.append((int(model.expert_table[layer, token]) + shift) % len(experts))
         shares = np.bincount(chosen, minlength=len(experts)) / len(chosen)
         assert [rows[layer][expert] for expert in experts] == pytest.approx(list(shares), abs=1e-12)
@@ -53,7 +60,7 @@ def test_the_load_of_a_table_is_a_count_of_the_tokens(knobs):
 
 def test_the_load_of_a_router_is_what_it_chose_for_each_token():
     model, hp = model_of(routing="hybrid", num_layers=2)
-    rows = diagnose.diagnose(model, split(), hp, "run").experts
+    _, rows, _ = found_in(model, hp)
     gates = {0: [], 1: []}
     for layer, block in enumerate(model.blocks):
 
@@ -61,24 +68,24 @@ def test_the_load_of_a_router_is_what_it_chose_for_each_token():
             gates[layer].append(mlp.choose(*args)[0][0].double())
 
         block.mlp.register_forward_pre_hook(record)
-    for start in range(0, N, 16):  # windows one by one and without padding
-        model.features(split().tokens[start : min(start + 16, N)][None].long())
+    for start in range(0, WHOLE, 16):
+        model.features(split().tokens[start : start + 16][None].long())
     for layer, parts in gates.items():
         chosen = torch.cat(parts)
-        assert len(chosen) == N
-        shares = (chosen.sum(0) / N).tolist()
+        assert len(chosen) == WHOLE
+        shares = (chosen.sum(0) / WHOLE).tolist()
         assert [rows[layer][expert] for expert in range(4)] == pytest.approx(shares, abs=1e-6)
 
 
 def test_exchanging_experts_is_a_shift_of_the_layers_table():
     model, hp = model_of()
-    found = diagnose.diagnose(model, split(), hp, "run")
+    loss, experts, _ = found_in(model, hp)
     for layer in range(hp.model.num_layers):
         table = model.expert_table[layer].clone()
         model.expert_table[layer] = (table + 1) % hp.model.num_experts
-        shifted = loss_of(model, hp) - found.score.val_loss
+        shifted = loss_of(model, hp) - loss
         model.expert_table[layer] = table
-        assert found.experts[layer]["shift"] == pytest.approx(shifted, abs=1e-9)
+        assert experts[layer]["shift"] == pytest.approx(shifted, abs=1e-9)
 
 
 def test_cosines_of_experts_take_no_pair_twice():
@@ -117,14 +124,13 @@ MU = {
 def test_the_cost_of_a_branch_is_that_of_zeros_in_its_place(mu):
     model, hp = model_of(mu=mu, routing="hybrid")
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    found = diagnose.diagnose(model, split(), hp, "run")
-    costs = {row["branch"]: row for row in found.costs}
+    loss, _, costs = found_in(model, hp)
     assert costs.keys() == MU[mu].keys()
     for branch, (parameter, rows) in MU[mu].items():
         for column, layers in (("all", range(3)), (1, [1])):
             for layer in layers:
                 model.state_dict()[f"blocks.{layer}.{parameter}"][rows] = 0
-            cost = loss_of(model, hp) - found.score.val_loss
+            cost = loss_of(model, hp) - loss
             model.load_state_dict(weights)
             assert costs[branch][column] == pytest.approx(cost, abs=1e-9)
             assert cost != 0
@@ -135,7 +141,7 @@ def test_weights_come_back_bit_for_bit_even_after_a_failure():
     with torch.no_grad():
         model.blocks[0].attn.mu_gain[0, 0] = -0.0
     before = {name: tensor.numpy().tobytes() for name, tensor in model.state_dict().items()}
-    diagnose.diagnose(model, split(), hp, "run")
+    found_in(model, hp)
     mlp = model.blocks[0].mlp
 
     def fail(change) -> None:
@@ -191,18 +197,13 @@ def test_every_kind_of_model_gets_its_tables(routing, mu, dataset, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
-def test_the_numbers_of_the_text_are_those_of_the_structure():
-    model, hp = model_of(mu="pid", routing="hybrid")
-    found = diagnose.diagnose(model, split(), hp, "run")
-    text = diagnose.report(found)
-    for row in found.costs:
-        branch, *costs = row.values()
-        assert f"\n| {branch} | {' | '.join(f'{cost:.4f}' for cost in costs)} |\n" in text
-    dearest = [row["all"] for row in found.costs]
-    assert dearest == sorted(dearest, reverse=True)
-    for row in found.experts:
-        layer, *measures = row.values()
-        assert f"\n| {layer} | {' | '.join(f'{x:.4f}' for x in measures)} |\n" in text
+def test_a_table_has_four_digits_a_dash_for_nan_and_is_not_there_without_rows(capsys):
+    rows = [{"layer": 0, "x": 0.25, "y": math.nan}, {"layer": 1, "x": -1.0, "y": 2.0}]
+    diagnose.print_table("Title", "Text.", iter(rows))
+    table = "| layer | x | y |\n|---|---|---|\n| 0 | 0.2500 | - |\n| 1 | -1.0000 | 2.0000 |\n"
+    assert capsys.readouterr().out == f"\n## Title\n\nText.\n\n{table}"
+    diagnose.print_table("Title", "Text.", iter([]))
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.slow
