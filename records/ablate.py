@@ -1,7 +1,6 @@
 """Run a grid of settings over seeds, each a training and its evaluation, and compare the cells.
 
     python records/ablate.py grid.txt --out study --seeds 1 2 3 --model-bytes 1000000
-    python records/ablate.py grid.txt --out study --seeds 1 2 3 --dry-run    # widths, bytes, runs
 
 One line of GRID is one cell; the first cell is the control:
 
@@ -14,36 +13,37 @@ Paths in GRID are relative to it. Knobs of the caller's environment do not count
 and TOKENIZER_PATH. Every cell but the control gets the integer width (--solve) whose estimated
 artifact is nearest to the control's in bytes.
 
-The same command again runs what is missing or has failed, and nothing twice. --out gets a log per
-run, artifacts/, failed/ (what failing runs printed), sources/ (the script, by the SHA-256 that ends
-each log), results.csv, table.md and plot.png.
+The same command again runs what is missing or has failed, and nothing twice. --out gets the
+scripts, a finished log per run, logs/ (artifacts, and what unfinished runs wrote and printed),
+results.csv and table.md. With --jobs N, N runs at a time have N equal shares of the cores, and none
+computes on the cores of another.
 Exit status: 1 if a run has failed or model bytes differ by more than 1 % from the control's.
 """
 
 import argparse
 import bisect
 import contextlib
+import csv
 import fcntl
 import functools
 import hashlib
+import io
 import json
 import math
 import os
 import re
 import shlex
-import shutil
 import signal
+import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from common import ROOT, ArgumentParser, figure_png, markdown_table, optional
+from common import ROOT, ArgumentParser, markdown_table, optional
 from runlog import RunLog
 
 from eval_sliding import EvalConfig
@@ -175,47 +175,40 @@ def nearest_width(size: Callable[[int], int], start: int, goal: int, step: int =
     return min(neighbours, key=lambda width: abs(size(width) - goal))
 
 
-def solve(cell: Cell, goal: int) -> dict[str, int]:
-    """Return bytes and parameters of a cell and, unless off, the width for `goal` bytes."""
-    if cell.solve == "off":
-        size, params = estimate(cell)
-        return {"bytes": size, "params": params}
+def solve(cell: Cell, goal: int) -> int:
+    """Return the width of a cell for `goal` bytes. Raises ConfigError when none is near enough."""
 
     @functools.cache
-    def estimate_width(width: int) -> tuple[int, int]:
-        return estimate(cell, **{cell.solve: width})
+    def size(width: int) -> int:
+        return estimate(cell, **{cell.solve: width})[0]
 
     model = cell.hyperparameters().model
     start, step = model.shared_dim, 1
     if cell.solve == "EXPERT_DIM":
         start, step = model.expert_dim, 1 if model.has_router or model.dispatch == "masked" else 8
-    width = nearest_width(lambda width: estimate_width(width)[0], start, goal, step)
-    size, params = estimate_width(width)
-    return {"width": width, "bytes": size, "params": params}
+    width = nearest_width(size, start, goal, step)
+    gives = f"{cell.solve}={width} gives {size(width):,} bytes, the control has {goal:,}"
+    message = f"{cell.where}: cell {cell.name}: {gives}"
+    require(abs(size(width) - goal) <= TOLERANCE * goal, message)
+    return width
 
 
-def settle(cells: list[Cell], out: Path, script: bytes) -> dict[str, dict]:
-    """Return bytes, params and the solved width by cell, kept in widths.json.
+def settle(cells: list[Cell], out: Path) -> list[Cell]:
+    """Return the cells with the widths that make their bytes equal. Raises ConfigError.
 
-    Raises ConfigError for a cell that no width brings within TOLERANCE of the control.
+    A cell that has run already keeps its width; check_logs() compares everything else.
     """
-    path = out / "widths.json"
-    cache = json.loads(path.read_text()) if path.exists() else {}
-    settled = {}
-    goal = 0
+    settled, goal = [], 0
     for cell in cells:
-        inputs = [cell.solve, cell.knobs, cells[0].knobs, hashlib.sha256(script).hexdigest()]
-        key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
-        if key not in cache:
-            cache[key] = solve(cell, goal)
-            write_atomically(path, json.dumps(cache, indent=1).encode())
-        found = cache[key]
-        settled[cell.name] = found
-        goal = goal or found["bytes"]  # of the control, which is the first
         if cell.solve != "off":
-            nearest = f"{cell.solve}={found['width']} gives {found['bytes']:,} bytes"
-            message = f"{cell.where}: cell {cell.name}: {nearest}, {cells[0].name} has {goal:,}"
-            require(abs(found["bytes"] - goal) <= TOLERANCE * goal, message)
+            made = [events_of(log).get("ablation") for log in files_of(out, cell).values()]
+            width = made[0]["knobs"].get(cell.solve) if made and made[0] else None
+            if width is None:
+                goal = goal or estimate(cells[0])[0]
+                width = solve(cell, goal)
+                print(f"{cell.name}: {cell.solve}={width} for {goal:,} bytes", flush=True)
+            cell = replace(cell, knobs=cell.knobs | {cell.solve: str(width)})
+        settled.append(cell)
     return settled
 
 
@@ -235,166 +228,137 @@ def row_of(log: Path, score: str) -> dict[str, float]:
         require(name in events, f"{log.name} has no {name}")
         require(not events[name].get("partial"), f"{name} is PARTIAL")
     summary = events["train_summary"] | {"val_bpb": events[scored].get("val_bpb")}
-    row = {}
-    for name in COLUMNS:
-        value = summary.get(name)
+    row = {name: summary.get(name) for name in COLUMNS}
+    for name, value in row.items():
         good = type(value) in (int, float) and math.isfinite(value)
         require(good, f"{log.name}: {name} is {value}")
-        row[name] = value
-    row["tok_per_s"] = row["tokens"] / max(row["train_seconds"], 1e-9)
-    return row
+    return row | {"tok_per_s": row["tokens"] / max(row["train_seconds"], 1e-9)}
 
 
-def files_of(folder: Path, cell: Cell) -> dict[int, Path]:
-    """Return the files <cell>_seed<seed>.txt of a folder, by seed in order."""
+def files_of(folder: Path, cell: Cell, suffix: str = ".txt") -> dict[int, Path]:
+    """Return the files <cell>_seed<seed><suffix> of a folder, by seed in order."""
     found = {}
-    for path in folder.glob("*_seed*.txt"):
-        match = re.fullmatch(rf"{re.escape(cell.name)}_seed(\d+)\.txt", path.name)
-        if match:
-            found[int(match[1])] = path
+    for path in folder.glob(f"{cell.name}_seed*{suffix}"):
+        seed = path.name.removeprefix(f"{cell.name}_seed").removesuffix(suffix)
+        if seed.isdigit():
+            found[int(seed)] = path
     return dict(sorted(found.items()))
 
 
-@dataclass(frozen=True)
-class Study:
-    """A folder of runs, the scripts as they were at the start, and the score that counts."""
+def check_logs(out: Path, cells: list[Cell], fixed: dict[str, str]) -> None:
+    """Raise ConfigError when a log was made otherwise than the grid would have it now.
 
-    out: Path
-    score: str  # sliding | artifact
-    train: bytes
-    evaluation: bytes
-    threads: int  # of each run
-
-    def closing_line(self, cell: Cell, seed: int) -> dict[str, object]:
-        """Return what ends the log of a run: everything that decides its figures."""
-        return {
-            "event": "ablation",
-            "cell": cell.name,
-            "seed": seed,
-            "score": self.score,
-            "knobs": cell.knobs,
-            "script_sha256": hashlib.sha256(self.train).hexdigest(),
-            "eval_sha256": hashlib.sha256(self.evaluation).hexdigest(),
-        }
-
-    def check_logs(self, cells: list[Cell]) -> None:
-        """Raise ConfigError when a log was made otherwise than the grid would have it now."""
-        for cell in cells:
-            for seed, path in files_of(self.out, cell).items():
-                made = events_of(path).get("ablation")
-                require(made is not None, f"{path}: has no closing line of ablate.py")
-                old = made | made["knobs"]
-                new = self.closing_line(cell, seed) | cell.knobs
-                for key in sorted((old | new).keys() - {"knobs", "threads"}):
-                    both = f"{key}={old.get(key)}, now it is {new.get(key)}"
-                    message = f"{path} was made with {both}: use another --out"
-                    require(old.get(key) == new.get(key), message)
+    `fixed` is what the closing lines of all logs of a study share: score and scripts.
+    """
+    for cell in cells:
+        for seed, path in files_of(out, cell).items():
+            made = events_of(path).get("ablation")
+            require(made is not None, f"{path}: has no closing line of ablate.py")
+            old = {key: made.get(key) for key in (*fixed, "cell", "seed")} | made["knobs"]
+            new = fixed | {"cell": cell.name, "seed": seed} | cell.knobs
+            for key in sorted(old.keys() | new.keys()):
+                both = f"{key}={old.get(key)}, now it is {new.get(key)}"
+                message = f"{path} was made with {both}: use another --out"
+                require(old.get(key) == new.get(key), message)
 
 
 # ---- Runs ----------------------------------------------------------------------------------------
 
 
-class Runner:
-    """Runs cells in child processes, each in a work folder of its own."""
+def shares_of_cores(jobs: int) -> list[list[int]]:
+    """Return the cores of each job: equally many, and none of another's while there are enough."""
+    cores = list(range(os.cpu_count() or 1))
+    if hasattr(os, "sched_getaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+    threads = max(1, len(cores) // jobs)
+    firsts = range(0, jobs * threads, threads)
+    return [[cores[core % len(cores)] for core in range(i, i + threads)] for i in firsts]
 
-    def __init__(self, study: Study, lock: int):
-        self.study = study
-        self.lock = lock  # descriptor that children inherit: the folder is taken while one lives
-        self.children = set()
-        self.stopped = threading.Event()
 
-    def stop(self) -> None:
-        """Kill every child, and let no further one start."""
-        self.stopped.set()
-        for child in list(self.children):
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
+class Run:
+    """The training and evaluation of a cell with a seed, in a child process."""
 
-    def call(self, work: Path, cell: Cell, seed: int, *argv: str) -> None:
-        """Run a script to its end. Raises ConfigError with its last words if it fails."""
+    def __init__(self, out: Path, cell: Cell, seed: int, fixed: dict, cores: list, lock: int):
+        """Start. The child inherits `lock`: the study's folder is taken while it lives."""
+        self.out, self.cell, self.seed, self.fixed, self.cores = out, cell, seed, fixed, cores
+        name = f"{cell.name}_seed{seed}"
+        self.log = out / "logs" / f"{name}.txt"
+        self.printed = self.log.with_suffix(".out")
+        for old in self.log.parent.glob(f"{name}.*"):
+            old.unlink()
         foreign = KNOBS | {"RANK", "LOCAL_RANK", "WORLD_SIZE"}
-        env = {name: value for name, value in os.environ.items() if name not in foreign}
-        env |= {"OMP_NUM_THREADS": str(self.study.threads), **cell.knobs}
-        env |= {"SEED": str(seed), "RUN_ID": work.name}
-        with open(work / "printed.txt", "a+b") as printed:
-            child = subprocess.Popen(
-                [sys.executable, *argv],
-                cwd=work,
+        env = {key: value for key, value in os.environ.items() if key not in foreign}
+        env |= {"OMP_NUM_THREADS": str(len(cores)), **cell.knobs}
+        env |= {"SEED": str(seed), "RUN_ID": name}
+        script = '"$0" train_gpt.py'
+        if fixed["score"] == "sliding":
+            script += f' && exec "$0" eval_sliding.py logs/{name}.ptz'
+        with open(self.printed, "wb") as printed:
+            self.child = subprocess.Popen(
+                ["sh", "-c", script, sys.executable],
+                cwd=out,
                 env=env,
                 stdin=subprocess.DEVNULL,
                 stdout=printed,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                pass_fds=(self.lock,),
+                pass_fds=(lock,),
+                preexec_fn=self.pin,
             )
-            self.children.add(child)
-            if self.stopped.is_set():
-                self.stop()
-            status = child.wait()
-            self.children.discard(child)
-            printed.seek(0)
-            lines = printed.read().decode(errors="replace").split("\n")
-        words = [line.strip() for line in lines if line.strip()]
-        require(status == 0, words[-1] if words else f"exit status {status}")
 
-    def run(self, cell: Cell, seed: int) -> str:
-        """Train and score; file log and artifact, or what a failed run printed. Returns words."""
-        out = self.study.out
-        name = f"{cell.name}_seed{seed}"
-        started = time.perf_counter()
-        work = out / ".work" / name
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-        (work / "train_gpt.py").write_bytes(self.study.train)
-        (work / "eval_sliding.py").write_bytes(self.study.evaluation)
-        log = work / "logs" / f"{name}.txt"
-        failed = out / "failed" / log.name
+    def pin(self) -> None:
+        """Keep this process on its own cores, where the platform can."""
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, self.cores)
+
+    def finish(self) -> str:
+        """File the log of a run that has ended. Returns its score, or why there is none."""
+        status = self.child.returncode
         try:
-            self.call(work, cell, seed, "train_gpt.py")
-            if self.study.score == "sliding":
-                self.call(work, cell, seed, "eval_sliding.py", f"logs/{name}.ptz")
-            row = row_of(log, self.study.score)
-            (out / "artifacts").mkdir(exist_ok=True)
-            os.replace(log.with_suffix(".ptz"), out / "artifacts" / f"{name}.ptz")
-        except (ConfigError, OSError, ValueError) as error:
-            if self.stopped.is_set():
-                return "stopped"
-            printed = (work / "printed.txt").read_bytes()
-            write_atomically(failed, printed + f"\nablate.py: {error}\n".encode())
-            said = f"FAILED: {error}"
-        else:
-            # The log comes last, as it says that the run is done. sources/ has the script.
-            body = log.read_bytes().replace(self.study.train, b"")
-            last = self.study.closing_line(cell, seed) | {"threads": self.study.threads}
-            write_atomically(out / log.name, body + json.dumps(last).encode() + b"\n")
-            failed.unlink(missing_ok=True)
-            said = f"{row['val_bpb']:.4f}"
-        shutil.rmtree(work)
-        return f"{said} ({time.perf_counter() - started:.0f} s)"
+            words = self.printed.read_text(errors="replace").strip() or f"exit status {status}"
+            require(status == 0, words.splitlines()[-1])
+            row = row_of(self.log, self.fixed["score"])
+        except ConfigError as error:
+            return f"FAILED: {error}"
+        # The log in its place says that the run is done. The script stands beside it.
+        body = self.log.read_bytes().replace((self.out / "train_gpt.py").read_bytes(), b"")
+        last = {"event": "ablation", "cell": self.cell.name, "seed": self.seed, **self.fixed}
+        last |= {"knobs": self.cell.knobs, "threads": len(self.cores)}
+        write_atomically(self.out / self.log.name, body + json.dumps(last).encode() + b"\n")
+        self.log.unlink()
+        self.printed.unlink()
+        return f"{row['val_bpb']:.4f}"
 
-    def run_all(self, cells: list[Cell], todo: list[tuple[Cell, int]], jobs: int) -> None:
-        """Run what is to do, `jobs` at a time, and bring the table up to date after each."""
-        started = time.perf_counter()
-        with ThreadPoolExecutor(jobs) as pool:
-            futures = {pool.submit(self.run, cell, seed): (cell, seed) for cell, seed in todo}
-            try:
-                for done, future in enumerate(as_completed(futures), 1):
-                    cell, seed = futures[future]
-                    text = future.result()
-                    write_outputs(self.study.out, cells)
-                    left = (time.perf_counter() - started) / done * (len(todo) - done) / 60
-                    name = f"{done}/{len(todo)} {cell.name} seed {seed}"
-                    print(f"{name}: {text}, {left:.0f} min left", flush=True)
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                self.stop()
-                raise
+
+def run_all(out: Path, cells: list[Cell], todo: list, fixed: dict, jobs: int, lock: int) -> None:
+    """Run pairs of cell and seed, `jobs` at a time, and bring the table up to date after each."""
+    started = time.perf_counter()
+    waiting, free, running = list(todo), shares_of_cores(jobs), []
+    try:
+        while waiting or running:
+            while waiting and free:
+                cell, seed = waiting.pop(0)
+                running.append(Run(out, cell, seed, fixed, free.pop(), lock))
+            ended = [run for run in running if run.child.poll() is not None]
+            for run in ended:
+                running.remove(run)
+                free.append(run.cores)
+                said = f"{run.cell.name} seed {run.seed}: {run.finish()}"
+                write_outputs(out, cells)
+                done = len(todo) - len(waiting) - len(running)
+                left = (time.perf_counter() - started) / done * (len(todo) - done) / 60
+                print(f"{done}/{len(todo)} {said}, {left:.0f} min left", flush=True)
+            time.sleep(0 if ended else 0.1)
+    finally:
+        for run in running:
+            os.killpg(run.child.pid, signal.SIGKILL)
+            run.child.wait()
 
 
 # ---- Table ---------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass
 class Row:
     """A cell's runs and its mean minus the control's, bpb."""
 
@@ -405,26 +369,23 @@ class Row:
     half: float | None = None  # half-width of the 95 % confidence interval
     p: float | None = None  # of Welch's test
 
+    @property
+    def scores(self) -> list[float]:
+        return [run["val_bpb"] for run in self.runs.values()]
+
     def mean(self, column: str) -> float:
-        return sum(run[column] for run in self.runs.values()) / len(self.runs)
+        return statistics.fmean(run[column] for run in self.runs.values())
 
 
-def scores_of(rows: list[Row]):
-    """Return a pandas frame of val_bpb, seeds x cells."""
-    scores = {}
-    for row in rows:
-        scores[row.cell.name] = {seed: run["val_bpb"] for seed, run in row.runs.items()}
-    return optional("pandas").DataFrame(scores, dtype=float)
-
-
-def pooled_deviation(scores) -> tuple[float, int]:
-    """Return the standard deviation about the means of columns, and its degrees of freedom.
+def pooled_deviation(groups: list[list[float]]) -> tuple[float, int]:
+    """Return the standard deviation about the means of groups, and its degrees of freedom.
 
     With two or three seeds a cell's own would be of no use, and what seeds do to a model of one
     size differs little from cell to cell.
     """
-    freedom = int((scores.count() - 1).clip(lower=0).sum())
-    squares = ((scores - scores.mean()) ** 2).sum().sum()
+    groups = [group for group in groups if group]
+    freedom = sum(len(group) - 1 for group in groups)
+    squares = sum((x - statistics.fmean(group)) ** 2 for group in groups for x in group)
     return math.sqrt(squares / freedom) if freedom else math.nan, freedom
 
 
@@ -441,46 +402,44 @@ def compare(out: Path, cells: list[Cell]) -> list[Row]:
         runs = {}
         for seed, log in files_of(out, cell).items():
             runs[seed] = row_of(log, events_of(log)["ablation"]["score"])
-        row = Row(cell, runs)
-        control = rows[0] if rows else row
-        failed = len(files_of(out / "failed", cell).keys() - runs.keys())
-        if failed:
-            row = replace(row, note=f"failed for {failed} of {failed + len(runs)} seeds")
-        elif runs and control.runs:
+        rows.append(Row(cell, runs))
+
+    control = rows[0]
+    deviation, freedom = pooled_deviation([row.scores for row in rows])
+    for row in rows:
+        left = len(files_of(out / "logs", row.cell, ".out").keys() - row.runs.keys())
+        if left:
+            row.note = f"unfinished for {left} of {left + len(row.runs)} seeds"
+        elif row.runs and control.runs:
             off = abs(row.mean("bytes_model") / control.mean("bytes_model") - 1)
             if off > TOLERANCE:
-                row = replace(row, note=f"bytes differ by {100 * off:.1f} %")
-        rows.append(row)
-
-    scores = scores_of(rows)
-    deviation, freedom = pooled_deviation(scores)
-    control = scores[cells[0].name].dropna()
-    compared = rows[:1]
-    for row in rows[1:]:
-        mine = scores[row.cell.name].dropna()
-        if len(mine) and len(control) and not row.note:
-            row = replace(row, delta=mine.mean() - control.mean())
-            if freedom:
-                row = replace(row, half=half_width(deviation, freedom, len(mine), len(control)))
-            if min(len(mine), len(control)) > 1 and mine.std() + control.std() > 0:
-                test = optional("scipy.stats").ttest_ind(mine, control, equal_var=False)
-                row = replace(row, p=test.pvalue)
-        compared.append(row)
-    return compared
+                row.note = f"bytes differ by {100 * off:.1f} %"
+        if row is control or row.note or not row.runs or not control.runs:
+            continue
+        mine, others = row.scores, control.scores
+        row.delta = row.mean("val_bpb") - control.mean("val_bpb")
+        if freedom:
+            row.half = half_width(deviation, freedom, len(mine), len(others))
+        if min(len(mine), len(others)) > 1 and len({*mine}) + len({*others}) > 2:
+            row.p = optional("scipy.stats").ttest_ind(mine, others, equal_var=False).pvalue
+    return rows
 
 
 def resolution(rows: list[Row]) -> str:
     """Return what differences the study can see, in words."""
-    scores = scores_of(rows)
-    deviation, freedom = pooled_deviation(scores)
-    n = len(rows[0].runs)
+    control = rows[0].runs
+    deviation, freedom = pooled_deviation([row.scores for row in rows])
+    n = len(control)
     if not freedom or not n:
         return "Resolution: unknown; it takes two seeds of a cell, and the control."
     half = half_width(deviation, freedom, n, n)
     text = f"Resolution: 95 % CI of +-{half:.4f} bpb for a cell with the control's n = {n}; "
     text += f"standard deviation of seeds, pooled over cells: {deviation:.4f} (freedom {freedom})"
-    control = rows[0].cell.name
-    paired, freedom = pooled_deviation(scores.sub(scores[control], axis=0).drop(columns=control))
+    pairs = []
+    for row in rows[1:]:
+        both = row.runs.keys() & control.keys()
+        pairs.append([row.runs[seed]["val_bpb"] - control[seed]["val_bpb"] for seed in both])
+    paired, freedom = pooled_deviation(pairs)
     if freedom:
         text += f"; of differences of the same seed: {paired:.4f}"
     return f"{text}."
@@ -491,65 +450,50 @@ def table(rows: list[Row]) -> str:
     header = (
         "cell|solved width|params|model bytes|tok/s|n|float mean|mean|std|delta|95 % CI|Welch p"
     )
-    scores = scores_of(rows)
+    means = {"params": ",.0f", "bytes_model": ",.0f", "tok_per_s": ",.0f"}
+    means |= {"val_bpb_float": ".4f", "val_bpb": ".4f"}
     lines = []
     for row in rows:
-        line = dict.fromkeys(header.split("|"), "-") | {"cell": row.cell.name, "n": len(row.runs)}
-        if row.runs:
-            if row.cell.solve != "off":
-                line["solved width"] = f"{row.cell.solve}={row.cell.knobs[row.cell.solve]}"
-            line["params"] = f"{row.mean('params'):,.0f}"
-            line["model bytes"] = f"{row.mean('bytes_model'):,.0f}"
-            line["tok/s"] = f"{row.mean('tok_per_s'):,.0f}"
-            line["float mean"] = f"{row.mean('val_bpb_float'):.4f}"
-            line["mean"] = f"{row.mean('val_bpb'):.4f}"
+        width = std = delta = interval = p = "-"
+        if row.runs and row.cell.solve != "off":
+            width = f"{row.cell.solve}={row.cell.knobs[row.cell.solve]}"
+        shown = ["-" if not row.runs else format(row.mean(name), means[name]) for name in means]
         if len(row.runs) > 1:
-            line["std"] = f"{scores[row.cell.name].std():.4f}"
+            std = f"{statistics.stdev(row.scores):.4f}"
         if row.delta is not None:
-            line["delta"] = f"{row.delta:+.4f}"
+            delta = f"{row.delta:+.4f}"
         if row.half is not None:
-            line["95 % CI"] = f"{row.delta - row.half:+.4f} to {row.delta + row.half:+.4f}"
+            interval = f"{row.delta - row.half:+.4f} to {row.delta + row.half:+.4f}"
         if row.p is not None:
-            line["Welch p"] = "<0.0001" if row.p < 1e-4 else f"{row.p:.4f}"
-        if row is rows[0]:
-            line["delta"] = "control"
-        line["delta"] = row.note or line["delta"]
-        lines.append(line.values())
+            p = "<0.0001" if row.p < 1e-4 else f"{row.p:.4f}"
+        delta = row.note or ("control" if row is rows[0] else delta)
+        line = [
+            row.cell.name,
+            width,
+            *shown[:3],
+            len(row.runs),
+            *shown[3:],
+            std,
+            delta,
+            interval,
+            p,
+        ]
+        lines.append(line)
     return f"{markdown_table(header.split('|'), lines)}\n\n{resolution(rows)}\n"
 
 
-def plot(rows: list[Row]) -> bytes:
-    """Return a PNG of the differences to the control: seeds, mean and interval."""
-    others = rows[1:]
-    size = (8, 1.5 + 0.4 * len(others))
-    figure = optional("matplotlib.figure").Figure(figsize=size, dpi=120, layout="constrained")
-    axes = figure.subplots()
-    axes.axvline(0, color="0.4", linewidth=1)
-    for y, row in enumerate(others):
-        if row.delta is not None:
-            seeds = [run["val_bpb"] - rows[0].mean("val_bpb") for run in row.runs.values()]
-            axes.plot(seeds, [y + 0.2] * len(seeds), "o", color="C0", markersize=4)
-            axes.errorbar(row.delta, y, xerr=row.half, fmt="D", color="C3", markersize=6, capsize=4)
-    labels = [f"{row.cell.name}\n({row.note})" if row.note else row.cell.name for row in others]
-    axes.set_yticks(range(len(others)), labels)
-    axes.set_ylim(max(len(others), 1) - 0.5, -0.5)
-    axes.set_xlabel(f"val_bpb minus the mean of {rows[0].cell.name}: seeds, mean, 95 % CI")
-    axes.grid(axis="x", alpha=0.3)
-    return figure_png(figure, 120)
-
-
 def write_outputs(out: Path, cells: list[Cell]) -> bool:
-    """Write results.csv, table.md and plot.png. Returns whether every cell can be compared."""
+    """Write results.csv and table.md. Returns whether every cell can be compared."""
     rows = compare(out, cells)
-    runs = []
+    text = io.StringIO()
+    writer = csv.DictWriter(text, ("cell", "seed", *COLUMNS, "tok_per_s", "log"))
+    writer.writeheader()
     for row in rows:
         for seed, run in row.runs.items():
             log = f"{row.cell.name}_seed{seed}.txt"
-            runs.append({"cell": row.cell.name, "seed": seed, **run, "log": log})
-    frame = optional("pandas").DataFrame(runs)
-    write_atomically(out / "results.csv", frame.to_csv(index=False).encode())
+            writer.writerow({"cell": row.cell.name, "seed": seed, **run, "log": log})
+    write_atomically(out / "results.csv", text.getvalue().encode())
     write_atomically(out / "table.md", table(rows).encode())
-    write_atomically(out / "plot.png", plot(rows))
     return not any(row.note for row in rows)
 
 
@@ -563,14 +507,12 @@ def parse_arguments() -> argparse.Namespace:
     add("grid", type=Path, metavar="GRID")
     add("--out", type=Path, required=True, metavar="DIR", help="folder of the study")
     add("--seeds", type=int, nargs="+", required=True, metavar="SEED")
-    add("--only", nargs="+", metavar="CELL", help="run these cells; the table has all of them")
-    add("--jobs", type=int, default=1, metavar="N", help="runs at a time, which share the cores")
+    add("--jobs", type=int, default=1, metavar="N", help="runs at a time, each on its own cores")
     add(
         "--solve", default="SHARED_DIM", metavar="KNOB", help="makes bytes equal; off: nothing does"
     )
     add("--model-bytes", type=int, metavar="N", help="TARGET_BYTES = N + the bytes of the code")
     add("--score", choices=("sliding", "artifact"), default="sliding", help="val_bpb that counts")
-    add("--dry-run", action="store_true", help="print cells, widths, bytes and runs to do")
     args = parser.parse_args()
     require(args.jobs > 0 and min(args.seeds) >= 0, "--jobs and --seeds: expected positive numbers")
     return args
@@ -589,59 +531,39 @@ def sole_runner(out: Path) -> Iterator[int]:
         yield lock.fileno()
 
 
-def print_plan(cells: list[Cell], settled: dict[str, dict]) -> None:
-    for cell in cells:
-        found = settled[cell.name]
-        hp = cell.hyperparameters()
-        width = f" {cell.solve}={cell.knobs[cell.solve]}" if cell.solve != "off" else ""
-        tokens = hp.iterations * hp.train_batch_tokens / found["params"]
-        size = f"{found['bytes']:,} bytes, {found['params']:,} parameters"
-        print(f"{cell.name}{width}: {size}, at most {tokens:.2f} tokens per parameter")
-
-
 def main() -> None:
     """Plan, check, run and report; exits with 1 if not every cell can be compared."""
     args = parse_arguments()
     cells = read_grid(args.grid, args.solve)
-    unknown = " ".join(sorted({*(args.only or ())} - {cell.name for cell in cells}))
-    require(not unknown, f"--only {unknown}: no such cell in {args.grid}")
-    for module in ("pandas", "scipy.stats", "matplotlib.figure"):
-        optional(module)  # better now than after the first run
+    optional("scipy.stats")  # better now than after the first run
     train = (ROOT / "train_gpt.py").read_bytes()
     evaluation = (ROOT / "eval_sliding.py").read_bytes()
-    threads = max(1, len(os.sched_getaffinity(0)) // args.jobs)
-    study = Study(args.out.absolute(), args.score, train, evaluation, threads)
+    more = {}
+    if args.model_bytes is not None:
+        code_bytes = LOADER_BYTES + len(pack_source(train + b"\0" + evaluation))
+        more["TARGET_BYTES"] = str(args.model_bytes + code_bytes)
 
-    with sole_runner(study.out) as lock:
-        settled = {}
-        if args.dry_run or any(cell.solve != "off" for cell in cells):
-            settled = settle(cells, study.out, train)
-        for i, cell in enumerate(cells):
-            more = {}
-            if cell.solve != "off":
-                more[cell.solve] = str(settled[cell.name]["width"])
-            if args.model_bytes is not None:
-                code_bytes = LOADER_BYTES + len(pack_source(train + b"\0" + evaluation))
-                more["TARGET_BYTES"] = str(args.model_bytes + code_bytes)
-            cells[i] = replace(cell, knobs=cell.knobs | more)
-            cells[i].hyperparameters()
-        study.check_logs(cells)
+    out = args.out.absolute()
+    fixed = {"score": args.score}
+    fixed["script_sha256"] = hashlib.sha256(train).hexdigest()
+    fixed["eval_sha256"] = hashlib.sha256(evaluation).hexdigest()
+    with sole_runner(out) as lock:
+        cells = [replace(cell, knobs=cell.knobs | more) for cell in settle(cells, out)]
+        for cell in cells:
+            cell.hyperparameters()
+        check_logs(out, cells, fixed)
 
         # Seed by seed, so that a study that is cut short has something of every cell.
-        chosen = [cell for cell in cells if not args.only or cell.name in args.only]
-        asked = [(cell, seed) for seed in dict.fromkeys(args.seeds) for cell in chosen]
-        todo = [(cell, seed) for cell, seed in asked if seed not in files_of(study.out, cell)]
-        if args.dry_run:
-            print_plan(cells, settled)
-            print(f"{len(todo)} of {len(asked)} runs to do")
-            return
+        asked = [(cell, seed) for seed in dict.fromkeys(args.seeds) for cell in cells]
+        todo = [(cell, seed) for cell, seed in asked if seed not in files_of(out, cell)]
         if args.jobs > 1 and any(cell.hyperparameters().max_wallclock_seconds for cell in cells):
             print("warning: runs that seconds cap share the machine", file=sys.stderr)
-        digest = hashlib.sha256(train).hexdigest()
-        write_atomically(study.out / "sources" / f"{digest[:12]}.py", train)
-        Runner(study, lock).run_all(cells, todo, args.jobs)
-        comparable = write_outputs(study.out, cells)
-    print((study.out / "table.md").read_text())
+        write_atomically(out / "train_gpt.py", train)
+        write_atomically(out / "eval_sliding.py", evaluation)
+        (out / "logs").mkdir(exist_ok=True)
+        run_all(out, cells, todo, fixed, args.jobs, lock)
+        comparable = write_outputs(out, cells)
+    print((out / "table.md").read_text())
     sys.exit(0 if comparable else 1)
 
 

@@ -2,63 +2,45 @@
 
     python records/check_record.py records/track_non_record_16mb/2026-11-24_CpuProfile
     python records/check_record.py FOLDER --against 1394   # Welch's test against a public row
-    python records/check_record.py FOLDER --no-run         # do not run its script
 
 Works on any folder, ours or a stranger's, with logs in our dialect or in either of upstream's.
-Prints a table and nothing else. A finding is FAIL where it disqualifies: numbers that contradict
-the logs, too many bytes or seconds, leaks, seeds or configurations that differ. It is a remark
-where it does not: form, the rounding of a fifth decimal, a table that is missing. Exit status 1 if
-anything fails, 2 for a folder that is none. Unless --no-run is given, the folder's script is
-run for ten steps on the CPU, from a copy of the folder alone: look at a stranger's script first.
+Prints a table and nothing else, and runs nothing of the folder. A finding is FAIL where it
+disqualifies: numbers that contradict the logs, too many bytes or seconds, bytes of text that the
+validation split does not have, leaks, seeds or configurations that differ. It is a remark where it
+does not: form, the rounding of a fifth decimal, a table that is missing. Exit status 1 if anything
+fails, 2 for a folder that is none.
 """
 
 import ast
 import base64
+import collections
 import hashlib
 import json
 import lzma
-import os
-import random
+import math
 import re
-import shutil
 import statistics
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
-from string import ascii_lowercase
 
-from common import NUMBER, ROOT, ArgumentParser, last_match, markdown_table
-from leaderboard import CHALLENGE_TARGETS, find_baseline, logs_in
-from make_record import (
-    MAX_SECONDS,
-    TRACKS,
-    deviation,
-    differences,
-    environment,
-    headline,
-    seed_table,
-    submission,
-)
+from common import NUMBER, ArgumentParser, last_match, markdown_table
+from leaderboard import find_baseline, logs_in, on_challenge, split_bytes
+from make_record import MAX_SECONDS, TRACKS
 from runlog import RunLog
 
 from train_gpt import MAX_SUBMISSION_BYTES, ConfigError, require, run_entry_point
 
 PASS, REMARK, FAIL, UNKNOWN = "pass", "remark", "FAIL", "-"
-NUMERIC = (int, float)
 FIFTH_DECIMAL = 2e-5  # a figure that is off by less was rounded, not made up
 NUMBERS = ("val_bpb", "val_loss", "bytes_total")  # that every accepted submission.json has
 TEXTS = ("author", "github_id", "name", "blurb", "date")
-SMOKE = {
-    "VOCAB_SIZE": "1024",
-    "ITERATIONS": "10",
-    "TRAIN_BATCH_TOKENS": "4096",
-    "TRAIN_SEQ_LEN": "256",
-}
-SMOKE_SECONDS = 1800
-NEEDS_GPU = r"CUDA|NVIDIA driver"
+# Of the bytes that a score implies: more than four digits of it and ways to treat a tail differ.
+BYTES_TOLERANCE = 2e-4
+# The step during which the clock runs out may end, and one that waits for the GPU already.
+LAST_STEPS = 2
 LEAKY_SHARDS = 1499  # of a preparation that trained on validation documents (upstream PR #2127)
 Findings = Iterator[tuple[str, str]]  # severity and text
 
@@ -116,30 +98,19 @@ class Folder:
         runs = [run for run in self.runs if run.score is not None]
         return sorted(runs, key=lambda run: str(seed_of(run)).zfill(9))
 
-    @property
-    def is_ours(self) -> bool:
-        """Whether make_record.py made the folder, so that it can be made again and compared."""
-        return all(run.dialect == "ours" for run in self.runs)
-
 
 def is_number(value: object) -> bool:
     """Say whether a value of a JSON file is a finite number, which true and false are not."""
-    return isinstance(value, NUMERIC) and not isinstance(value, bool) and abs(value) < 1e15
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e15
 
 
-def agrees(stated: object, values: list[float], digits: int = 0) -> bool:
-    """Say whether a figure is one of `values`, at the precision, or `digits`, it is stated with."""
-    decimals = max(digits, len(str(stated).partition(".")[2]))
-    return any(abs(float(stated) - v) <= 0.5 * 10.0**-decimals + 1e-9 * abs(v) for v in values)
-
-
-def compare(name: str, stated: object, values: list[float | None], digits: int = 0) -> Findings:
-    """Find a figure that is none of those that the logs give; None is one that they do not give."""
-    known = [value for value in values if value is not None]
-    if not known or agrees(stated, known, digits):
-        return
-    off = min(abs(float(stated) - value) for value in known)
-    yield REMARK if off < FIFTH_DECIMAL else FAIL, f"{name} is {stated}, the logs give {known[0]}"
+def compare(name: str, stated: object, value: float, digits: int = 0) -> Findings:
+    """Find a figure that the logs do not give, at the precision, or `digits`, of what is stated."""
+    decimals = max(digits, -Decimal(str(stated)).as_tuple().exponent)
+    off = abs(float(stated) - value)
+    if off > 0.5 * 10.0**-decimals + 1e-9 * abs(value):
+        severity = REMARK if off < FIFTH_DECIMAL else FAIL
+        yield severity, f"{name} is {stated}, the logs give {value}"
 
 
 def seed_of(run: RunLog) -> int | None:
@@ -224,59 +195,39 @@ def check_seeds(folder: Folder) -> Findings:
 
 
 def check_scores(folder: Folder) -> Findings:
-    """Compare submission.json with the logs: every figure of ours, the scores of a stranger's."""
+    """Compare the scores of submission.json with those of the logs."""
     runs, stated = folder.scored, folder.submission
     if not runs:
         return
-    bpb, loss = [run.score.bpb for run in runs], [run.score.loss for run in runs]
-    if folder.is_ours:
-        expected = submission(runs)
-        for key in ("bytes_total", "bytes_code"):  # check_bytes knows more of them
-            del expected[key]
-    else:
-        scores = [{"val_bpb": run.score.bpb, "val_loss": run.score.loss} for run in runs]
-        results = dict(zip([str(seed_of(run)) for run in runs], scores, strict=True))
-        expected = {"val_bpb": statistics.fmean(bpb), "val_loss": statistics.fmean(loss)}
-        expected |= {"val_bpb_std": deviation(bpb), "val_loss_std": deviation(loss)}
-        expected["seed_results"] = results
-
-    figures = [(name, stated.get(name), value) for name, value in expected.items()]
+    mean = statistics.fmean(run.score.bpb for run in runs)
+    loss = statistics.fmean(run.score.loss for run in runs)
+    figures = [("val_bpb", stated.get("val_bpb"), mean), ("val_loss", stated.get("val_loss"), loss)]
     results = stated.get("seed_results")
-    for seed, row in expected["seed_results"].items():
+    for run in runs:
+        seed = str(seed_of(run))
         own = results.get(seed) if isinstance(results, dict) else None
         if isinstance(own, dict):
-            figures += [(f"seed {seed} {name}", own.get(name), row[name]) for name in row]
+            figures.append((f"seed {seed} val_bpb", own.get("val_bpb"), run.score.bpb))
+            figures.append((f"seed {seed} val_loss", own.get("val_loss"), run.score.loss))
     for name, figure, value in figures:
-        if is_number(figure) and is_number(value):
-            # A score of few digits is taken to end in zeros. Some state the population's spread.
-            digits = 4 if name == "val_bpb" else 0
-            spread = {"val_bpb_std": bpb, "val_loss_std": loss}.get(name)
-            values = [value] if spread is None else [value, statistics.pstdev(spread)]
-            yield from compare(name, figure, values, digits)
-        elif isinstance(figure, str) and isinstance(value, str) and figure != value:
-            yield FAIL, f"{name} is {figure}, the logs give {value}"
-    yield PASS, f"val_bpb {statistics.fmean(bpb):.5f}, every figure as in the logs"
+        if is_number(figure):
+            # A score of few digits is taken to end in zeros.
+            yield from compare(name, figure, value, 4 if name == "val_bpb" else 0)
+    yield PASS, f"val_bpb {mean:.5f}, every score as in the logs"
 
 
 def check_readme(folder: Folder) -> Findings:
-    """Compare the README with the logs: ours line by line, a stranger's by its scores."""
+    """Compare the scores in the README with those of the logs."""
     runs = folder.scored
     if not runs:
         return
-    if folder.is_ours:
-        generated = [headline(runs), *seed_table(runs).splitlines()]
-        for line in generated:
-            if line not in folder.readme:
-                yield FAIL, f"its logs give: {line}"
-        yield PASS, f"{len(generated)} lines of figures, each as the logs give it"
-        return
-    mean = statistics.fmean(run.score.bpb for run in runs)
     stated = re.findall(r"\d\.\d{4,}", folder.readme)
     for run in runs:
-        if not any(agrees(figure, [run.score.bpb]) for figure in stated):
+        if all(list(compare("", figure, run.score.bpb)) for figure in stated):
             yield REMARK, f"does not state the {run.score.bpb:.4f} of seed {seed_of(run)}"
+    mean = statistics.fmean(run.score.bpb for run in runs)
     for figure in re.findall(rf"\*\*val_bpb:? *[:=]? *{NUMBER}", folder.readme):
-        yield from compare("**val_bpb**", figure, [mean])
+        yield from compare("**val_bpb**", figure, mean)
     yield PASS, "states the score of every seed"
 
 
@@ -304,7 +255,8 @@ def check_bytes(folder: Folder) -> Findings:
     totals = [run.bytes_total for run in folder.runs if run.bytes_total is not None]
     stated = folder.submission.get("bytes_total")
     if totals and is_number(stated) and stated != max(totals):
-        severity = REMARK if agrees(round(stated), [statistics.fmean(totals), *totals]) else FAIL
+        other = round(stated) in (*totals, round(statistics.fmean(totals)))
+        severity = REMARK if other else FAIL
         yield severity, f"bytes_total is {stated:,}, the largest in the logs {max(totals):,}"
     coded = folder.submission.get("bytes_code")
     if is_number(coded) and size is not None and coded != size:
@@ -315,7 +267,7 @@ def check_bytes(folder: Folder) -> Findings:
 
 
 def check_time(folder: Folder) -> Findings:
-    """Check the limits of the record track. The step during which the clock runs out may end."""
+    """Check the limits of the record track."""
     shown = []
     for run in folder.runs:
         for what, spent in (("train", run.train_seconds), ("eval", run.eval_seconds)):
@@ -323,32 +275,62 @@ def check_time(folder: Folder) -> Findings:
             shown.append(f"{run.path.name}: {what} {stated}")
             if not folder.is_record or (spent is not None and spent < MAX_SECONDS):
                 continue
-            last_step = run.train_seconds / run.steps if what == "train" and run.steps else 0.0
-            over = spent is not None and spent >= MAX_SECONDS + last_step
-            yield (
-                FAIL if over else REMARK,
-                f"{shown[-1]}, less than {MAX_SECONDS:.0f} s are allowed",
-            )
+            limit = MAX_SECONDS
+            if what == "train" and run.steps:
+                limit += LAST_STEPS * run.train_seconds / run.steps
+            severity = FAIL if spent is not None and spent >= limit else REMARK
+            yield severity, f"{shown[-1]}, less than {MAX_SECONDS:.0f} s are allowed"
         if run.resumed and folder.is_record:
             yield FAIL, f"{run.path.name}: interrupted and resumed"
     yield PASS if folder.is_record else UNKNOWN, "; ".join(shown)
 
 
+def check_text(folder: Folder) -> Findings:
+    """Check that the scores divide by the bytes that the validated text has.
+
+    Nats per token, bits per byte and targets imply them: too many make a score look better.
+    """
+    implied = 0.0
+    for run in folder.scored:
+        name, targets = run.path.name, run.targets
+        if targets is None:
+            if folder.is_record:
+                yield REMARK, f"{name} does not state its number of validation targets"
+            continue
+        if folder.is_record and not on_challenge(run):
+            yield FAIL, f"{name}: {targets:,} targets, the split has more"
+        implied = targets * run.nats_per_bpb / math.log(2)
+        known = {"its log states": run.scored_bytes}
+        split = split_bytes(targets)
+        if split is not None:
+            known[f"{targets:,} targets of {split[0]} are"] = split[1]
+        for says, count in known.items():
+            if count and abs(implied / count - 1) > BYTES_TOLERANCE:
+                ratio = f"{implied / count:.4f} times the {count:,.0f} that {says}"
+                yield FAIL, f"{name}: its score implies {implied:,.0f} bytes of text, {ratio}"
+    yield PASS if implied else UNKNOWN, f"{implied:,.0f} bytes of text, as the scores imply"
+
+
 def check_configuration(folder: Folder) -> Findings:
-    """Check that all seeds have one configuration, the whole split, and no validation text."""
-    for difference in differences(folder.runs):
-        yield FAIL, difference
-    counts = [run.targets for run in folder.runs]
+    """Check that all seeds have one configuration, and none trained on validation text."""
+    stated = collections.defaultdict(list)
+    for run in folder.runs:
+        facts = dict(run.configuration)
+        facts |= {"validation targets": run.targets, "validation bytes": run.scored_bytes}
+        facts |= {"code": " ".join(sorted(run.code_hashes))}
+        facts |= {"dataset": run.dataset, "hardware": run.hardware}
+        facts |= {f"evaluation {name}": value for name, value in run.evaluation.items()}
+        for name, value in facts.items():
+            if value is not None:
+                stated[name].append((str(value)[:40], run.path.name))
+    for name, values in sorted(stated.items()):
+        if len({value for value, _ in values}) > 1:
+            yield FAIL, f"{name}: " + ", ".join(f"{value} ({log})" for value, log in values)
     for run in folder.runs:
         if re.search(rf"train_shards:\s*{LEAKY_SHARDS}\b", run.text):
             yield FAIL, f"{run.path.name}: train_shards 1499: validation documents in training"
-        elif folder.is_record and run.targets is None:
-            yield REMARK, f"{run.path.name} does not state its number of validation targets"
-        elif folder.is_record and run.targets < CHALLENGE_TARGETS:
-            yield FAIL, f"{run.path.name}: {run.targets:,} targets, the split has more"
     if folder.runs:
-        settings = len(folder.runs[0].configuration)
-        yield PASS, f"one, {settings} settings, {counts[0]} validation targets"
+        yield PASS, f"one, {len(folder.runs[0].configuration)} settings"
 
 
 def check_statistics(folder: Folder, against: list[str]) -> Findings:
@@ -365,7 +347,7 @@ def check_statistics(folder: Folder, against: list[str]) -> Findings:
         yield severity, f"against {baseline.name}: the text of the validation is {said}"
         return
     nats = statistics.fmean(run.nats_per_bpb for run in runs)
-    _, verdict, reached = baseline.compare([run.score.bpb for run in runs], nats)
+    verdict, reached = baseline.compare([run.score.bpb for run in runs], nats)
     severity = UNKNOWN
     if folder.is_record and reached is not None:
         severity = PASS if reached else FAIL
@@ -375,76 +357,26 @@ def check_statistics(folder: Folder, against: list[str]) -> Findings:
 # ---- Script
 
 
-def run_script(arguments: list[str], cwd: Path, env: dict[str, str]) -> tuple[int, str, str]:
-    """Run Python without a GPU and without this repository. Return status, stdout and error."""
-    kept = ("PATH", "HOME", "LANG", "TMPDIR", "VIRTUAL_ENV", "OMP_NUM_THREADS", "CC", "CXX")
-    own = {name: os.environ[name] for name in kept if name in os.environ}
-    env = own | {"CUDA_VISIBLE_DEVICES": ""} | env
-    command = [sys.executable, *arguments]
-    try:
-        done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, timeout=SMOKE_SECONDS)
-    except subprocess.TimeoutExpired:
-        return 124, "", f"not done after {SMOKE_SECONDS} s"
-    out, err = (output.decode(errors="replace") for output in (done.stdout, done.stderr))
-    last = (err.strip() or "no output").splitlines()[-1]
-    return done.returncode, out, last[:200]
-
-
 def check_script(folder: Folder) -> Findings:
-    """Check that Python 3.10 reads the script, and that it is what the logs print."""
+    """Check that Python 3.10 reads the script, and that it is what the logs ran."""
+    digest = None
     try:
         source = folder.script.read_text(encoding="utf-8")
         ast.parse(source, feature_version=(3, 10))
+        # A stranger's code may be packed in other ways, and its logs state no hash.
         packed = re.search(r'b85decode\("([^"]+)"\)', source)
-        unpacked = lzma.decompress(base64.b85decode(packed[1])) if packed else b""
+        if packed and any(run.code_hashes for run in folder.runs):
+            unpacked = lzma.decompress(base64.b85decode(packed[1]))
+            digest = hashlib.sha256(unpacked).hexdigest()
     except (SyntaxError, ValueError, lzma.LZMAError) as error:
         yield FAIL, f"{folder.script.name}: {error}"
         return
-    digest = hashlib.sha256(unpacked).hexdigest()
     for run in folder.runs:
-        if packed and run.code_hashes and run.code_hashes != {digest}:
+        if digest and run.code_hashes and run.code_hashes != {digest}:
             yield FAIL, f"{run.path.name} ran another script than the one that is packed"
-        elif not packed and run.source and run.source.strip() != source.strip():
+        elif not digest and run.source and run.source.strip() != source.strip():
             yield FAIL, f"{run.path.name} prints another script"
     yield PASS, "UTF-8, Python 3.10"
-
-
-def smoke_data(folder: Path) -> dict[str, str]:
-    """Make shards of made-up words and their tokenizer; return the variables that name them."""
-    rng, documents = random.Random(0), []
-    for _ in range(160):
-        words = ["".join(rng.choices(ascii_lowercase, k=rng.randint(2, 9))) for _ in range(200)]
-        documents.append(json.dumps({"text": " ".join(words)}) + "\n")
-    folder.mkdir()
-    (folder / "words.jsonl").write_text("".join(documents))
-    tool = [str(ROOT / "data" / "tokenize_docs.py"), "--train", "words.jsonl", "--output", "."]
-    tool += ["--num-val-docs", "4", "--train-tokenizer", SMOKE["VOCAB_SIZE"], "--name", "smoke"]
-    code, _, err = run_script(tool, folder, {})
-    require(code == 0, err)
-    return {
-        "DATA_PATH": str(folder / "datasets" / "smoke"),
-        "TOKENIZER_PATH": str(folder / "tokenizers" / "smoke_bpe.model"),
-    }
-
-
-def check_smoke(folder: Folder) -> Findings:
-    """Run ten steps of the script in a copy of the folder alone; of our own, score the result."""
-    ours = next((run for run in folder.runs if run.dialect == "ours"), None)
-    with tempfile.TemporaryDirectory() as place:
-        copy = shutil.copytree(folder.path, Path(place, "record"))
-        env = environment(ours) | {"DTYPE": "float32"} if ours else {}
-        env |= smoke_data(Path(place, "data")) | SMOKE | {"RUN_ID": "smoke"}
-        code, out, err = run_script([folder.script.name], copy, env)
-        if code or not re.search(r"^(?:step:)?10/10\b", out, re.M):
-            yield UNKNOWN if re.search(NEEDS_GPU, err) else FAIL, err
-            return
-        yield PASS, " ".join(f"{name}={value}" for name, value in SMOKE.items())
-        if ours:
-            packed = [] if (copy / "eval_sliding.py").exists() else [folder.script.name]
-            scorer = [*packed, "eval_sliding.py", "logs/smoke.ptz"]
-            code, out, err = run_script(scorer, copy, env)
-            scores = re.findall(r"^final_\S+ val_loss:.*", out, re.M)
-            yield PASS if scores else FAIL, scores[0] if scores else err
 
 
 # ---- Command line
@@ -466,7 +398,7 @@ def guarded(check: Callable[[Folder], Findings], folder: Folder) -> list[tuple[s
     return problems or found
 
 
-def check(folder: Folder, against: list[str], run: bool) -> list[tuple[str, str, str]]:
+def check(folder: Folder, against: list[str]) -> list[tuple[str, str, str]]:
     """Return the rows of the table: check, finding and severity. Raises ConfigError."""
     checks = {
         "files": check_files,
@@ -476,18 +408,15 @@ def check(folder: Folder, against: list[str], run: bool) -> list[tuple[str, str,
         "README": check_readme,
         "bytes": check_bytes,
         "time": check_time,
+        "text": check_text,
         "configuration": check_configuration,
         "statistics": lambda folder: check_statistics(folder, against),
     }
     if folder.script is not None:
-        checks["syntax"] = check_script
+        checks["script"] = check_script
     rows = []
     for name, each in checks.items():
         rows += [(name, text, severity) for severity, text in guarded(each, folder)]
-
-    broken = any(name == "syntax" and severity == FAIL for name, _, severity in rows)
-    if run and folder.script is not None and not broken:
-        rows += [("smoke", text, severity) for severity, text in guarded(check_smoke, folder)]
     return rows
 
 
@@ -497,9 +426,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path, metavar="FOLDER")
     rows = "a PR, best, logs or a records folder"
     parser.add_argument("--against", nargs="+", default=[], metavar="ROW", help=rows)
-    parser.add_argument("--no-run", action="store_true", help="do not run the script")
     args = parser.parse_args()
-    findings = check(Folder.read(args.folder), args.against, not args.no_run)
+    findings = check(Folder.read(args.folder), args.against)
     shown = [(name, " ".join(text.split()).replace("|", "/"), s) for name, text, s in findings]
     print(markdown_table(["check", "finding", "result"], shown))
     if any(severity == FAIL for _, _, severity in findings):

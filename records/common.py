@@ -1,8 +1,7 @@
-"""What the tools of this folder share: command line, tables, pictures, packages, small models."""
+"""What the tools of this folder share: command line, tables, packages, small models."""
 
 import argparse
 import importlib
-import io
 import re
 import subprocess
 import sys
@@ -64,13 +63,6 @@ def markdown_table(header: Iterable[object], rows: Iterable[Iterable[object]]) -
     for row in rows:
         lines.append("| " + " | ".join(str(cell) for cell in row) + " |")
     return "\n".join(lines)
-
-
-def figure_png(figure, dpi: int = 150) -> bytes:
-    """Return a matplotlib Figure as the bytes of a PNG, for write_atomically."""
-    png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=dpi)
-    return png.getvalue()
 
 
 def last_match(pattern: str, text: str, kind: type = str):

@@ -13,7 +13,29 @@ from train_gpt import require
 
 CSV = Path(__file__).with_name("leaderboard.csv")
 CHALLENGE_TARGETS = 40_000_000  # the challenge's validation split has more, by every tokenizer
+SPLITS = {  # targets and bytes of that split, as merged logs state or imply them; both less a tail
+    "sp1024": (62_021_632, 151_080_360),
+    "sp4096": (45_508_608, 151_074_053),
+    "sp8192": (40_540_160, 151_078_222),
+    "sp8192 with CaseOps": (47_851_520, 151_084_309),
+}
 RECORD_NATS = 0.005  # per token, by which a record has to beat the one before, at p < 0.01
+
+
+def on_challenge(run: RunLog) -> bool | None:
+    """Say whether a run was validated on the challenge's split; None where its log does not."""
+    return None if run.targets is None else run.targets >= CHALLENGE_TARGETS
+
+
+def split_bytes(targets: int) -> tuple[str, float] | None:
+    """Return tokenizer and bytes of so many targets of the challenge's split; None if unknown.
+
+    The tail that is no whole window is left out, so counts differ by a fraction of a per mille.
+    """
+    for tokenizer, (all_targets, all_bytes) in SPLITS.items():
+        if abs(targets / all_targets - 1) < 1e-3:
+            return tokenizer, all_bytes * targets / all_targets
+    return None
 
 
 class Baseline(NamedTuple):
@@ -21,38 +43,30 @@ class Baseline(NamedTuple):
 
     name: str
     val_bpb: float  # bits per byte
-    val_loss: float | None  # nats per token; tokenizers differ, so it compares nothing between rows
     seeds: list[float]  # bits per byte of each seed; [] where unknown
     scored: tuple[int, int] | None = None  # validation targets and bytes of runs; None for a row
-    pr: str = ""  # of a row: digits, or "baseline"
 
     def same_text(self, run: RunLog) -> bool | None:
         """Say whether a run was validated on the text of this baseline; None if unknown."""
-        if run.targets is None:
-            return None
-        if self.scored is None:
-            return run.targets >= CHALLENGE_TARGETS
+        if self.scored is None or run.targets is None:
+            return on_challenge(run)
         return self.scored == (run.targets, run.scored_bytes)
 
-    def compare(self, scores: list[float], nats_per_bpb: float) -> tuple[float, str, bool | None]:
+    def compare(self, scores: list[float], nats_per_bpb: float) -> tuple[str, bool | None]:
         """Test by Welch, one-sided, that scores are better at all, and by a record's bar.
 
-        Returns the difference in bits per byte, negative where they are better; both bars in both
-        units in words; whether a record's bar is reached, None for too few seeds for the test.
-        Raises ConfigError without scipy.
+        Returns the difference and both bars in both units, in words; and whether a record's bar is
+        reached, None for too few seeds for the test. Raises ConfigError without scipy.
         """
         bar = RECORD_NATS / nats_per_bpb
         bpb = statistics.fmean(scores) - self.val_bpb
-        nats = bpb * nats_per_bpb
-        sign = "better" if bpb < 0 else "worse"
-        better = f"It is {sign} by {abs(bpb):.5f} bits per byte, {abs(nats):.5f} nats per token"
+        better = f"It is {'better' if bpb < 0 else 'worse'} by {abs(bpb):.5f} bits per byte, "
+        better += f"{abs(bpb * nats_per_bpb):.5f} nats per token"
         bars = f"The bar of a record is {RECORD_NATS} nats per token, here {bar:.5f} bits per byte"
         bars += ", at p < 0.01"
-
         groups = (scores, self.seeds)
         if min(map(len, groups)) < 2 or not any(map(statistics.stdev, groups)):
-            verdict = f"{bars}. No test: it takes two seeds of each. {better}."
-            return bpb, verdict, None
+            return f"{bars}. No test: it takes two seeds of each. {better}.", None
 
         ttest_ind = optional("scipy.stats").ttest_ind
         below_bar = [score - bar for score in self.seeds]
@@ -61,8 +75,7 @@ class Baseline(NamedTuple):
         reached = bool(bpb <= -bar and p_bar < 0.01)
         welch = f"Welch, one-sided: p = {p:.2g} that it is no better, "
         welch += f"p = {p_bar:.2g} that it is not better by the bar"
-        verdict = f"{bars}: {'' if reached else 'not '}reached. {better}; {welch}."
-        return bpb, verdict, reached
+        return f"{bars}: {'' if reached else 'not '}reached. {better}; {welch}.", reached
 
 
 @cache
@@ -71,10 +84,8 @@ def read_rows() -> dict[str, Baseline]:
     rows = {}
     with open(CSV, encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
-            loss = float(row["val_loss"]) if row["val_loss"] else None
             seeds = [float(score) for score in row["seeds"].split()]
-            bpb, pr = float(row["val_bpb"]), row["pr"]
-            rows[pr] = Baseline(row["name"], bpb, loss, seeds, pr=pr)
+            rows[row["pr"]] = Baseline(row["name"], float(row["val_bpb"]), seeds)
     return rows
 
 
@@ -101,9 +112,7 @@ def find_baseline(names: list[str]) -> Baseline:
     """Return a row by its name, or the runs of some logs or a folder. Raises ConfigError."""
     paths = [Path(name) for name in names]
     if len(names) == 1 and not paths[0].exists():
-        row = find_row(names[0])
-        by_number = row.pr.isdigit() and row.pr not in row.name
-        return row._replace(name=f"{row.name}, PR #{row.pr}" if by_number else row.name)
+        return find_row(names[0])
 
     logs = []
     for path in paths:
@@ -116,5 +125,4 @@ def find_baseline(names: list[str]) -> Baseline:
 
     title = paths[0].name if paths[0].is_dir() else ", ".join(path.stem for path in paths)
     scores = [run.score.bpb for run in runs]
-    loss = statistics.fmean(run.score.loss for run in runs)
-    return Baseline(title, statistics.fmean(scores), loss, scores, scored.pop())
+    return Baseline(title, statistics.fmean(scores), scores, scored.pop())

@@ -7,8 +7,9 @@
 The folder records/track_<track>/<date>_<Name>/ gets README.md, submission.json, the logs,
 requirements.txt, a plot, and train_gpt.py: train_gpt.py and eval_sliding.py in one ASCII script, of
 which the logs state the source and the size. --previous names what to compare with: a row of
-leaderboard.csv by its PR, "best", or logs, or a records folder. What a reviewer would reject is
-refused, unless the --allow option of that name makes it an exception that the README states.
+leaderboard.csv by its PR, "best", or logs, or a records folder. Logs of other code, PARTIAL scores
+and, without --allow-commit, a commit that nobody can check out are refused; check_record.py says
+what else a reviewer would reject.
 """
 
 import argparse
@@ -34,7 +35,6 @@ from runlog import RunLog
 from eval_sliding import EvalConfig
 from train_gpt import (
     LOADER_BYTES,
-    MAX_SUBMISSION_BYTES,
     Hyperparameters,
     knob_fields,
     pack_source,
@@ -48,15 +48,7 @@ MAX_SECONDS = 600.0  # of training, and again of evaluation, in the record track
 TRACKS = ("10min_16mb", "non_record_16mb")
 TEMPLATE = Path(__file__).with_name("record_readme.md")  # of README.md; knobs by their own names
 PAYLOAD = b"PAYLOAD"
-LOADER = Path(__file__).with_name("record_loader.txt").read_bytes()  # of the packed source
-EXCEPTIONS = {
-    "mixed": "seeds of different configurations",
-    "unscored": "a log without the line of eval_sliding.py",
-    "cap": f"code + model of {MAX_SUBMISSION_BYTES:,} bytes or more",
-    "time": f"training or evaluation of {MAX_SECONDS:.0f} s or more, or resumed, in a timed track",
-    "partial": "a PARTIAL score",
-    "commit": "a commit that is dirty or unknown, or several",
-}
+LOADER = Path(__file__).with_name("record_loader.txt")  # of the packed source
 SCORES = {"sliding": "Sliding", "ttt": "Post-TTT", "roundtrip": "Post-quant"}  # by kind
 # Settings of a place or of a seed, which do not repeat a run elsewhere.
 NOT_REPEATED = {"run_id", "seed", "data_path", "tokenizer_path", "checkpoint_every", "resume"}
@@ -69,19 +61,14 @@ class Record:
     about: argparse.Namespace
     runs: list[RunLog]
     baseline: Baseline | None
-    exceptions: list[str]
-
-
-def metric_of(runs: list[RunLog]) -> str:
-    """Name what is scored: PARTIAL_bpb of a part of the split, which is never called val_bpb."""
-    return "PARTIAL_bpb" if any(run.score.partial for run in runs) else "val_bpb"
 
 
 def pack_script(source: bytes) -> bytes:
     """Pack the source of train_gpt.py, a NUL and that of eval_sliding.py as a record ships them."""
     packed = pack_source(source)
-    script = LOADER.replace(PAYLOAD, packed)
-    assert len(script) == LOADER_BYTES + len(packed), f"{len(LOADER) - len(PAYLOAD)=}"
+    loader = LOADER.read_text(encoding="ascii").encode()  # with line ends of Unix
+    script = loader.replace(PAYLOAD, packed)
+    assert len(script) == LOADER_BYTES + len(packed), f"{len(loader) - len(PAYLOAD)=}"
     return script
 
 
@@ -90,91 +77,50 @@ def deviation(values: list[float]) -> float | None:
     return statistics.stdev(values) if len(values) > 1 else None
 
 
-# ---- What is refused
+# ---- Logs
 
 
-def differences(runs: list[RunLog]) -> list[str]:
-    """Say what is not the same in all runs of a record, and what it is in each."""
-    facts = []
-    for run in runs:
-        fact = dict(run.configuration)
-        fact |= {f"evaluation {name}": value for name, value in run.evaluation.items()}
-        fact |= {"validation targets": run.targets, "validation bytes": run.scored_bytes}
-        fact |= {"code": " ".join(sorted(run.code_hashes))}
-        fact |= {"dataset": run.dataset, "hardware": run.hardware}
-        facts.append(fact)
-
-    found = []
-    for name in sorted(set().union(*facts)):
-        values = [str(fact.get(name, "not stated")) for fact in facts]
-        if len(set(values)) > 1:
-            pairs = zip(values, runs, strict=True)
-            stated = [f"{value[:40]} ({run.path.name})" for value, run in pairs]
-            found.append(f"{name}: {', '.join(stated)}")
-    return found
+def line_ends(source: bytes) -> dict[str, bytes]:
+    """Return a source with the line ends of Unix and of Windows, by the SHA-256 that logs state."""
+    unix = source.replace(b"\r\n", b"\n")
+    forms = (unix, unix.replace(b"\n", b"\r\n"))
+    return {hashlib.sha256(form).hexdigest(): form for form in forms}
 
 
-def objections(runs: list[RunLog], track: str) -> list[tuple[str, str]]:
-    """Return what is wrong, each with the name of the exception that it would need."""
-    found = [("mixed", f"the seeds differ in {difference}") for difference in differences(runs)]
-    for run in runs:
-        if "eval_summary" not in run.json_events:
-            found.append(("unscored", f"{run.path}: no line of eval_sliding.py"))
-        if run.score.partial or run.json_events["train_summary"]["partial"]:
-            found.append(("partial", f"{run.path}: a PARTIAL score, of a part of the split"))
-        if run.bytes_total >= MAX_SUBMISSION_BYTES:
-            cap = f"{run.bytes_total:,} bytes, the cap is {MAX_SUBMISSION_BYTES:,}"
-            found.append(("cap", f"{run.path}: {cap}"))
-        if track == "10min_16mb":
-            found += [("time", f"{run.path}: {text}") for text in overtime(run)]
-        commit = run.versions.get("commit", "unknown")
-        if commit == "unknown" or commit.endswith("-dirty"):
-            found.append(("commit", f"{run.path}: made at commit {commit}"))
+def read_runs(paths: list[Path], source: bytes) -> tuple[list[RunLog], bytes]:
+    """Read logs of this trainer, by seed, all made by `source`, and pack that as they ran it.
 
-    commits = sorted({run.versions.get("commit", "unknown") for run in runs})
-    if len(commits) > 1:
-        found.append(("commit", f"the seeds were made at several commits: {', '.join(commits)}"))
-    return found
-
-
-def overtime(run: RunLog) -> list[str]:
-    """Say where a run breaks the limits of time of the record track."""
-    found = []
-    for what, spent in (("training", run.train_seconds), ("evaluation", run.eval_seconds)):
-        if spent is None or spent >= MAX_SECONDS:
-            took = "an unstated time" if spent is None else f"{spent:.3f} s"
-            found.append(f"{what} took {took}, less than {MAX_SECONDS:.0f} s are allowed")
-    if run.resumed:
-        found.append("the training was interrupted and resumed; a timed run is one run")
-    return found
-
-
-def read_runs(paths: list[Path], source: bytes) -> list[RunLog]:
-    """Read logs of this trainer, by seed, all made by `source`. Raises ConfigError."""
-    digest = hashlib.sha256(source).hexdigest()
-    code_bytes = len(pack_script(source))
+    Raises ConfigError.
+    """
+    forms = line_ends(source)
+    plain = next(iter(forms.values())).decode().partition("\0")[0]
     runs = [RunLog.read(path) for path in paths]
+    script = b""
     for run in runs:
-        trained = run.json_events.get("train_summary", {}).keys()
-        finished = {"steps", "train_seconds", "partial"} <= trained
+        trained = run.json_events.get("train_summary", {})
+        finished = {"steps", "train_seconds", "partial"} <= trained.keys()
         require(finished, f"{run.path}: no finished run of this trainer (train_summary)")
         stated = {"seed": run.seed, "score": run.score, "steps": run.steps or None}
+        stated |= {"evaluation": run.json_events.get("eval_summary"), "time": run.eval_seconds}
         stated |= {"float": run.final("float"), "artifact": run.final("roundtrip")}
         stated |= {"bytes": run.bytes_total, "code": run.bytes_code, "model": run.bytes_model}
         stated |= {"parameters": run.params, "torch": run.versions.get("torch")}
         stated |= {"knobs": run.knobs.get("num_layers")}
         missing = ", ".join(name for name, value in stated.items() if value is None)
         require(not missing, f"{run.path}: the log states no {missing}")
+        partial = run.score.partial or trained["partial"]
+        require(not partial, f"{run.path}: a PARTIAL score, of a part of the split")
 
-        same = run.code_hashes == {digest} and run.source.encode() == source.split(b"\0")[0]
+        same = run.source == plain and len(run.code_hashes) == 1 and run.code_hashes <= forms.keys()
         commit = run.versions.get("commit")
         require(same, f"{run.path}: made by other code than that of {ROOT}; check out {commit}")
+        script = pack_script(forms[min(run.code_hashes)])
         counted = f"{run.path} counts {run.bytes_code:,} bytes of code"
-        packed = f"packed it has {code_bytes:,} here: another liblzma"
-        require(run.bytes_code == code_bytes, f"{counted}, but {packed}")
+        packed = f"packed it has {len(script):,} here: another liblzma"
+        require(run.bytes_code == len(script), f"{counted}, but {packed}")
     seeds = [run.seed for run in runs]
     require(len(set(seeds)) == len(seeds), f"several logs of one seed: {sorted(seeds)}")
-    return sorted(runs, key=lambda run: run.seed)
+    return sorted(runs, key=lambda run: run.seed), script
 
 
 # ---- README
@@ -183,7 +129,7 @@ def read_runs(paths: list[Path], source: bytes) -> list[RunLog]:
 def seed_table(runs: list[RunLog]) -> str:
     """Return the table of results: a row per seed, and their means."""
     kind = SCORES[runs[0].score.kind]
-    header = ["Seed", "Steps", "ms/step", "Pre-quant", "Post-quant", f"{kind} {metric_of(runs)}"]
+    header = ["Seed", "Steps", "ms/step", "Pre-quant", "Post-quant", f"{kind} val_bpb"]
     header += ["nats/token", "Artifact bytes", "Total bytes", "Train s", "Eval s"]
     rows, scores = [], []
     for run in runs:
@@ -192,8 +138,7 @@ def seed_table(runs: list[RunLog]) -> str:
         row = [run.seed, f"{run.steps:,}", f"{1000 * run.train_seconds / run.steps:.1f}"]
         row += [f"{score:.5f}" for score in scores[-1]]
         row += [f"{run.bytes_model:,}", f"{run.bytes_total:,}", f"{run.train_seconds:.1f}"]
-        row += ["-" if run.eval_seconds is None else f"{run.eval_seconds:.1f}"]
-        rows.append(row)
+        rows.append([*row, f"{run.eval_seconds:.1f}"])
 
     means = []
     for values in zip(*scores, strict=True):
@@ -210,18 +155,9 @@ def comparison(record: Record) -> str:
     other, runs = record.baseline, record.runs
     if other is None:
         return "There is no previous row of this text, tokenizer and budget to compare with."
-    scores = [run.score.bpb for run in runs]
     nats = statistics.fmean(run.nats_per_bpb for run in runs)
-    difference, verdict, _ = other.compare(scores, nats)
-    bpb = statistics.fmean(scores)
-    loss = statistics.fmean(run.score.loss for run in runs)
-    other_loss = "-" if other.val_loss is None else f"{other.val_loss:.5f}"
-    rows = [
-        [f"this record (n={len(runs)})", f"{bpb:.5f}", f"{loss:.5f}"],
-        [f"{other.name} (n={len(other.seeds) or '?'})", f"{other.val_bpb:.5f}", other_loss],
-        ["difference", f"{difference:+.5f}", f"{difference * nats:+.5f}"],
-    ]
-    return markdown_table(["run", metric_of(runs), "nats/token"], rows) + f"\n\n{verdict}"
+    verdict, _ = other.compare([run.score.bpb for run in runs], nats)
+    return f"{other.name}, n = {len(other.seeds) or '?'}: {other.val_bpb:.5f}. {verdict}"
 
 
 def environment(run: RunLog) -> dict[str, str]:
@@ -249,7 +185,7 @@ def headline(runs: list[RunLog]) -> str:
     count = "n=1" if std is None else f"{len(runs)}-seed mean, std {std:.4f}"
     size = f"{max(run.bytes_total for run in runs) / 1e6:.2f} MB"
     spent = f"{runs[0].hardware}, {max(run.train_seconds for run in runs):.0f} s"
-    return f"**{metric_of(runs)}: {statistics.fmean(scores):.5f}** ({count}) | {size} | {spent}"
+    return f"**val_bpb: {statistics.fmean(scores):.5f}** ({count}) | {size} | {spent}"
 
 
 def readme(record: Record, has_picture: bool) -> str:
@@ -258,10 +194,6 @@ def readme(record: Record, has_picture: bool) -> str:
     text = f"{first.targets:,} targets"
     if first.scored_bytes:
         text += f", {first.scored_bytes:,} bytes of text"
-    exceptions = ""
-    if record.exceptions:
-        listed = "\n".join(f"- {text}" for text in record.exceptions)
-        exceptions = f"## Exceptions\n\nThis record was made in spite of:\n\n{listed}\n\n"
     audit = "Not audited: `python train_gpt.py eval_sliding.py --audit ARTIFACT` does it."
     for run in reversed(record.runs):
         if run.audit:
@@ -283,7 +215,6 @@ def readme(record: Record, has_picture: bool) -> str:
         text=text,
         bytes_code=f"{first.bytes_code:,}",
         picture="![training curves](training.png)\n\n" if has_picture else "",
-        exceptions=exceptions,
         comparison=comparison(record),
         params=f"{first.params:,}",
         window=first.evaluation.get("window"),
@@ -319,43 +250,21 @@ def submission(runs: list[RunLog]) -> dict:
             "val_bpb": run.score.bpb,
             "artifact_bytes": run.bytes_model,
             "steps": run.steps,
-            "step_avg_ms": round(1000 * run.train_seconds / run.steps, 2),
             "train_time_s": round(run.train_seconds, 1),
             "eval_time_s": run.eval_seconds,
         }
-    # A PARTIAL score is no val_bpb.
-    if metric_of(runs) != "val_bpb":
-        figures = dict.fromkeys(figures)
-        for result in results.values():
-            result |= {"val_loss": None, "val_bpb": None}
-
-    slowest = max(run.train_seconds for run in runs)
-    spent = [run.eval_seconds for run in runs if run.eval_seconds is not None]
-    evaluated = max(spent, default=None)
-    largest = max(run.bytes_total for run in runs)
     return {
         **figures,
         "seeds": [run.seed for run in runs],
         "seed_results": results,
-        "bytes_total": largest,
+        "bytes_total": max(run.bytes_total for run in runs),
         "bytes_code": runs[0].bytes_code,
         "bytes_model": max(run.bytes_model for run in runs),
         "step_stop": round(statistics.fmean(run.steps for run in runs)),
-        "wallclock_seconds": round(slowest, 1),
-        "eval_time_seconds": evaluated,
+        "wallclock_seconds": round(max(run.train_seconds for run in runs), 1),
+        "eval_time_seconds": max(run.eval_seconds for run in runs),
         "hardware": runs[0].hardware,
         "pytorch_version": runs[0].versions["torch"],
-        "compliance": {
-            "train_under_600s": slowest < MAX_SECONDS,
-            "artifact_under_16mb": largest < MAX_SUBMISSION_BYTES,
-            "eval_under_600s": evaluated is not None and evaluated < MAX_SECONDS,
-            "three_seeds": len(runs) >= 3,
-            "score_first_ttt": all(run.score.kind == "ttt" for run in runs),
-            "no_slot": True,
-            "no_pre_quant_ttt": True,
-            "no_etlb": True,
-            "no_ngram_cache": True,
-        },
     }
 
 
@@ -430,8 +339,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--blurb", default=blurb, help="one sentence")
     add("--date", default=datetime.date.today().isoformat(), help="YYYY-MM-DD; default: today")
     add("--output", type=Path, default=ROOT / "records", metavar="DIR", help="default: records/")
-    for name, what in EXCEPTIONS.items():
-        add(f"--allow-{name}", action="append_const", const=name, dest="allowed", help=what)
+    add("--allow-commit", action="store_true", help="a commit that is dirty or unknown, or several")
     args = parser.parse_args()
 
     plain = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]*", args.name)
@@ -463,19 +371,16 @@ def main() -> None:
     if args.dry_run:
         return
 
-    source = submission_source()
-    runs = read_runs(args.logs, source)
-    exceptions = []
-    for name, text in objections(runs, args.track):
-        option = f"--allow-{name} makes it an exception that the README states"
-        require(name in (args.allowed or []), f"{text} ({option})")
-        exceptions.append(text)
+    runs, script = read_runs(args.logs, submission_source())
+    commits = {run.versions.get("commit", "unknown") for run in runs}
+    clean = len(commits) == 1 and not re.search(r"^unknown|-dirty$", *commits)
+    stated = f"made at commit {', '.join(sorted(commits))}: one that is clean repeats it"
+    require(clean or args.allow_commit, f"{stated} (--allow-commit makes the folder all the same)")
     if baseline is not None:
         same_text = baseline.same_text(runs[0])
         require(same_text, f"{' '.join(previous)}: validated on another text")
 
-    record = Record(args, runs, baseline, exceptions)
-    make(record, pack_script(source), final)
+    make(Record(args, runs, baseline), script, final)
     print(headline(runs))
     print(f"author {args.author}, github_id {args.github_id}")
     print("records/check_record.py reads it as a reviewer does")

@@ -3,14 +3,14 @@
     python records/runlog.py logs/*.txt          # one line per log: what was understood of it
     python records/runlog.py --summary LOG       # the closing table of run_8xh100.sh
 
-The upstream dialects are those of openai/parameter-golf: `step:N/M train_loss:F train_time:Nms`
-until April 2026, and `N/M train_loss: F train_time: F.Fm tok/s: N` since (PR #1218). A log says
-which lines it has; nothing is guessed from file names. What it does not say is None or empty.
+The upstream dialects are those of openai/parameter-golf: `step:N/M train_loss:F train_time:Nms` or
+`step:N/M loss:F ... t:Nms` until April 2026, and `N/M train_loss: F train_time: F.Fm tok/s: N`
+since (PR #1218). Nothing is guessed from file names. What a log does not say is None or empty.
 """
 
 import contextlib
-import itertools
 import json
+import math
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -52,11 +52,10 @@ class Point(NamedTuple):
     seconds: float | None
     loss: float  # nats per token
     bpb: float | None = None  # bits per byte, of validation
-    lr_scale: float | None = None  # fraction of the peak learning rate, of training
 
 
 class Event(NamedTuple):
-    """What happened at a step: "recurrence on", "LR restart" or, the stop by it, "clock"."""
+    """What happened at a step: "recurrence on"."""
 
     step: int
     name: str
@@ -75,7 +74,7 @@ class Final(NamedTuple):
 
 def seconds_in(rest: str) -> float | None:
     """Return the training time that a line of a step states: milliseconds, or minutes."""
-    milliseconds = last_match(rf"train_time:\s*{NUMBER}ms", rest, float)
+    milliseconds = last_match(rf"\b(?:train_time|t):\s*{NUMBER}ms", rest, float)
     if milliseconds is not None:
         return milliseconds / 1000
     minutes = last_match(rf"train_time:\s*{NUMBER}m\b", rest, float)
@@ -126,16 +125,17 @@ class RunLog:
         """ours, old, new or unknown."""
         if "train_summary" in self.json_events or "overrides: " in self.text:
             return "ours"
-        space = last_match(STAMP + r"(?:step:)?\d+/\d+ train_loss:( ?)", self.text)
+        space = last_match(STAMP + r"(?:step:)?\d+/\d+ (?:train_)?loss:( ?)", self.text)
         if space is None:
             return "unknown"
         return "new" if space else "old"
 
     @cached_property
     def knobs(self) -> dict[str, str]:
-        """Every setting stated, as text: lines of `  key: value`, or `key:value` words."""
+        """Every setting stated, as text: lines of `  key: value`, or words in one of two forms."""
         block = dict(re.findall(STAMP + r"  ([a-z]\w*): ?(.*)$", self.text, re.M))
-        return block or dict(SETTINGS.findall(self.text))
+        words = last_match(r"^--- Hyperparameters ---\n(.*)", self.text) or ""
+        return block or dict(re.findall(r"(\w+)=(\S*)", words)) or dict(SETTINGS.findall(self.text))
 
     @property
     def configuration(self) -> dict[str, str]:
@@ -151,12 +151,7 @@ class RunLog:
     @property
     def versions(self) -> dict[str, str]:
         """python, torch, numpy and commit, as far as they are stated."""
-        found = dict(re.findall(r"(?:^| )(python|torch|numpy|commit):(\S+)", self.text, re.M))
-        for name, label in (("python", "Python"), ("torch", "PyTorch")):
-            upstream = last_match(rf"^Running {label} (\S+)", self.text)
-            if upstream:
-                found.setdefault(name, upstream)
-        return found
+        return dict(re.findall(r"(?:^| )(python|torch|numpy|commit):(\S+)", self.text, re.M))
 
     @property
     def code_hashes(self) -> set[str]:
@@ -189,11 +184,6 @@ class RunLog:
         return last_match(STAMP + r"model_params:(\d+)", self.text, int)
 
     @property
-    def tokens_per_step(self) -> int | None:
-        stated = self.knobs.get("train_batch_tokens")
-        return int(stated) if stated else None
-
-    @property
     def resumed(self) -> bool:
         """Whether training went on from a checkpoint, so that this is the log of its last part."""
         return re.search(r"^resumed:", self.text, re.M) is not None
@@ -211,10 +201,9 @@ class RunLog:
         """The training curve, in order of the log."""
         rows = []
         for step, seconds, rest in self._steps:
-            loss = last_match(rf"train_loss:\s*{NUMBER}", rest, float)
+            loss = last_match(rf"^(?:train_)?loss:\s*{NUMBER}", rest, float)
             if loss is not None:
-                scale = last_match(r"lr_scale:(\S+)", rest, float)
-                rows.append(Point(step, seconds, loss, lr_scale=scale))
+                rows.append(Point(step, seconds, loss))
         return rows
 
     @cached_property
@@ -232,23 +221,16 @@ class RunLog:
 
     @property
     def events(self) -> list[Event]:
-        """What happened at a step, in order: the stop by the clock as well."""
-        found = []
-        for step in re.findall(r"layer_loop:enabled step:(\d+)", self.text):
-            found.append(Event(int(step), "recurrence on"))
-        for before, after in itertools.pairwise(row for row in self.train if row.lr_scale):
-            if after.lr_scale > 1.2 * before.lr_scale:
-                found.append(Event(after.step, "LR restart"))
-        for step in re.findall(r"stopping_early: \w+ train_time:\s*\d+ms step:\s*(\d+)", self.text):
-            found.append(Event(int(step), "clock"))
-        return sorted(found)
+        """What happened at a step, in order."""
+        steps = re.findall(r"layer_loop:enabled step:(\d+)", self.text)
+        return [Event(int(step), "recurrence on") for step in steps]
 
     @property
     def steps(self) -> int | None:
         own = self.json_events.get("train_summary")
         if own:
             return own["steps"]
-        return max((step for step, _, rest in self._steps if "_loss" in rest), default=None)
+        return max((step for step, _, rest in self._steps if "loss:" in rest), default=None)
 
     @property
     def train_seconds(self) -> float | None:
@@ -277,24 +259,25 @@ class RunLog:
                 found.append(Final(label, kinds[0], float(loss), float(bpb), seconds, partial))
         return found
 
-    def final(self, *kinds: str) -> Final | None:
-        """Return the last score of the first of these kinds that has one.
+    def final(self, kind: str) -> Final | None:
+        """Return the last score of a kind.
 
         A score may be printed twice: digits are of the last line, seconds of the last with a time.
         """
-        for kind in kinds:
-            rows = [row for row in self.finals if row.kind == kind]
-            if rows:
-                timed = [row.seconds for row in rows if row.seconds is not None]
-                return rows[-1]._replace(seconds=timed[-1] if timed else None)
-        return None
+        rows = [row for row in self.finals if row.kind == kind]
+        if not rows:
+            return None
+        timed = [row.seconds for row in rows if row.seconds is not None]
+        return rows[-1]._replace(seconds=timed[-1] if timed else None)
 
     @property
     def score(self) -> Final | None:
-        """The number of the submission: our last evaluation, or a stranger's latest kind of it."""
+        """The number of the submission: our last evaluation, or a stranger's best of the model."""
         own = self.json_events.get("eval_summary")
         if own is None:
-            return self.final("ttt", "sliding", "roundtrip")
+            rows = [self.final(kind) for kind in ("ttt", "sliding", "roundtrip")]
+            rows = [row for row in rows if row is not None and math.isfinite(row.bpb)]
+            return min(rows, key=lambda row: (row.partial, row.bpb), default=None)
         row = self.final("sliding" if own.get("ttt", "off") == "off" else "ttt")
         if row is None:
             return None
@@ -343,7 +326,8 @@ class RunLog:
 
     @property
     def bytes_code(self) -> int | None:
-        return last_match(STAMP + r"Code size(?: \(compressed\))?: (\d+) bytes", self.text, int)
+        pattern = STAMP + r"(?:Code size(?: \(compressed\))?: |artifact:.* code:)(\d+)"
+        return last_match(pattern, self.text, int)
 
     @property
     def bytes_model(self) -> int | None:
@@ -353,7 +337,8 @@ class RunLog:
     @property
     def bytes_total(self) -> int | None:
         """As the log's last total says, which is what reviewers go by; the sum without one."""
-        stated = last_match(STAMP + r"Total submission size \S+: (\d+) bytes", self.text, int)
+        pattern = STAMP + r"(?:Total submission size \S+: |budget:)(\d+)(?: bytes|/\d+ )"
+        stated = last_match(pattern, self.text, int)
         if stated is None and self.bytes_code is not None and self.bytes_model is not None:
             return self.bytes_code + self.bytes_model
         return stated
