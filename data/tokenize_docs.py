@@ -38,7 +38,6 @@ import train_gpt
 from train_gpt import ConfigError, Progress, require, run_entry_point, write_atomically
 
 SPECIAL_IDS = (0, 1, 2, 3)  # of padding, BOS, EOS and unknown; the challenge's shards assume these
-SPACE_PIECE = "\u2581"
 MAX_PIECES = 1 << 16  # shards store uint16
 DEFAULT_SHARD_TOKENS = 100_000_000
 HEADER_TOKENS = train_gpt.SHARD_HEADER_INTS * 2  # the int32 header seen as uint16
@@ -51,7 +50,6 @@ COMPRESSED = {  # suffix -> what reads a frame
     ".zst": zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj,
 }
 READABLE = re.compile(r".*\.(jsonl(\.bz2|\.gz|\.xz|\.zst)?|parquet|txt|md)", re.IGNORECASE)
-DAMAGE = (OSError, zlib.error, lzma.LZMAError, zstandard.ZstdError)
 CHUNK_BYTES = 1 << 18
 MAX_JSON_BYTES = 1 << 20  # of a manifest; as Python objects, text takes up to 50 times its size
 BATCH_DOCS = 64  # enough work for every thread of one encode call, and little memory
@@ -204,7 +202,7 @@ def parse_documents(path: Path, raw: BinaryIO) -> Iterator[str]:
                 yield parse_line(line, f"{path}:{number}")
     except EOFError as error:
         raise ConfigError(f"{path}:{number + 1}: truncated {suffix} file") from error
-    except DAMAGE as error:
+    except (OSError, zlib.error, lzma.LZMAError, zstandard.ZstdError) as error:
         raise ConfigError(f"{path}:{number + 1}: damaged {suffix} file: {error}") from error
 
 
@@ -271,7 +269,7 @@ def load_tokenizer(model: bytes, name: str) -> sentencepiece.SentencePieceProces
     require(ids == SPECIAL_IDS, f"{name}: special ids (pad, bos, eos, unk) are {ids}, {expected}")
 
     # Without it a lone space counts as the three bytes of U+2581 (openai/parameter-golf #897).
-    has_space = not tokenizer.is_unknown(tokenizer.piece_to_id(SPACE_PIECE))
+    has_space = not tokenizer.is_unknown(tokenizer.piece_to_id("\u2581"))
     require(has_space, f"{name}: no piece for a space alone (U+2581): bytes would be miscounted")
     return tokenizer
 

@@ -363,6 +363,8 @@ def test_another_tokenizer_is_told_from_documents_of_one_word():
     assert is_accepted(tokens, right)
     assert not is_accepted(tokens, wrong)
     assert not is_accepted(permuted(tokens, VOCAB_SIZE), right)
+    no_document = tokens[tokens != train_gpt.BOS_ID]
+    assert not is_accepted(permuted(no_document, VOCAB_SIZE), right)
 
 
 @pytest.mark.slow
