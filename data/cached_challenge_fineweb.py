@@ -13,9 +13,7 @@ import argparse
 import contextlib
 import os
 import re
-import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
@@ -23,6 +21,9 @@ from pathlib import Path
 
 try:
     import huggingface_hub
+
+    if int(huggingface_hub.__version__.partition(".")[0]) < 1:
+        raise ImportError(f"huggingface_hub {huggingface_hub.__version__} is older than 1.0")
     from huggingface_hub import errors
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers, disable_progress_bars, logging
@@ -32,26 +33,16 @@ except ImportError as error:
     sys.exit(2)
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tokenize_docs import MAX_JSON_BYTES, parse_manifest
+from tokenize_docs import say
 
-import train_gpt
-from train_gpt import ConfigError, Progress, require, run_entry_point, write_atomically
+from train_gpt import ConfigError, Progress, require, run_entry_point
 
 OFFICIAL_REPO = "willdepueoai/parameter-golf"
 THREADS = 4
 DOCS = "docs_selected.jsonl"
-DOCS_SOURCE = "docs_selected.source_manifest.json"
 NO_ACCESS = "no such dataset repository or file, or it needs HF_TOKEN; see MATCHED_FINEWEB_REPO_ID"
+BAD_TOKEN = "the hub refuses the token of HF_TOKEN or `hf auth login`; public data needs none"
 MIRRORS = "for other repositories, as MATCHED_FINEWEB_REPO_ID names them, see data/README.md"
-
-
-def shard_flaw(path: Path) -> str | None:
-    """Return what is wrong with the header or length of a shard, or None."""
-    try:
-        train_gpt.load_data_shard(path)
-    except ConfigError as error:
-        return str(error).removeprefix(f"{path}: ")
-    return None
 
 
 @dataclass(frozen=True)
@@ -61,6 +52,7 @@ class RemoteFile:
     path: str
     size: int  # bytes
     digest: str  # SHA-256 of a Git LFS file, git's SHA-1 of any other
+    url: str
 
     def flaw_of(self, local: Path) -> str | None:
         """Return what keeps `local` from being a usable copy of this file, or None."""
@@ -71,10 +63,7 @@ class RemoteFile:
         with open(local, "rb") as file:
             is_lfs = len(self.digest) == 64
             digest = sha_fileobj(file).hex() if is_lfs else git_hash(file.read())
-        if digest != self.digest:
-            return "its checksum is not the one the repository states"
-
-        return shard_flaw(local) if self.path.endswith(".bin") else None
+        return None if digest == self.digest else "another checksum than the repository states"
 
     def partial(self, local: Path) -> Path:
         """Return where the download to `local` collects; a changed file has another name."""
@@ -83,18 +72,26 @@ class RemoteFile:
 
 @contextlib.contextmanager
 def refuse_hub_errors(what: str) -> Iterator[None]:
-    """Turn whatever the hub or the network answers about `what` into a one-line ConfigError."""
+    """Turn whatever the hub or the network answers about `what` into a one-line ConfigError.
+
+    The text of a library's error is left out: it may quote a token or the password of a proxy.
+    """
     try:
         yield
     except errors.HfHubHTTPError as error:
         status = error.response.status_code
         hint = NO_ACCESS if status in (401, 403, 404) else "try again in some minutes"
+        if status == 401 and huggingface_hub.get_token():
+            hint = BAD_TOKEN
         raise ConfigError(f"{what}: HTTP {status}, {hint}") from error
     except (errors.HTTPError, errors.OfflineModeIsEnabled) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ConfigError(f"{what}: connection failed, {reason}; the next run goes on") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{what}: no Hugging Face hub answers like this: {error!r}") from error
+        reason = f"connection failed ({type(error).__name__})"
+        raise ConfigError(f"{what}: {reason}; the next run goes on") from error
+    except (OSError, ImportError, MemoryError):
+        raise
+    except Exception as error:  # of a class of any library below
+        reason = f"no hub, or no proxy, is addressed or answers like this ({type(error).__name__})"
+        raise ConfigError(f"{what}: {reason}") from error
 
 
 class Hub:
@@ -103,7 +100,6 @@ class Hub:
     def __init__(self, repo_id: str, prefix: str, endpoint: str | None):
         self.repo_id = repo_id
         self.prefix = f"{prefix}/" if prefix else ""
-        self.endpoint = endpoint
 
         # An error is to be one line, and our own progress is shown.
         logging.set_verbosity_error()
@@ -116,25 +112,14 @@ class Hub:
         api = huggingface_hub.HfApi(endpoint=endpoint)
         with refuse_hub_errors(repo_id):
             info = api.dataset_info(repo_id, revision="main", timeout=30, files_metadata=True)
-            self.commit = info.sha
+            at = {"repo_type": "dataset", "revision": info.sha, "endpoint": endpoint}
             self.files = {}
             for file in info.siblings:
                 if file.rfilename.startswith(self.prefix):
                     path = file.rfilename.removeprefix(self.prefix)
                     digest = file.lfs.sha256 if file.lfs else file.blob_id
-                    self.files[path] = RemoteFile(path, file.size, digest)
-
-    def file(self, path: str) -> RemoteFile:
-        """Return the file at `path` below the prefix. Raises ConfigError when there is none."""
-        require(path in self.files, f"{self.repo_id} lacks {self.prefix}{path}")
-        return self.files[path]
-
-    def url(self, file: RemoteFile) -> str:
-        """Return where the content of `file` is."""
-        path = self.prefix + file.path
-        return huggingface_hub.hf_hub_url(
-            self.repo_id, path, repo_type="dataset", revision=self.commit, endpoint=self.endpoint
-        )
+                    url = huggingface_hub.hf_hub_url(repo_id, file.rfilename, **at)
+                    self.files[path] = RemoteFile(path, file.size, digest, url)
 
 
 def download_file(hub: Hub, file: RemoteFile, local: Path) -> None:
@@ -146,16 +131,15 @@ def download_file(hub: Hub, file: RemoteFile, local: Path) -> None:
     partial = file.partial(local)
     with open(partial, "ab") as out, refuse_hub_errors(f"{hub.repo_id} {file.path}"):
         if out.tell() < file.size:
-            http_get(hub.url(file), out, resume_size=out.tell(), headers=build_hf_headers())
+            http_get(file.url, out, resume_size=out.tell(), headers=build_hf_headers())
         out.flush()
         os.fsync(out.fileno())
 
     flaw = file.flaw_of(partial)
     if flaw:
         partial.unlink()
-        raise ConfigError(
-            f"{hub.repo_id} {file.path} arrived damaged: {flaw}; the next run retries"
-        )
+    arrived = f"{hub.repo_id} {file.path} arrived damaged: {flaw}; the next run retries"
+    require(flaw is None, arrived)
     os.replace(partial, local)
 
 
@@ -184,130 +168,50 @@ def download_all(hub: Hub, files: list[RemoteFile], root: Path) -> None:
             progress.update(arrived, f"{arrived / 1e9:.2f} of {total / 1e9:.2f} GB")
 
 
-def load_manifest(hub: Hub, path: Path, skip: bool) -> bytes:
-    """Return the repository's manifest, or the one at `path` if `skip`. Raises ConfigError."""
-    if skip:
-        require(path.is_file(), f"{path}: no such file, and --skip-manifest fetches none")
-        require(path.stat().st_size <= MAX_JSON_BYTES, f"{path}: too many bytes for a manifest")
-        return path.read_bytes()
+def select(hub: Hub, variant: str, train_shards: int) -> list[RemoteFile]:
+    """Return tokenizers, validation and first training shards of `variant`. Raises ConfigError.
 
-    where = f"{hub.prefix}manifest.json; set MATCHED_FINEWEB_REMOTE_ROOT_PREFIX to its folder"
-    require("manifest.json" in hub.files, f"{hub.repo_id} has no {where}")
-    file = hub.file("manifest.json")
-    require(file.size <= MAX_JSON_BYTES, f"{hub.repo_id}: a manifest of {file.size:,} bytes")
-    with tempfile.TemporaryDirectory() as folder:
-        local = Path(folder, "manifest.json")
-        download_file(hub, file, local)
-        return local.read_bytes()
+    A tokenizer has the number of its pieces, which is that of the variant, in its name. Some
+    variants state the bytes of every validation token in shards beside.
+    """
+    kind = re.fullmatch(r"(?:byte|sp)(\d+)\w*", variant, re.ASCII)
+    require(kind is not None, f"--variant {variant}: expected byte260 or sp and a size, as sp1024")
 
+    def files_like(pattern: str) -> list[RemoteFile]:
+        paths = [path for path in sorted(hub.files) if re.fullmatch(pattern, path, re.ASCII)]
+        return [hub.files[path] for path in paths]
 
-def tokenizer_files(hub: Hub, entry: dict) -> list[RemoteFile]:
-    """Return the files of a tokenizer; its vocabulary may be missing. Raises ConfigError."""
-    files = {}
-    for key in ("model_path", "path", "vocab_path"):
-        path = entry.get(key)
-        if not path:
-            continue
-        # A manifest must not place files elsewhere.
-        inside = re.fullmatch(r"tokenizers(/\w[\w.-]*)+", str(path), re.ASCII)
-        require(bool(inside), f"{hub.repo_id}: a tokenizer at {path!r}, not below tokenizers/")
-        if key != "vocab_path" or path in hub.files:
-            files[path] = hub.file(path)
-    require(bool(files), f"{hub.repo_id}: no file of the tokenizer {entry['name']} in its manifest")
-    return list(files.values())
-
-
-def select(hub: Hub, manifest: dict, name: str, train_shards: int) -> list[RemoteFile]:
-    """Return tokenizer, validation and first training shards of `name`. Raises ConfigError."""
-    datasets = {entry["name"]: entry for entry in manifest["datasets"]}
-    tokenizers = {entry["name"]: entry for entry in manifest["tokenizers"]}
-    known = ", ".join(datasets) or "no dataset"
-    require(name in datasets, f"{hub.repo_id} has no {name}, only {known}; {MIRRORS}")
-    entry = datasets[name]
-    try:
-        tokenizer = tokenizers[entry["tokenizer_name"]]
-        val_shards = int(entry["stats"]["files_val"])
-        available = int(entry["stats"]["files_train"])
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise ConfigError(f"{hub.repo_id}: bad manifest entry of {name}: {error!r}") from error
-    require(val_shards > 0, f"{hub.repo_id}: {name} has no validation shard")
-    enough = 0 <= train_shards <= available
-    require(enough, f"{hub.repo_id}: {train_shards} training shards of {name}, it has {available}")
-
-    files = tokenizer_files(hub, tokenizer)
-    for split, count in (("val", val_shards), ("train", train_shards)):
-        for number in range(count):
-            files.append(hub.file(f"datasets/{name}/fineweb_{split}_{number:06d}.bin"))
-
-    # Some variants state the bytes of every validation token in shards beside.
-    sidecar = re.compile(rf"datasets/{name}/fineweb_val_bytes_\d+\.bin")
-    return files + [file for path, file in hub.files.items() if sidecar.fullmatch(path)]
+    name = f"fineweb10B_{variant}"
+    val = files_like(rf"datasets/{name}/fineweb_val_(bytes_)?\d+\.bin")
+    train = files_like(rf"datasets/{name}/fineweb_train_\d+\.bin")
+    tokenizers = files_like(rf"tokenizers/(\w[\w.-]*/)*\w+_{kind[1]}[_.][\w.-]*")
+    known = {path.split("/")[1] for path in hub.files if path.startswith("datasets/")}
+    only = f"only {', '.join(sorted(known))}" if known else "nor any other: it is another folder"
+    where = f"in {hub.prefix or '/'} (MATCHED_FINEWEB_REMOTE_ROOT_PREFIX)"
+    require(bool(val), f"{hub.repo_id} has no {name} {where}, {only}; {MIRRORS}")
+    require(bool(tokenizers), f"{hub.repo_id} has no tokenizer of {kind[1]} pieces")
+    enough = 0 <= train_shards <= len(train)
+    require(enough, f"{hub.repo_id}: {train_shards} training shards of {name}, it has {len(train)}")
+    return [*tokenizers, *val, *train[:train_shards]]
 
 
 def missing_files(hub: Hub, wanted: list[RemoteFile], folder: Path, root: Path) -> list[RemoteFile]:
-    """Return what is not there yet of `wanted`, after removing damaged shards.
+    """Return what is not there yet of `wanted`. Raises ConfigError if a file that is there differs.
 
-    Raises ConfigError, before it removes any, if an intact file differs from the repository's.
+    The shards of two repositories must not be mixed, so all in `folder` are compared.
     """
     present = {root / file.path for file in wanted if (root / file.path).exists()}
     present = sorted(present | set(folder.glob("fineweb_*.bin")))
-    copies, damaged, foreign = [], [], []
+    copies = set()
     with Progress("checking", len(present)) as progress:
         for number, local in enumerate(present):
             progress.update(number, local.name)
             file = hub.files.get(local.relative_to(root).as_posix())
-            if file and file.flaw_of(local) is None:
-                copies.append(file)
-            elif local.suffix == ".bin" and shard_flaw(local):
-                damaged.append(local)
-            else:
-                foreign.append(local)
-
-    if foreign:
-        named = f"{foreign[0]} and {len(foreign) - 1} more" if foreign[1:] else foreign[0]
-        advice = "delete or move what differs, or name another folder with --output"
-        raise ConfigError(f"not what {hub.repo_id} has now: {named}; {advice}")
-    for local in damaged:
-        print(f"removing {local}, which is damaged", flush=True)
-        local.unlink()
+            flaw = file.flaw_of(local) if file else "no such file in the repository"
+            advice = "delete or move what differs, or name another folder with --output"
+            require(flaw is None, f"{local} is not what {hub.repo_id} has now: {flaw}; {advice}")
+            copies.add(file)
     return [file for file in wanted if file not in copies]
-
-
-def download(args: argparse.Namespace, hub: Hub) -> None:
-    """Run the command line on a listed repository. Raises ConfigError."""
-    root = args.output
-    name = f"fineweb10B_{args.variant}"
-    folder = root / "datasets" / name
-    path = root / "manifest.json"
-
-    data = load_manifest(hub, path, args.skip_manifest)
-    source = str(path) if args.skip_manifest else f"{hub.repo_id} {hub.prefix}manifest.json"
-    count = args.train_shards if args.shards is None else args.shards
-    wanted = select(hub, parse_manifest(data, source), name, count)
-    if args.with_docs:
-        wanted.append(hub.file(DOCS))
-        if DOCS_SOURCE in hub.files:
-            wanted.append(hub.file(DOCS_SOURCE))
-
-    missing = missing_files(hub, wanted, folder, root)
-    for file in wanted:
-        (root / file.path).parent.mkdir(parents=True, exist_ok=True)
-    needed = sum(file.size - size_of(file.partial(root / file.path)) for file in missing)
-    free = shutil.disk_usage(folder).free
-    amounts = f"needs {needed / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free"
-    require(needed <= free, f"{folder}: the download {amounts}")
-    download_all(hub, missing, root)
-
-    if not path.is_file() or path.read_bytes() != data:
-        write_atomically(path, data)
-        print(f"{path} is now that of {hub.repo_id} at {hub.commit[:8]}")
-    gigabytes = sum(file.size for file in missing) / 1e9
-    print(f"fetched {len(missing)} of {len(wanted)} files, {gigabytes:.2f} GB")
-    val_shards = len(list(folder.glob("fineweb_val_[0-9]*.bin")))
-    train_shards = len(list(folder.glob("fineweb_train_[0-9]*.bin")))
-    print(f"{folder} holds {val_shards} validation and {train_shards} training shards")
-    if hub.repo_id != OFFICIAL_REPO:
-        print("a mirror: see that its validation split is the first 50,000 documents, too")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -320,21 +224,40 @@ def main(argv: list[str] | None = None) -> None:
     add("--variant", default="sp1024", help="sp1024, sp8192, byte260, ...; default: %(default)s")
     add("--train-shards", type=int, default=80, metavar="N", help="default: %(default)s")
     add("--with-docs", action="store_true", help=f"also {DOCS}, the documents themselves")
-    add("--skip-manifest", action="store_true", help="use the manifest.json that is there")
+    add("--skip-manifest", action="store_true", help="leave the manifest.json that is there")
     output = Path(__file__).resolve().parent
     add("--output", type=Path, default=output, metavar="FOLDER", help="default: %(default)s")
     args = parser.parse_args(argv)
 
-    known = re.fullmatch(r"byte260|sp\d+\w*", args.variant, re.ASCII)
-    require(bool(known), f"--variant {args.variant}: expected byte260 or sp and a size, as sp1024")
+    # No value is shown: people paste addresses with their token.
     repo_id = os.environ.get("MATCHED_FINEWEB_REPO_ID", OFFICIAL_REPO)
     named = re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id, re.ASCII)
-    require(bool(named), f"MATCHED_FINEWEB_REPO_ID={repo_id}: expected owner/name")
+    require(bool(named), "MATCHED_FINEWEB_REPO_ID is not of the form owner/name")
     prefix = os.environ.get("MATCHED_FINEWEB_REMOTE_ROOT_PREFIX", "datasets").strip("/")
     endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or None
     url = re.fullmatch(r"https?://[\w.-]+(:\d+)?(/\S*)?", endpoint or "https://default", re.ASCII)
-    require(bool(url), f"HF_ENDPOINT={endpoint}: expected https://host")
-    download(args, Hub(repo_id, prefix, endpoint))
+    require(bool(url), "HF_ENDPOINT is not of the form https://host")
+
+    hub = Hub(repo_id, prefix, endpoint)
+    root = args.output
+    folder = root / "datasets" / f"fineweb10B_{args.variant}"
+    count = args.train_shards if args.shards is None else args.shards
+    wanted = select(hub, args.variant, count)
+    if args.with_docs:
+        require(DOCS in hub.files, f"{hub.repo_id} has no {hub.prefix}{DOCS}")
+        wanted.append(hub.files[DOCS])
+
+    missing = missing_files(hub, wanted, folder, root)
+    for file in missing:
+        (root / file.path).parent.mkdir(parents=True, exist_ok=True)
+    download_all(hub, missing, root)
+    if "manifest.json" in hub.files and not args.skip_manifest:
+        # The one file that may differ: each repository has its own.
+        download_file(hub, hub.files["manifest.json"], root / "manifest.json")
+    gigabytes = sum(file.size for file in missing) / 1e9
+    say(f"fetched {len(missing)} of {len(wanted)} files, {gigabytes:.2f} GB, into {folder}")
+    if hub.repo_id != OFFICIAL_REPO:
+        say("a mirror: see that its validation split is the first 50,000 documents, too")
 
 
 if __name__ == "__main__":

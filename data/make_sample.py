@@ -3,30 +3,25 @@
   python data/make_sample.py
 
 The text is the docstrings of torch, numpy, sympy and networkx, read with `ast`, one module a
-document. Equal versions of the packages give byte-identical shards and tokenizer.
+document. Equal versions of the packages give byte-identical shards and tokenizer. A sample that is
+there is kept.
 """
 
 import argparse
 import ast
-import functools
 import hashlib
-import importlib.metadata
 import importlib.util
 import inspect
-import json
-import multiprocessing
-import os
 import sys
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import tokenize_docs
 
-from train_gpt import Progress, require, run_entry_point, write_atomically
+from train_gpt import Progress, require, run_entry_point
 
 PACKAGES = ("torch", "numpy", "sympy", "networkx")
 SKIPPED_FOLDERS = {"tests", "test", "_internal"}  # hardly any docstring in a fifth of the source
@@ -37,25 +32,15 @@ MAX_SHARED_SHARE = 0.02  # of a validation document's shingles that training has
 VAL_PER_MILLE = 60
 
 
-@dataclass(frozen=True)
-class Package:
-    """An installed package: folder of its source and its version."""
-
-    name: str
-    root: Path
-    version: str
-
-
-def installed_packages(names: Iterable[str] = PACKAGES) -> list[Package]:
-    """Return where each package lies, without importing it. Raises ConfigError."""
-    packages = []
+def installed_packages(names: Iterable[str] = PACKAGES) -> dict[str, Path]:
+    """Return by name where each package lies, without importing it. Raises ConfigError."""
+    roots = {}
     for name in names:
         spec = importlib.util.find_spec(name)
         found = spec is not None and spec.submodule_search_locations
         require(bool(found), f"package {name} is not installed: pip install {name}")
-        root = Path(next(iter(spec.submodule_search_locations)))
-        packages.append(Package(name, root, importlib.metadata.version(name)))
-    return packages
+        roots[name] = Path(next(iter(spec.submodule_search_locations)))
+    return roots
 
 
 def read_docstrings(path: Path) -> list[str]:
@@ -74,29 +59,23 @@ def read_docstrings(path: Path) -> list[str]:
     return [text for text in docstrings if text]
 
 
-def read_modules(packages: list[Package], processes: int) -> dict[str, list[str]]:
+def read_modules(packages: dict[str, Path]) -> dict[str, list[str]]:
     """Return the docstrings of every documented module by dotted name, in order of the names."""
     paths = {}
-    for package in packages:
-        for path in package.root.rglob("*.py"):
-            inside = path.relative_to(package.root)
+    for package, root in packages.items():
+        for path in root.rglob("*.py"):
+            inside = path.relative_to(root)
             if not SKIPPED_FOLDERS.intersection(inside.parts):
-                paths[".".join([package.name, *inside.with_suffix("").parts])] = path
-    names = sorted(paths)
+                paths[".".join([package, *inside.with_suffix("").parts])] = path
 
     modules = {}
-    # Spawned, because forking a process in which torch has started threads can hang.
-    pool = multiprocessing.get_context("spawn").Pool(processes) if processes > 1 else None
-    read = functools.partial(pool.imap, chunksize=32) if pool else map
-    with Progress("reading docstrings", len(names)) as progress:
-        found = read(read_docstrings, [paths[name] for name in names])
-        for done, (name, docstrings) in enumerate(zip(names, found, strict=True), 1):
+    with Progress("reading docstrings", len(paths)) as progress:
+        for done, name in enumerate(sorted(paths), 1):
+            docstrings = read_docstrings(paths[name])
             if docstrings:
                 modules[name] = docstrings
             progress.update(done, "modules")
-    if pool:
-        pool.terminate()
-    require(bool(modules), f"no docstring in {', '.join(str(p.root) for p in packages)}")
+    require(bool(modules), f"no docstring in {', '.join(map(str, packages.values()))}")
     return modules
 
 
@@ -157,40 +136,19 @@ def split_documents(modules: dict[str, list[str]]) -> tuple[dict[str, str], dict
     return training, validation
 
 
-def make_sample(output: Path, packages: list[Package], processes: int) -> None:
+def make_sample(output: Path, packages: dict[str, Path]) -> None:
     """Write the sample below `output`, unless it is there already. Raises ConfigError."""
-    sample = tokenize_docs.Destination(output, "sample_sp1024", "sample_1024_bpe", overwrite=True)
-    stamp = sample.folder / "sample.json"
-
-    # What its bytes depend on: versions, Python's grammar and the code.
-    made_by = {package.name: package.version for package in packages}
-    made_by["sentencepiece"] = importlib.metadata.version("sentencepiece")
-    made_by["python"] = f"{sys.version_info.major}.{sys.version_info.minor}"
-    for script in (Path(__file__), Path(tokenize_docs.__file__)):
-        made_by[script.name] = hashlib.sha256(script.read_bytes()).hexdigest()
-
-    def complete() -> str:
-        sizes = {path.name: path.stat().st_size for path in [*sample.shards(), sample.model_path]}
-        return json.dumps({"made_by": made_by, "files": sizes}, indent=2) + "\n"
-
-    if stamp.exists() and sample.model_path.exists() and stamp.read_text() == complete():
-        print(f"{sample.folder} is complete and made by these versions; nothing to do")
+    sample = tokenize_docs.Destination(output, "sample_sp1024", "sample_1024_bpe")
+    # The folder has its name when all is complete.
+    if sample.folder.exists():
+        tokenize_docs.say(f"{sample.folder} is complete; nothing to do")
         return
 
-    versions = ", ".join(f"{package.name} {package.version}" for package in packages)
-    print(f"reading the docstrings of {versions}", flush=True)
-    training, validation = split_documents(read_modules(packages, processes))
-    print(f"training a tokenizer of {VOCAB_SIZE:,} pieces on the training split", flush=True)
+    tokenize_docs.say(f"reading the docstrings of {', '.join(packages)}")
+    training, validation = split_documents(read_modules(packages))
+    tokenize_docs.say(f"training a tokenizer of {VOCAB_SIZE:,} pieces on the training split")
     model = tokenize_docs.train_tokenizer(training.values(), VOCAB_SIZE)
-
-    # The stamp is written last, and says that everything else is there.
-    stamp.unlink(missing_ok=True)
-    texts = {"val": validation.values(), "train": training.values()}
-    stats = tokenize_docs.write_dataset(sample, model, texts, processes)
-    write_atomically(stamp, complete().encode())
-    for split, counts in stats.items():
-        print(tokenize_docs.summary(split, counts))
-    print(f"wrote {sample.folder} and {sample.model_path}")
+    tokenize_docs.write_dataset(sample, model, validation.values(), training.values())
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -201,7 +159,7 @@ def main(argv: list[str] | None = None) -> None:
     output = Path(__file__).resolve().parent
     parser.add_argument("--output", type=Path, default=output, metavar="FOLDER", help="%(default)s")
     args = parser.parse_args(argv)
-    make_sample(args.output, installed_packages(), min(os.cpu_count() or 1, 8))
+    make_sample(args.output, installed_packages())
 
 
 if __name__ == "__main__":

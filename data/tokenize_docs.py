@@ -5,18 +5,22 @@
   python data/tokenize_docs.py --train docs.jsonl.zst --num-val-docs 50000 \\
       --train-tokenizer 1024 --name mine_sp1024
 
-Inputs are .jsonl files with {"text": ...} on every line, plain, .gz, .xz or .zst, .txt and .md
-files, or folders of those. Formats are in data/README.md.
+Inputs are .jsonl files with {"text": ...} on every line, plain, .bz2, .gz, .xz or .zst, .parquet
+files with a column "text", .txt and .md files, or folders of those. A training document that is
+a validation document, too, is left out. Formats are in data/README.md.
 """
 
 import argparse
+import bz2
 import collections
-import gzip
+import functools
+import hashlib
 import io
 import itertools
 import json
 import lzma
 import os
+import re
 import shutil
 import sys
 import zlib
@@ -34,12 +38,18 @@ import train_gpt
 from train_gpt import ConfigError, Progress, require, run_entry_point, write_atomically
 
 SPECIAL_IDS = (0, 1, 2, 3)  # of padding, BOS, EOS and unknown; the challenge's shards assume these
-SPACE_PIECE = "\u2581"
 MAX_PIECES = 1 << 16  # shards store uint16
 DEFAULT_SHARD_TOKENS = 100_000_000
 HEADER_TOKENS = train_gpt.SHARD_HEADER_INTS * 2  # the int32 header seen as uint16
 TEXT_SUFFIXES = (".txt", ".md")
-DAMAGE = (gzip.BadGzipFile, zlib.error, lzma.LZMAError, zstandard.ZstdError)
+COMPRESSED = {  # suffix -> what reads a frame
+    ".bz2": bz2.BZ2Decompressor,
+    ".gz": functools.partial(zlib.decompressobj, wbits=31),
+    ".xz": lzma.LZMADecompressor,
+    # Its windows may be as large as those of `zstd --long=31`.
+    ".zst": zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj,
+}
+READABLE = re.compile(r".*\.(jsonl(\.bz2|\.gz|\.xz|\.zst)?|parquet|txt|md)", re.IGNORECASE)
 CHUNK_BYTES = 1 << 18
 MAX_JSON_BYTES = 1 << 20  # of a manifest; as Python objects, text takes up to 50 times its size
 BATCH_DOCS = 64  # enough work for every thread of one encode call, and little memory
@@ -52,7 +62,6 @@ class Destination:
     output: Path
     name: str
     tokenizer_name: str
-    overwrite: bool = False
     shard_tokens: int = DEFAULT_SHARD_TOKENS
 
     @property
@@ -63,43 +72,45 @@ class Destination:
     def model_path(self) -> Path:
         return self.output / "tokenizers" / f"{self.tokenizer_name}.model"
 
-    def shards(self) -> list[Path]:
-        """Return what a trainer's globs would read, byte sidecars of the validation split too."""
-        train = self.folder.glob("fineweb_train_*.bin")
-        return sorted([*train, *self.folder.glob("fineweb_val_*.bin")])
+    def check_free(self, model: bytes | None) -> None:
+        """Refuse to touch a dataset, or a tokenizer other than `model`, that is there already."""
+        require(Path(self.name).name == self.name, f"{self.name!r} is not a plain folder name")
+        is_new = not self.folder.exists()
+        require(is_new, f"{self.folder} is there already; delete it, or choose another --name")
+        is_same = not self.model_path.exists() or self.model_path.read_bytes() == model
+        require(
+            is_same, f"{self.model_path} is another tokenizer; move it, or use another --output"
+        )
 
-    def check_free(self, model: bytes | None = None) -> None:
-        """Refuse to replace shards, or a tokenizer other than `model`, unasked."""
-        for name in (self.name, self.tokenizer_name):
-            require(Path(name).name == name, f"{name!r} is not a plain folder or file name")
-        if self.overwrite:
-            return
-        old = len(self.shards())
-        require(old == 0, f"{self.folder} already holds {old} shards; --overwrite replaces them")
-        if model is not None and self.model_path.exists():
-            same = self.model_path.read_bytes() == model
-            require(same, f"{self.model_path} is another tokenizer; --overwrite replaces it")
+
+def say(text: str) -> None:
+    """Print a line, unless nobody reads any more, as after `| head`."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # Python flushes what is left once more when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def summary(split: str, counts: collections.Counter) -> str:
     """Return one line for people; text is counted before SentencePiece normalises it."""
     return (
-        f"{split}: {counts['docs']:,} documents ({counts['empty']:,} empty ones skipped), "
+        f"{split}: {counts['docs']:,} documents ({counts['empty']:,} empty ones skipped, "
+        f"{counts['held out']:,} left out that validation has), "
         f"{counts['tokens']:,} tokens, {counts['bytes']:,} bytes of text, "
         f"{counts['tokens'] / counts['bytes']:.4f} tokens/byte, {counts['files']:,} shard(s)"
     )
 
 
 def expand_inputs(paths: Iterable[Path]) -> list[Path]:
-    """Return files in reading order, a folder's .txt and .md files sorted. Raises ConfigError."""
+    """Return files in reading order, those of a folder sorted. Raises ConfigError."""
     files: list[Path] = []
     for path in paths:
         require(path.exists(), f"{path}: no such file or folder")
-        if not path.is_dir():
-            files.append(path)
-            continue
-        found = sorted(p for p in path.rglob("*") if p.suffix.lower() in TEXT_SUFFIXES)
-        require(bool(found), f"{path}: no .txt or .md file in this folder")
+        found = sorted(path.rglob("*")) if path.is_dir() else [path]
+        found = [file for file in found if READABLE.fullmatch(file.name)]
+        kinds = f".jsonl (plain, {', '.join(COMPRESSED)}), .parquet, {', '.join(TEXT_SUFFIXES)}"
+        require(bool(found), f"{path}: not a file of {kinds}, nor a folder of those")
         files += found
     return files
 
@@ -144,9 +155,12 @@ def parse_line(line: bytes, where: str) -> str:
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{where}: malformed JSON: {error}") from error
     require(isinstance(record, dict) and "text" in record, f'{where}: no "text" key')
-    text = record["text"]
-    kind = type(text).__name__
-    require(isinstance(text, str), f'{where}: "text" is a {kind}, not a string')
+    return checked_text(record["text"], where)
+
+
+def checked_text(text: object, where: str) -> str:
+    """Return `text` if it is one that UTF-8 can encode. Raises ConfigError naming `where`."""
+    require(isinstance(text, str), f'{where}: "text" is a {type(text).__name__}, not a string')
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -154,29 +168,42 @@ def parse_line(line: bytes, where: str) -> str:
     return text
 
 
+def parquet_texts(path: Path) -> Iterator[object]:
+    """Yield the column "text" of a Parquet file, as FineWeb is published. Raises ConfigError."""
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise ConfigError(f"{path}: pyarrow reads .parquet: pip install pyarrow") from error
+    try:
+        for batch in parquet.ParquetFile(path).iter_batches(columns=["text"]):
+            yield from batch.column("text").to_pylist()
+    except (pyarrow.ArrowException, OSError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{path}: no Parquet file with a column of texts: {reason}") from error
+
+
 def parse_documents(path: Path, raw: BinaryIO) -> Iterator[str]:
     """Yield the texts of one open file. Raises ConfigError naming file and line."""
-    if path.suffix.lower() in TEXT_SUFFIXES:
+    suffix = path.suffix.lower()
+    if suffix in TEXT_SUFFIXES:
         yield decode_utf8(raw.read(), str(path))
         return
+    if suffix == ".parquet":
+        for number, text in enumerate(parquet_texts(path), 1):
+            yield checked_text(text, f"{path}, row {number}")
+        return
 
-    lines: Iterable[bytes] = raw
-    if path.suffix == ".gz":
-        lines = gzip.GzipFile(fileobj=raw)
-    elif path.suffix == ".xz":
-        lines = frame_lines(raw, lzma.LZMADecompressor)
-    elif path.suffix == ".zst":
-        # Its windows may be as large as those of `zstd --long=31`.
-        lines = frame_lines(raw, zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj)
+    lines = frame_lines(raw, COMPRESSED[suffix]) if suffix in COMPRESSED else raw
     number = 0
     try:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 yield parse_line(line, f"{path}:{number}")
     except EOFError as error:
-        raise ConfigError(f"{path}:{number + 1}: truncated {path.suffix} file") from error
-    except DAMAGE as error:
-        raise ConfigError(f"{path}:{number + 1}: damaged {path.suffix} file: {error}") from error
+        raise ConfigError(f"{path}:{number + 1}: truncated {suffix} file") from error
+    except (OSError, zlib.error, lzma.LZMAError, zstandard.ZstdError) as error:
+        raise ConfigError(f"{path}:{number + 1}: damaged {suffix} file: {error}") from error
 
 
 def read_documents(files: list[Path]) -> Iterator[str]:
@@ -228,12 +255,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
 
 def load_tokenizer(model: bytes, name: str) -> sentencepiece.SentencePieceProcessor:
     """Load a serialized model and check what shards and byte counts rely on. Raises ConfigError."""
-    tokenizer = sentencepiece.SentencePieceProcessor()
     try:
-        loaded = bool(model) and tokenizer.LoadFromSerializedProto(model)
-    except RuntimeError:
-        loaded = False
-    require(loaded, f"{name}: not a SentencePiece model")
+        tokenizer = sentencepiece.SentencePieceProcessor(
+            model_proto=model or b"?"
+        )  # b"" would pass
+    except RuntimeError as error:
+        raise ConfigError(f"{name}: not a SentencePiece model") from error
 
     pieces = tokenizer.vocab_size()
     require(pieces <= MAX_PIECES, f"{name}: {pieces:,} pieces do not fit the uint16 of a shard")
@@ -242,11 +269,27 @@ def load_tokenizer(model: bytes, name: str) -> sentencepiece.SentencePieceProces
     require(ids == SPECIAL_IDS, f"{name}: special ids (pad, bos, eos, unk) are {ids}, {expected}")
 
     # Without it a lone space counts as the three bytes of U+2581 (openai/parameter-golf #897).
-    space = tokenizer.piece_to_id(SPACE_PIECE)
-    usable = not (tokenizer.is_unknown(space) or tokenizer.is_unused(space))
-    usable = usable and not tokenizer.is_control(space)
-    require(usable, f"{name}: no piece for a space alone (U+2581), so bytes would be miscounted")
+    has_space = not tokenizer.is_unknown(tokenizer.piece_to_id("\u2581"))
+    require(has_space, f"{name}: no piece for a space alone (U+2581): bytes would be miscounted")
     return tokenizer
+
+
+def document_hash(tokens: np.ndarray) -> bytes:
+    """Return a hash of a document's token ids, (n,) uint16, BOS first."""
+    return hashlib.blake2b(tokens.tobytes(), digest_size=16).digest()
+
+
+def document_hashes(shards: Iterable[Path]) -> Iterator[bytes]:
+    """Yield the hash of every document of a split's shards, in order. Raises ConfigError."""
+    rest = np.empty(0, dtype="<u2")
+    for path in shards:
+        tokens = np.concatenate([rest, train_gpt.load_data_shard(path)])
+        starts = np.flatnonzero(tokens == train_gpt.BOS_ID)
+        for start, end in itertools.pairwise(starts):
+            yield document_hash(tokens[start:end])
+        rest = tokens[starts[-1] :] if len(starts) else tokens
+    if len(rest):
+        yield document_hash(rest)
 
 
 class ShardWriter:
@@ -260,19 +303,25 @@ class ShardWriter:
         self.counts = collections.Counter()
 
     def encode(
-        self, texts: Iterable[str], tokenizer: sentencepiece.SentencePieceProcessor, threads: int
+        self,
+        texts: Iterable[str],
+        tokenizer: sentencepiece.SentencePieceProcessor,
+        held_out: frozenset[bytes],
     ) -> None:
-        """Write every document that has any text as BOS + tokens."""
+        """Write as BOS + tokens every document that has any text and is not one of `held_out`."""
         texts = iter(texts)
         while batch := list(itertools.islice(texts, BATCH_DOCS)):
-            encoded = tokenizer.encode(batch, add_bos=True, num_threads=threads)
+            encoded = tokenizer.encode(batch, add_bos=True, num_threads=-1)
             for text, ids in zip(batch, encoded, strict=True):
-                if len(ids) == 1:
+                tokens = np.array(ids, dtype="<u2")
+                if len(tokens) == 1:
                     self.counts["empty"] += 1
-                    continue
-                self.counts["docs"] += 1
-                self.counts["bytes"] += len(text.encode())
-                self.add(np.array(ids, dtype="<u2"))
+                elif document_hash(tokens) in held_out:
+                    self.counts["held out"] += 1
+                else:
+                    self.counts["docs"] += 1
+                    self.counts["bytes"] += len(text.encode())
+                    self.add(tokens)
         self.flush()
 
     def add(self, tokens: np.ndarray) -> None:
@@ -300,41 +349,44 @@ class ShardWriter:
 
 
 def write_dataset(
-    destination: Destination, model: bytes, texts: dict[str, Iterable[str]], threads: int
+    destination: Destination, model: bytes, val: Iterable[str], train: Iterable[str]
 ) -> dict[str, collections.Counter]:
-    """Write tokenizer and shards; return the counts of each split of `texts`. Raises ConfigError.
+    """Write tokenizer and shards; print and return the counts of each split. Raises ConfigError.
 
-    Nothing has its final name before all is complete, and no shard of an older dataset stays.
+    Training documents that validation has, too, are left out. The dataset's folder has its name
+    when all is complete.
     """
-    destination.check_free(model)
-    tokenizer = load_tokenizer(model, destination.tokenizer_name)
+    tokenizer = load_tokenizer(model, destination.model_path.name)
     staging = destination.folder.with_name(f".{destination.name}.partial")
     shutil.rmtree(staging, ignore_errors=True)
     stats = {}
     try:
         staging.mkdir(parents=True)
-        for split, documents in texts.items():
+        for split, documents in (("val", val), ("train", train)):
+            held_out = frozenset(document_hashes(sorted(staging.iterdir())))
             writer = ShardWriter(staging, split, destination.shard_tokens)
-            writer.encode(documents, tokenizer, threads)
+            writer.encode(documents, tokenizer, held_out)
             stats[split] = writer.counts
-            require(stats[split]["docs"] > 0, f"the {split} split has no document with text")
+            require(stats[split]["docs"] > 0, f"the {split} split has no document of its own")
         write_atomically(destination.model_path, model)
-        destination.folder.mkdir(exist_ok=True)
-        # Old shards go first: an interruption here may leave few shards, never mixed ones.
-        for path in destination.shards():
-            path.unlink()
-        for path in sorted(staging.iterdir()):
-            os.replace(path, destination.folder / path.name)
+        os.replace(staging, destination.folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+    for split, counts in stats.items():
+        say(summary(split, counts))
+    say(f"wrote {destination.folder} and {destination.model_path}")
     return stats
 
 
-def parse_manifest(data: bytes, source: str) -> dict:
-    """Return a manifest with lists of named datasets and tokenizers. Raises ConfigError."""
-    what = f"{source}: not a manifest of datasets and tokenizers"
+def read_manifest(path: Path) -> dict:
+    """Return a manifest, with empty lists when there is none at `path`. Raises ConfigError."""
+    if not path.exists():
+        return {"datasets": [], "tokenizers": []}
+    readable = path.is_file() and path.stat().st_size <= MAX_JSON_BYTES
+    require(readable, f"{path}: not a file of at most {MAX_JSON_BYTES:,} bytes")
+    what = f"{path}: not a manifest of datasets and tokenizers"
     try:
-        manifest = json.loads(data)
+        manifest = json.loads(path.read_bytes())
         names = [entry["name"] for key in ("datasets", "tokenizers") for entry in manifest[key]]
         # What is nested too deeply to be written again is to fail before the work.
         json.dumps(manifest, indent=2)
@@ -345,61 +397,23 @@ def parse_manifest(data: bytes, source: str) -> dict:
     return manifest
 
 
-def read_manifest(path: Path) -> dict:
-    """Return the manifest at `path`, with empty lists when there is none. Raises ConfigError."""
-    if not path.exists():
-        return {"datasets": [], "tokenizers": []}
-    readable = path.is_file() and path.stat().st_size <= MAX_JSON_BYTES
-    require(readable, f"{path}: not a file of at most {MAX_JSON_BYTES:,} bytes")
-    return parse_manifest(path.read_bytes(), str(path))
-
-
-def write_manifest(
-    destination: Destination, stats: dict[str, collections.Counter], vocab_size: int, inputs: dict
-) -> None:
+def write_manifest(destination: Destination, stats: dict[str, collections.Counter]) -> None:
     """Add dataset and tokenizer to the manifest, in the challenge's keys; other entries stay."""
-    name, tokenizer_name = destination.name, destination.tokenizer_name
-    kind = "sentencepiece_bpe"
-    spec = {"name": tokenizer_name, "kind": kind, "vocab_size": vocab_size}
-    spec["dataset_suffix"] = f"sp{vocab_size}"
-    shared = {"vocab_size": vocab_size, "bos_id": SPECIAL_IDS[1], "eos_id": SPECIAL_IDS[2]}
-    shared["recommended_bigram_vocab_size"] = -(-vocab_size // 128) * 128 * 5
-
     totals = {}
     for unit in ("docs", "files", "tokens"):
         for split in ("train", "val"):
             totals[f"{unit}_{split}"] = stats[split][unit]
-        totals[f"{unit}_total"] = stats["train"][unit] + stats["val"][unit]
+    name = destination.tokenizer_name
+    entries = {
+        "datasets": {"name": destination.name, "tokenizer_name": name, "stats": totals},
+        "tokenizers": {"name": name, "model_path": f"tokenizers/{name}.model"},
+    }
 
-    tokenizer = {"name": tokenizer_name, "kind": kind, **shared, "source_spec": spec}
-    tokenizer["model_path"] = f"tokenizers/{tokenizer_name}.model"
-    dataset = {
-        "name": name,
-        "tokenizer_name": tokenizer_name,
-        "tokenizer_kind": kind,
-        "path": f"datasets/{name}",
-        "train_glob": f"datasets/{name}/fineweb_train_*.bin",
-        "val_glob": f"datasets/{name}/fineweb_val_*.bin",
-        **shared,
-        "stats": totals,
-    }
     path = destination.output / "manifest.json"
-    old = read_manifest(path)
-    tokenizers = [entry for entry in old["tokenizers"] if entry["name"] != tokenizer_name]
-    datasets = [entry for entry in old["datasets"] if entry["name"] != name]
-    manifest = {
-        "version": "local",
-        "num_docs": totals["docs_total"],
-        "num_val_docs": totals["docs_val"],
-        "shuffle_seed": None,
-        "shard_size": destination.shard_tokens,
-        "append_eos": False,
-        "docs_jsonl": inputs["train"][0],
-        "docs_meta": inputs,
-        "tokenizer_specs": [spec],
-        "tokenizers": [*tokenizers, tokenizer],
-        "datasets": [*datasets, dataset],
-    }
+    manifest = read_manifest(path)
+    for key, entry in entries.items():
+        others = [old for old in manifest[key] if old["name"] != entry["name"]]
+        manifest[key] = [*others, entry]
     write_atomically(path, (json.dumps(manifest, indent=2) + "\n").encode())
 
 
@@ -428,10 +442,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     output = Path(__file__).resolve().parent
     add("--output", type=Path, default=output, metavar="FOLDER", help="default: %(default)s")
     add("--name", required=True, help="dataset name, for example fineweb10B_sp1024")
-    add("--tokenizer-name", metavar="NAME", help="default: of --tokenizer, or <dataset name>_bpe")
     add("--shard-tokens", type=positive_int, default=DEFAULT_SHARD_TOKENS, metavar="N")
-    add("--threads", type=positive_int, default=os.cpu_count() or 1, metavar="N")
-    add("--overwrite", action="store_true", help="replace the shards that the dataset folder holds")
     return parser.parse_args(argv)
 
 
@@ -441,41 +452,27 @@ def main(argv: list[str] | None = None) -> None:
     train_files = expand_inputs(args.train)
     val_files = expand_inputs(args.val or [])
 
-    # A file of both splits would be trained on and then scored.
-    counts = collections.Counter(path.resolve() for path in train_files + val_files)
-    path, count = counts.most_common(1)[0]
-    require(count == 1, f"{path}: given {count} times; a file belongs to one split, once")
-
-    model_name = args.tokenizer.stem if args.tokenizer else f"{args.name}_bpe"
-    destination = Destination(
-        args.output, args.name, args.tokenizer_name or model_name, args.overwrite, args.shard_tokens
-    )
-    destination.check_free()
+    tokenizer_name = args.tokenizer.stem if args.tokenizer else f"{args.name}_bpe"
+    destination = Destination(args.output, args.name, tokenizer_name, args.shard_tokens)
+    model = args.tokenizer.read_bytes() if args.tokenizer else None
+    destination.check_free(model)
     read_manifest(args.output / "manifest.json")
     limited = args.tokenizer_train_docs is not None
     require(not limited or not args.tokenizer, "--tokenizer-train-docs needs --train-tokenizer")
 
-    if args.tokenizer:
-        model = args.tokenizer.read_bytes()
-    else:
+    if model is None:
         pieces = args.train_tokenizer
-        print(f"training a tokenizer of {pieces:,} pieces on the training split", flush=True)
+        say(f"training a tokenizer of {pieces:,} pieces on the training documents")
         texts = itertools.islice(read_documents(train_files), args.num_val_docs or 0, None)
         model = train_tokenizer(itertools.islice(texts, args.tokenizer_train_docs), pieces)
-    vocab_size = load_tokenizer(model, str(args.tokenizer or model_name)).vocab_size()
 
     # Validation is read first, because it may be the beginning of the training files.
     train_texts = read_documents(train_files)
     val_texts = read_documents(val_files)
     if args.num_val_docs:
         val_texts = itertools.islice(train_texts, args.num_val_docs)
-    texts = {"val": val_texts, "train": train_texts}
-    stats = write_dataset(destination, model, texts, args.threads)
-    inputs = {"train": [str(p) for p in args.train], "val": [str(p) for p in args.val or []]}
-    write_manifest(destination, stats, vocab_size, inputs)
-    for split, counts in stats.items():
-        print(summary(split, counts))
-    print(f"wrote {destination.folder} and {destination.model_path}")
+    stats = write_dataset(destination, model, val_texts, train_texts)
+    write_manifest(destination, stats)
 
 
 if __name__ == "__main__":

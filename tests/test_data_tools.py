@@ -1,16 +1,17 @@
 """data/tokenize_docs.py and data/make_sample.py.   pytest tests/test_data_tools.py"""
 
+import bz2
 import gzip
 import json
 import lzma
 import os
 import random
 import struct
-import subprocess
 import sys
 import unicodedata
 from pathlib import Path
 
+import check_splits
 import make_sample
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from train_gpt import BOS_ID, load_data_shard
 ROOT = Path(__file__).resolve().parents[1]
 SPACE_PIECE = b"\n\x03\xe2\x96\x81"  # the piece U+2581 as it stands in a serialized model
 COMPRESS = {
+    ".bz2": bz2.compress,
     ".gz": gzip.compress,
     ".xz": lzma.compress,
     ".zst": zstandard.ZstdCompressor().compress,
@@ -64,7 +66,7 @@ def train(documents, tmp_path) -> Path:
 
 def write_jsonl(path: Path, texts: list[str]) -> Path:
     lines = [json.dumps({"text": text, "id": i}) + "\n" for i, text in enumerate(texts)]
-    path.write_bytes(COMPRESS.get(path.suffix, bytes)("".join(lines).encode()))
+    path.write_bytes(COMPRESS.get(path.suffix.lower(), bytes)("".join(lines).encode()))
     return path
 
 
@@ -131,7 +133,7 @@ def test_shards_decode_to_the_normalised_documents_in_order(
     assert not header[3:].any()
     assert (tmp_path / "tokenizers" / "tiny.model").read_bytes() == model
     summary = capsys.readouterr().out
-    assert "train: 110 documents (2 empty ones skipped)" in summary
+    assert "train: 110 documents (2 empty ones skipped, 0 left out" in summary
     assert f"{sum(len(text.encode()) for text in documents[:10]):,} bytes of text" in summary
 
 
@@ -140,14 +142,12 @@ def test_manifest_has_true_counts_and_keeps_other_datasets(train, model_path, tm
     run(*shared, "--output", tmp_path, "--name", "one", "--shard-tokens", 500)
     run(*shared, "--output", tmp_path, "--name", "two")
     manifest = json.loads((tmp_path / "manifest.json").read_text())
-    keys = {"version", "num_docs", "num_val_docs", "shuffle_seed", "shard_size", "append_eos"}
-    assert keys | {"docs_jsonl", "docs_meta", "tokenizer_specs"} <= manifest.keys()
     assert [entry["name"] for entry in manifest["datasets"]] == ["one", "two"]
     assert [entry["name"] for entry in manifest["tokenizers"]] == ["tiny"]
     for entry in manifest["datasets"]:
         stats = entry["stats"]
         for split, docs in (("val", 7), ("train", 113)):
-            shards = sorted(tmp_path.glob(entry[f"{split}_glob"]))
+            shards = sorted(tmp_path.glob(f"datasets/{entry['name']}/fineweb_{split}_*.bin"))
             assert stats[f"docs_{split}"] == docs
             assert stats[f"files_{split}"] == len(shards)
             assert stats[f"tokens_{split}"] == sum(len(load_data_shard(path)) for path in shards)
@@ -160,7 +160,8 @@ def test_all_input_forms_give_identical_shards(documents, model_path, tmp_path, 
     inputs = {}
     for suffix in ("", *COMPRESS):
         inputs[suffix] = [write_jsonl(tmp_path / f"train.jsonl{suffix}", texts)]
-        halves = [write_jsonl(tmp_path / f"{i}{suffix}", texts[i : i + 15]) for i in (0, 15)]
+        names = [tmp_path / f"{i}.jsonl{suffix}" for i in (0, 15)]
+        halves = [write_jsonl(names[i // 15], texts[i : i + 15]) for i in (0, 15)]
         frames = tmp_path / f"frames.jsonl{suffix}"
         padding = b"\0" * 8 if suffix else b""  # which their formats allow
         frames.write_bytes(padding.join(half.read_bytes() for half in halves))
@@ -168,6 +169,7 @@ def test_all_input_forms_give_identical_shards(documents, model_path, tmp_path, 
     first, second = tmp_path / "a.jsonl.xz", tmp_path / "b.jsonl"
     inputs["two files"] = [write_jsonl(first, texts[:11]), write_jsonl(second, texts[11:])]
     second.write_bytes(b"\xef\xbb\xbf" + second.read_bytes().replace(b"\n", b"\r\n\r\n").rstrip())
+    inputs["upper case"] = [write_jsonl(tmp_path / "TRAIN.JSONL.GZ", texts)]
     inputs["folder"] = [tmp_path / "folder"]
     (tmp_path / "folder" / "sub").mkdir(parents=True)
     for i, text in enumerate(texts):
@@ -279,11 +281,11 @@ def test_missing_empty_and_wrong_inputs_are_refused(train, model_path, tmp_path,
     cases = {
         "missing.jsonl": ("--train", missing, *model),
         "gone.model": ("--train", train, "--tokenizer", tmp_path / "gone.model"),
-        "no .txt": ("--train", folder, *model),
+        "nor a folder of those": ("--train", folder, *model),
         "train split": ("--train", train, "--num-val-docs", 120, *model),
-        "one split": ("--train", train, "--val", train, *model),
+        "no document of its own": ("--train", train, "--val", train, *model),
         "Vocabulary size": ("--train", train, "--train-tokenizer", 30_000),
-        "plain folder": ("--train", train, *model, "--tokenizer-name", "../up"),
+        "plain folder": ("--train", train, *model, "--name", "../up"),
         "needs --train-tokenizer": ("--train", train, *model, "--tokenizer-train-docs", 3),
     }
     for expected, argv in cases.items():
@@ -291,6 +293,49 @@ def test_missing_empty_and_wrong_inputs_are_refused(train, model_path, tmp_path,
     (folder / "latin.txt").write_bytes(b"caf\xe9")
     message = refused(capsys, tmp_path / "out", "--train", train, "--val", folder, *model)
     assert "latin.txt: invalid" in message
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.json", "a.JSON.gz", "a.jsonl.zip", "a.txt.gz", "a"])
+def test_a_file_of_another_kind_is_refused_by_a_line_that_says_what_is_read(
+    name, train, model_path, tmp_path, capsys
+):
+    (tmp_path / name).write_bytes(train.read_bytes())
+    argv = ("--train", tmp_path / name, "--tokenizer", model_path)
+    kinds = ".jsonl (plain, .bz2, .gz, .xz, .zst), .parquet, .txt, .md"
+    said = f"{name}: not a file of {kinds}, nor a folder of those"
+    assert said in refused(capsys, tmp_path / "out", *argv)
+
+
+def test_parquet_needs_pyarrow(train, model_path, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    path = tmp_path / "a.parquet"
+    path.write_bytes(b"PAR1")
+    argv = ("--train", path, "--val", train, "--tokenizer", model_path)
+    assert "a.parquet: pyarrow reads .parquet: pip install" in refused(capsys, tmp_path, *argv)
+
+
+def test_parquet_is_read_as_jsonl_is(documents, train, model_path, tmp_path, capsys):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+
+    def write(**columns) -> Path:
+        parquet.write_table(pyarrow.table(columns), tmp_path / "A.Parquet", row_group_size=50)
+        return tmp_path / "A.Parquet"
+
+    shared = ("--tokenizer", model_path)
+    plain = run("--train", train, *shared, "--output", tmp_path / "plain")
+    path = write(id=list(range(len(documents))), text=documents)
+    folder = run("--train", path, *shared, "--output", tmp_path / "parquet")
+    for split in ("train", "val"):
+        assert np.array_equal(tokens_of(folder, split), tokens_of(plain, split))
+    bad = {
+        "column of texts": {"body": documents},
+        'A.Parquet, row 2: "text" is a NoneType': {"text": ["a", None]},
+    }
+    for said, columns in bad.items():
+        assert said in refused(capsys, tmp_path / "out", "--train", write(**columns), *shared)
+    path.write_bytes(path.read_bytes()[:-9])
+    assert "no Parquet file" in refused(capsys, tmp_path / "out", "--train", path, *shared)
 
 
 def model_with_more_pieces(model: bytes, count: int) -> bytes:
@@ -324,12 +369,7 @@ def test_unfit_tokenizers_are_refused(train, documents, model, tmp_path, capsys)
 
 
 @pytest.mark.parametrize("writes_before", [0, 3])
-def test_an_interrupted_run_leaves_nothing_new_and_keeps_the_old(
-    writes_before, train, model_path, tmp_path, monkeypatch
-):
-    argv = ("--train", train, "--tokenizer", model_path, "--shard-tokens", 300, "--overwrite")
-    run(*argv, "--output", tmp_path / "old")
-    before = final_files(tmp_path / "old")
+def test_an_interrupted_run_leaves_nothing(writes_before, train, model_path, tmp_path, monkeypatch):
     fsync, calls = os.fsync, []
 
     def interrupted(descriptor):
@@ -339,31 +379,84 @@ def test_an_interrupted_run_leaves_nothing_new_and_keeps_the_old(
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", interrupted)
-    for output in ("old", "new"):
-        calls.clear()
-        with pytest.raises(SystemExit) as ended:
-            run(*argv, "--output", tmp_path / output)
-        assert ended.value.code == 130
+    argv = ("--train", train, "--tokenizer", model_path, "--shard-tokens", 300)
+    with pytest.raises(SystemExit) as ended:
+        run(*argv, "--output", tmp_path / "new")
+    assert ended.value.code == 130
     assert final_files(tmp_path / "new") == {}
-    assert final_files(tmp_path / "old") == before
 
 
-def test_existing_files_are_replaced_only_when_asked(train, model_path, tmp_path, capsys):
+def test_what_is_there_is_never_replaced(train, model_path, tmp_path, capsys):
     argv = ("--train", train, "--tokenizer", model_path)
-    folder = run(*argv, "--output", tmp_path, "--shard-tokens", 300)
-    assert "--overwrite" in refused(capsys, tmp_path, *argv)
-    run(*argv, "--output", tmp_path, "--overwrite")
-    names = sorted(path.name for path in folder.iterdir())
-    assert names == ["fineweb_train_000000.bin", "fineweb_val_000000.bin"]
-    (tmp_path / "tokenizers" / "tiny.model").write_bytes(b"precious")
-    assert "another tokenizer" in refused(capsys, tmp_path, *argv, "--name", "other")
+    run(*argv, "--output", tmp_path)
+    assert "set is there already; delete it" in refused(capsys, tmp_path, *argv)
     (tmp_path / "manifest.json").write_text("[]")
-    assert "manifest.json: not a manifest" in refused(capsys, tmp_path, *argv, "--name", "third")
-    assert not (tmp_path / "datasets" / "third").exists()
-    with open(tmp_path / "manifest.json", "wb") as file:
-        file.truncate(1 << 36)  # is not read
-    with pytest.raises(train_gpt.ConfigError, match="at most 1,048,576 bytes"):
-        tokenize_docs.read_manifest(tmp_path / "manifest.json")
+    other = (*argv, "--name", "other")
+    assert "manifest.json: not a manifest" in refused(capsys, tmp_path, *other)
+    (tmp_path / "tokenizers" / "tiny.model").write_bytes(b"precious")
+    assert "another tokenizer" in refused(capsys, tmp_path, *other)
+    assert not (tmp_path / "datasets" / "other").exists()
+
+
+def test_a_reader_that_has_left_is_no_error(train, model_path, tmp_path, capsys, monkeypatch):
+    """As `| head` does; the end of the process flushes once more."""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    with os.fdopen(write_end, "w") as nobody:
+        monkeypatch.setattr(sys, "stdout", nobody)
+        folder = run("--train", train, "--tokenizer", model_path, "--output", tmp_path)
+        nobody.flush()
+    assert capsys.readouterr().err == ""
+    assert (folder / "fineweb_val_000000.bin").exists()
+    assert (tmp_path / "manifest.json").exists()
+
+
+# ---- Both splits
+
+
+def check(folder: Path) -> None:
+    train_gpt.run_entry_point(lambda: check_splits.main([str(folder)]))
+
+
+@pytest.mark.parametrize("by_count", [False, True])
+def test_training_documents_that_validation_has_are_left_out_and_counted(
+    documents, model_path, tmp_path, capsys, by_count
+):
+    """However their white space is, which no token tells."""
+    val, own = documents[:5], documents[5:30]
+    again = [val[2], val[4].replace(" ", " \n "), val[2]]
+    inputs = ["--train", write_jsonl(tmp_path / "b.jsonl", own[:20] + again + own[20:])]
+    inputs += ["--val", write_jsonl(tmp_path / "a.jsonl", val)]
+    if by_count:
+        inputs = ["--train", *inputs[3:], *inputs[1:2]]
+    folder = run(*inputs, "--tokenizer", model_path, "--output", tmp_path, "--shard-tokens", 300)
+    assert decoded(folder, "val", model_path) == normalised(val)
+    assert decoded(folder, "train", model_path) == normalised(own)
+    assert "train: 25 documents (0 empty ones skipped, 3 left out" in capsys.readouterr().out
+    check(folder)
+    said = "25 training and 5 different validation documents, none in both splits"
+    assert said in capsys.readouterr().out
+
+
+def test_a_document_of_both_splits_is_found_in_finished_shards(
+    documents, model_path, tmp_path, capsys
+):
+    """Wherever it begins and ends: these shards are shorter than a document."""
+    train = write_jsonl(tmp_path / "train.jsonl", documents[:30])
+    argv = ("--train", train, "--tokenizer", model_path, "--shard-tokens", 97)
+    folder = run(*argv, "--output", tmp_path)
+    check(folder)
+    assert "25 training and 5 different" in capsys.readouterr().out
+    parts = sorted(folder.glob("fineweb_val_*.bin"))
+    count = len(list(folder.glob("fineweb_train_*.bin")))
+    for number, path in enumerate(parts, count):
+        (folder / f"fineweb_train_{number:06d}.bin").write_bytes(path.read_bytes())
+    with pytest.raises(SystemExit) as exit_info:
+        check(folder)
+    assert exit_info.value.code == 2
+    said = "30 training and 5 different validation documents, 5 of training are in validation, too"
+    error = capsys.readouterr().err
+    assert f"error: {folder}: {said}; number 26 is the first\n" == error
 
 
 # ---- The sample
@@ -376,7 +469,7 @@ def planted() -> dict[str, str]:
 
 
 @pytest.fixture
-def package(tmp_path, planted) -> make_sample.Package:
+def package(tmp_path, planted) -> dict[str, Path]:
     """A package of 100 modules with planted duplicates."""
     rng, words = random.Random(5), make_words(6, 500)
     names = [f"fakepkg.part{i:03d}" for i in range(100)]
@@ -400,11 +493,11 @@ def package(tmp_path, planted) -> make_sample.Package:
         body = [f'"""{module}"""']
         body += [f'def f{i}():\n    """{text}\n    """' for i, text in enumerate(functions)]
         (root / f"{name.split('.')[1]}.py").write_text("\n".join(body) + "\n")
-    return make_sample.Package("fakepkg", root, "1.0")
+    return {"fakepkg": root}
 
 
 def test_no_validation_document_repeats_training_text(package, planted):
-    training, validation = make_sample.split_documents(make_sample.read_modules([package], 1))
+    training, validation = make_sample.split_documents(make_sample.read_modules(package))
     assert planted["clean"] in validation
     assert not {planted["copied"], planted["partly"]} & validation.keys()
     assert not training.keys() & validation.keys()
@@ -421,50 +514,24 @@ def sample_files(output: Path) -> dict[str, bytes]:
     return {path.relative_to(output).as_posix(): path.read_bytes() for path in paths}
 
 
-def test_the_sample_is_made_once_and_again_when_versions_or_files_differ(package, tmp_path, capsys):
-    output = tmp_path / "out"
-    make_sample.make_sample(output, [package], 1)
-    files = sample_files(output)
+def test_the_sample_is_made_once_and_the_same_in_another_place(package, tmp_path, capsys):
+    make_sample.make_sample(tmp_path / "out", package)
+    files = sample_files(tmp_path / "out")
     assert sorted(files) == [
         "datasets/sample_sp1024/fineweb_train_000000.bin",
         "datasets/sample_sp1024/fineweb_val_000000.bin",
-        "datasets/sample_sp1024/sample.json",
         "tokenizers/sample_1024_bpe.model",
     ]
     assert " documents (" in capsys.readouterr().out
-    make_sample.make_sample(output, [package], 1)
+    make_sample.make_sample(tmp_path / "out", package)
     assert "nothing to do" in capsys.readouterr().out
-    (output / "datasets" / "sample_sp1024" / "fineweb_val_000000.bin").write_bytes(b"cut")
-    make_sample.make_sample(output, [package], 1)
-    assert sample_files(output) == files
-    newer = make_sample.Package(package.name, package.root, "1.1")
-    make_sample.make_sample(output, [newer], 1)
-    assert "nothing to do" not in capsys.readouterr().out
-    stamp = json.loads((output / "datasets" / "sample_sp1024" / "sample.json").read_text())
-    assert stamp["made_by"]["fakepkg"] == "1.1"
+    assert make_sample.stable_hash("torch.nn") == 1984597600  # in every process
+    make_sample.make_sample(tmp_path / "again", package)
+    assert sample_files(tmp_path / "again") == files
 
 
 def test_packages_are_found_without_importing_them_and_a_missing_one_is_named(package, monkeypatch):
-    info = package.root.with_name("fakepkg-1.0.dist-info")
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: fakepkg\nVersion: 1.0\n")
-    monkeypatch.syspath_prepend(str(package.root.parent))
-    assert make_sample.installed_packages(["fakepkg"]) == [package]
+    monkeypatch.syspath_prepend(str(package["fakepkg"].parent))
+    assert make_sample.installed_packages(["fakepkg"]) == package
     with pytest.raises(train_gpt.ConfigError, match="package no_such_package is not installed"):
         make_sample.installed_packages(["fakepkg", "no_such_package"])
-
-
-@pytest.mark.slow
-def test_the_sample_is_the_same_in_another_process_and_with_workers(package, tmp_path):
-    make_sample.make_sample(tmp_path / "first", [package], 1)
-    script = tmp_path / "again.py"
-    script.write_text(
-        f"import sys, pathlib; sys.path.insert(0, {str(ROOT / 'data')!r})\n"
-        "import make_sample as m\n"
-        "if __name__ == '__main__':\n"
-        f"    package = m.Package('fakepkg', pathlib.Path({str(package.root)!r}), '1.0')\n"
-        f"    m.make_sample(pathlib.Path({str(tmp_path / 'second')!r}), [package], 2)\n"
-    )
-    environment = {**os.environ, "PYTHONHASHSEED": "7"}
-    subprocess.run([sys.executable, script], env=environment, check=True)
-    assert sample_files(tmp_path / "second") == sample_files(tmp_path / "first")
