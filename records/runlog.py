@@ -120,16 +120,6 @@ class RunLog:
                 found[event["event"]] = event
         return found
 
-    @property
-    def dialect(self) -> str:
-        """ours, old, new or unknown."""
-        if "train_summary" in self.json_events or "overrides: " in self.text:
-            return "ours"
-        space = last_match(STAMP + r"(?:step:)?\d+/\d+ (?:train_)?loss:( ?)", self.text)
-        if space is None:
-            return "unknown"
-        return "new" if space else "old"
-
     @cached_property
     def knobs(self) -> dict[str, str]:
         """Every setting stated, as text: lines of `  key: value`, or words in one of two forms."""
@@ -373,7 +363,7 @@ def one_line(run: RunLog) -> str:
     points = f"{len(run.train)} + {len(run.val)} points"
     trained = f"{points}, {run.steps} steps in {run.train_seconds} s"
     scored = f"{score} in {run.eval_seconds} s, {run.bytes_total} bytes"
-    return f"{run.path}: {run.dialect}, seed {run.seed}, {trained}, {scored}"
+    return f"{run.path}: seed {run.seed}, {trained}, {scored}"
 
 
 def main() -> None:
