@@ -11,7 +11,6 @@ costs from noise. Every cost is the change of the loss over whole windows when p
 or experts exchanged; weights come back bit for bit.
 """
 
-import argparse
 import collections
 import contextlib
 import os
@@ -195,20 +194,14 @@ def print_table(title: str, text: str, rows: Iterator[Row]) -> None:
 # ---- Command line --------------------------------------------------------------------------------
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Read the command line. Raises ConfigError; exits with 0 after --help."""
+def main() -> None:
+    """Print the tables of an artifact. Raises ConfigError; exits with 0 after --help."""
     parser = ArgumentParser(__doc__)
     parser.add_argument("artifact", type=Path, metavar="ARTIFACT")
     sample = f"the first N; 0 = the whole split; default: {TARGETS}"
     parser.add_argument("--targets", type=int, default=TARGETS, metavar="N", help=sample)
     args = parser.parse_args()
     require(args.targets >= 0, f"--targets {args.targets}: expected a number of targets, 0 for all")
-    return args
-
-
-def main() -> None:
-    """Print the tables of an artifact. Raises ConfigError."""
-    args = parse_arguments()
     dist = Dist.from_torchrun()
     require(dist.world_size == 1, f"WORLD_SIZE={dist.world_size}: diagnose.py is for one process")
     defaults = {} if dist.device.type == "cuda" else {"DTYPE": "float32"}

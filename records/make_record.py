@@ -25,7 +25,6 @@ import string
 import subprocess
 import tempfile
 import textwrap
-from dataclasses import dataclass
 from pathlib import Path
 
 from common import ROOT, ArgumentParser, markdown_table
@@ -52,15 +51,6 @@ LOADER = Path(__file__).with_name("record_loader.txt")  # of the packed source
 SCORES = {"sliding": "Sliding", "ttt": "Post-TTT", "roundtrip": "Post-quant"}  # by kind
 # Settings of a place or of a seed, which do not repeat a run elsewhere.
 NOT_REPEATED = {"run_id", "seed", "data_path", "tokenizer_path", "checkpoint_every", "resume"}
-
-
-@dataclass(frozen=True)
-class Record:
-    """What a folder is made of; `about` is the command line: name, track, date, author, blurb."""
-
-    about: argparse.Namespace
-    runs: list[RunLog]
-    baseline: Baseline | None
 
 
 def pack_script(source: bytes) -> bytes:
@@ -150,9 +140,8 @@ def seed_table(runs: list[RunLog]) -> str:
     return markdown_table(header, rows)
 
 
-def comparison(record: Record) -> str:
+def comparison(runs: list[RunLog], other: Baseline | None) -> str:
     """Compare with the previous row: in bits per byte, in nats per token, and by both bars."""
-    other, runs = record.baseline, record.runs
     if other is None:
         return "There is no previous row of this text, tokenizer and budget to compare with."
     nats = statistics.fmean(run.nats_per_bpb for run in runs)
@@ -188,14 +177,16 @@ def headline(runs: list[RunLog]) -> str:
     return f"**val_bpb: {statistics.fmean(scores):.5f}** ({count}) | {size} | {spent}"
 
 
-def readme(record: Record, has_picture: bool) -> str:
+def readme(
+    about: argparse.Namespace, runs: list[RunLog], baseline: Baseline | None, has_picture: bool
+) -> str:
     """Fill in the template of README.md; every figure comes from the logs."""
-    first = record.runs[0]
+    first = runs[0]
     text = f"{first.targets:,} targets"
     if first.scored_bytes:
         text += f", {first.scored_bytes:,} bytes of text"
     audit = "Not audited: `python train_gpt.py eval_sliding.py --audit ARTIFACT` does it."
-    for run in reversed(record.runs):
+    for run in reversed(runs):
         if run.audit:
             audit = f"`--audit` of the artifact of seed {run.seed}:\n\n{run.audit.rstrip()}"
 
@@ -207,15 +198,15 @@ def readme(record: Record, has_picture: bool) -> str:
     launch = "python" if world == 1 else f"torchrun --standalone --nproc_per_node={world}"
     return string.Template(TEMPLATE.read_text(encoding="ascii")).substitute(
         first.knobs,
-        title=record.about.name,
-        headline=headline(record.runs),
-        blurb=record.about.blurb,
-        results=seed_table(record.runs),
+        title=about.name,
+        headline=headline(runs),
+        blurb=about.blurb,
+        results=seed_table(runs),
         dataset=first.dataset,
         text=text,
         bytes_code=f"{first.bytes_code:,}",
         picture="![training curves](training.png)\n\n" if has_picture else "",
-        comparison=comparison(record),
+        comparison=comparison(runs, baseline),
         params=f"{first.params:,}",
         window=first.evaluation.get("window"),
         stride=first.evaluation.get("stride"),
@@ -223,7 +214,7 @@ def readme(record: Record, has_picture: bool) -> str:
         audit=audit,
         versions=", ".join(f"{name} {value}" for name, value in first.versions.items()),
         settings=" \\\n    ".join(textwrap.wrap(" ".join(settings), 110)),
-        seeds=" ".join(str(run.seed) for run in record.runs),
+        seeds=" ".join(str(run.seed) for run in runs),
         launch=launch,
     )
 
@@ -283,31 +274,32 @@ def has_matplotlib() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def write_folder(record: Record, script: bytes, folder: Path) -> None:
-    """Write everything into an existing folder; the picture where matplotlib is installed."""
-    write_atomically(folder / "train_gpt.py", script)
-    for run in record.runs:
-        write_atomically(folder / f"train_seed{run.seed}.log", run.path.read_bytes())
-    write_atomically(folder / "requirements.txt", requirements(record.runs[0]).encode())
-    keys = ("author", "github_id", "name", "blurb", "date", "track")
-    about = {key: vars(record.about)[key] for key in keys} | submission(record.runs)
-    write_atomically(folder / "submission.json", (json.dumps(about, indent=2) + "\n").encode())
-    has_picture = has_matplotlib()
-    if has_picture:
-        from plot import draw
+def make(
+    about: argparse.Namespace, runs: list[RunLog], baseline: Baseline | None, script: bytes
+) -> None:
+    """Make the folder about.final, under its name at once or not at all.
 
-        draw(record.runs, folder / "training.png")
-    write_atomically(folder / "README.md", readme(record, has_picture).encode("ascii"))
-
-
-def make(record: Record, script: bytes, final: Path) -> None:
-    """Make the finished folder, under its name at once or not at all."""
-    final.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
+    The picture is drawn where matplotlib is installed.
+    """
+    about.final.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{about.final.name}.", dir=about.final.parent))
     try:
-        write_folder(record, script, work)
+        write_atomically(work / "train_gpt.py", script)
+        for run in runs:
+            write_atomically(work / f"train_seed{run.seed}.log", run.path.read_bytes())
+        write_atomically(work / "requirements.txt", requirements(runs[0]).encode())
+        keys = ("author", "github_id", "name", "blurb", "date", "track")
+        figures = {key: str(vars(about)[key]) for key in keys} | submission(runs)
+        write_atomically(work / "submission.json", (json.dumps(figures, indent=2) + "\n").encode())
+        has_picture = has_matplotlib()
+        if has_picture:
+            from plot import draw
+
+            draw(runs, work / "training.png")
+        text = readme(about, runs, baseline, has_picture)
+        write_atomically(work / "README.md", text.encode("ascii"))
         work.chmod(0o755)
-        os.rename(work, final)
+        os.rename(work, about.final)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -337,18 +329,15 @@ def parse_arguments() -> argparse.Namespace:
     add("--github-id", help="default: the author")
     blurb = "Token-routed MoE with exact dispatch and mu-guidance."
     add("--blurb", default=blurb, help="one sentence")
-    add("--date", default=datetime.date.today().isoformat(), help="YYYY-MM-DD; default: today")
+    today = datetime.date.today()
+    iso = datetime.date.fromisoformat
+    add("--date", type=iso, default=today, metavar="YYYY-MM-DD", help="default: today")
     add("--output", type=Path, default=ROOT / "records", metavar="DIR", help="default: records/")
     add("--allow-commit", action="store_true", help="a commit that is dirty or unknown, or several")
     args = parser.parse_args()
 
     plain = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]*", args.name)
     require(plain, f"--name {args.name!r}: letters, digits, . _ + - only, and no . at the start")
-    try:
-        iso = datetime.date.fromisoformat(args.date).isoformat()
-    except ValueError:
-        iso = None
-    require(args.date == iso, f"--date {args.date}: expected YYYY-MM-DD")
     args.github_id = args.github_id or args.author
     texts = {"author": args.author, "github-id": args.github_id, "blurb": args.blurb}
     for name, text in texts.items():
@@ -361,9 +350,9 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Make the folder and print its name. Raises ConfigError."""
     args = parse_arguments()
-    final = args.output / f"track_{args.track}" / f"{args.date}_{args.name}"
-    free = f"{final} exists already; take another --name or --date, or remove it"
-    require(not final.exists(), free)
+    args.final = args.output / f"track_{args.track}" / f"{args.date}_{args.name}"
+    free = f"{args.final} exists already; take another --name or --date, or remove it"
+    require(not args.final.exists(), free)
     previous = args.previous
     if previous is None and args.track == "10min_16mb":
         previous = ["best"]
@@ -380,11 +369,11 @@ def main() -> None:
         same_text = baseline.same_text(runs[0])
         require(same_text, f"{' '.join(previous)}: validated on another text")
 
-    make(Record(args, runs, baseline), script, final)
+    make(args, runs, baseline, script)
     print(headline(runs))
     print(f"author {args.author}, github_id {args.github_id}")
     print("records/check_record.py reads it as a reviewer does")
-    print(final)
+    print(args.final)
 
 
 if __name__ == "__main__":

@@ -65,16 +65,14 @@ class Curve:
         return row.loss if self.nats == 1 else row.bpb
 
     def label(self) -> str:
-        """Return name, final scores and bytes. A part of the split is PARTIAL and no val_bpb."""
-        text = self.name
-        for partial in (False, True):
-            rows = [row for row in self.finals() if row.partial == partial]
-            scores = ", ".join(f"{KINDS[row.kind][0]} {self.score(row):.4f}" for row in rows)
-            unit = "val_loss" if self.nats == 1 else "val_bpb"
-            if rows:
-                text += f"   {'PARTIAL' if partial else unit}: {scores}"
+        """Return name, final scores and bytes; the score of a part of the split is PARTIAL."""
+        scores = []
+        for row in self.finals():
+            partial = "PARTIAL " if row.partial else ""
+            scores.append(f"{partial}{KINDS[row.kind][0]} {self.score(row):.4f}")
         total = self.run.bytes_total
-        return text if total is None else f"{text}   {total:,} bytes"
+        size = [] if total is None else [f"{total:,} bytes"]
+        return "   ".join([self.name, *scores, *size])
 
     def shown(self) -> list[float]:
         """Return the values that the y axis has to hold: scores, and two thirds of the curve."""
@@ -83,12 +81,6 @@ class Curve:
         late = [y for step, y in points if step >= self.run.steps / 3]
         curve = late if len(late) >= FEW else [y for _, y in points]
         return curve + [y for y in map(self.score, self.finals()) if math.isfinite(y)]
-
-
-def nats_per_bpb(run: RunLog) -> float | None:
-    """Return that of the score or, in a run that has not ended, of its last validation."""
-    last = run.val[-1] if run.val else None
-    return run.nats_per_bpb or (last.loss / last.bpb if last and last.bpb else None)
 
 
 def names_of(runs: list[RunLog]) -> list[str]:
@@ -111,7 +103,7 @@ def curves_of(runs: list[RunLog]) -> list[Curve]:
     for run in runs:
         drawable = run.train or run.val
         require(drawable, f"{run.path}: no training or validation curve in this log")
-    ratios = [nats_per_bpb(run) for run in runs]
+    ratios = [run.nats_per_bpb for run in runs]
     if not all(ratios):
         ratios = [1.0] * len(runs)
     named = zip(runs, names_of(runs), looks, ratios, strict=False)

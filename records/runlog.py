@@ -120,16 +120,6 @@ class RunLog:
                 found[event["event"]] = event
         return found
 
-    @property
-    def dialect(self) -> str:
-        """ours, old, new or unknown."""
-        if "train_summary" in self.json_events or "overrides: " in self.text:
-            return "ours"
-        space = last_match(STAMP + r"(?:step:)?\d+/\d+ (?:train_)?loss:( ?)", self.text)
-        if space is None:
-            return "unknown"
-        return "new" if space else "old"
-
     @cached_property
     def knobs(self) -> dict[str, str]:
         """Every setting stated, as text: lines of `  key: value`, or words in one of two forms."""
@@ -285,8 +275,9 @@ class RunLog:
 
     @property
     def nats_per_bpb(self) -> float | None:
-        """ln 2 times the bytes per token: what turns bits per byte into nats per token."""
-        return self.score.loss / self.score.bpb if self.score and self.score.bpb else None
+        """ln 2 times the bytes per token, of the score or, in a run that goes on, of validation."""
+        row = self.score or (self.val[-1] if self.val else None)
+        return row.loss / row.bpb if row and row.bpb else None
 
     @property
     def eval_seconds(self) -> float | None:
@@ -344,11 +335,6 @@ class RunLog:
         return stated
 
 
-def shown(seconds: float | None) -> str:
-    """Return whole seconds, and ? where the log does not state them."""
-    return "?" if seconds is None else f"{seconds:.0f}"
-
-
 def summary(run: RunLog) -> str:
     """Return the closing table of run_8xh100.sh. Raises ConfigError where a stage has not ended."""
     for event in ("train_summary", "eval_summary"):
@@ -372,12 +358,12 @@ log, artifact                 {run.path}, {train["artifact_path"]}"""
 
 
 def one_line(run: RunLog) -> str:
-    """Return what was understood of a log."""
+    """Return what was understood of a log; None is what it does not state."""
     score = "no score" if run.score is None else f"{run.score.label} {run.score.bpb:.8f}"
     points = f"{len(run.train)} + {len(run.val)} points"
-    trained = f"{points}, {run.steps} steps in {shown(run.train_seconds)} s"
-    scored = f"{score} in {shown(run.eval_seconds)} s, {run.bytes_total} bytes"
-    return f"{run.path}: {run.dialect}, seed {run.seed}, {trained}, {scored}"
+    trained = f"{points}, {run.steps} steps in {run.train_seconds} s"
+    scored = f"{score} in {run.eval_seconds} s, {run.bytes_total} bytes"
+    return f"{run.path}: seed {run.seed}, {trained}, {scored}"
 
 
 def main() -> None:

@@ -46,8 +46,8 @@ def test_one_run_over_steps_or_seconds(x, unit, end):
         point = ([pytest.approx(end)], [pytest.approx(loss / NATS)])
         assert lines_of(figure, label) == [point], label
     assert figure.axes[0].get_ylabel() == "bits per byte"
-    label = ", ".join(f"{name} {losses[name] / NATS:.4f}" for name in list(losses)[1:])
-    assert f"run   val_bpb: {label}   {MODEL + CODE:,} bytes" in texts(figure)
+    label = "   ".join(f"{name} {losses[name] / NATS:.4f}" for name in list(losses)[1:])
+    assert f"run   {label}   {MODEL + CODE:,} bytes" in texts(figure)
     assert "1 run on CPU, 1 process of 2 threads" in texts(figure)
 
 
@@ -67,17 +67,17 @@ def test_runs_of_all_dialects_share_one_axis_in_bits_per_byte():
     assert "All of them: 4 runs on CPU, 1 process of 2 threads and 8xH100 80GB HBM3 and" in text
 
 
-def test_a_partial_score_is_never_a_val_bpb():
-    text = texts(plot.figure_of([run_of(ours(partial=True))]))
+def test_a_partial_score_is_marked_and_no_validation():
+    figure = plot.figure_of([run_of(ours(partial=True))])
     shown = [f"{loss / NATS:.4f}" for loss in (3.1, 3.2, 3.15)]
-    assert f"PARTIAL: float {shown[0]}, quantized {shown[1]}, sliding {shown[2]}" in text
-    assert "val_bpb" not in text
-    assert "validation" not in text
+    for name, score in zip(("float", "quantized", "sliding"), shown, strict=True):
+        assert f"PARTIAL {name} {score}" in texts(figure)
+    assert lines_of(figure, "validation") == []
     whole, part = ours(), ours(partial=True)
     stage = "sliding evaluation of"
     mixed = run_of(whole.partition(stage)[0] + stage + part.partition(stage)[2])
     label = plot.curves_of([mixed])[0].label()
-    assert f"val_bpb: float {shown[0]}, quantized {shown[1]}   PARTIAL: sliding" in label
+    assert f"float {shown[0]}   quantized {shown[1]}   PARTIAL sliding {shown[2]}" in label
 
 
 def test_the_unit_is_bits_per_byte_only_where_every_log_says_what_one_is():
@@ -85,8 +85,7 @@ def test_the_unit_is_bits_per_byte_only_where_every_log_says_what_one_is():
     figure = plot.figure_of([killed, run_of(old())])
     assert figure.axes[0].get_ylabel() == "nats per token"
     assert lines_of(figure, "training")[0][1] == [row.loss for row in killed.train]
-    assert "val_bpb" not in texts(figure)
-    assert "val_loss: quantized 2.0727" in texts(figure)
+    assert "quantized 2.0727" in texts(figure)
     # A run in progress takes its ratio from its validation.
     running = run_of(old().partition("stopping_early")[0])
     assert plot.curves_of([running])[0].nats == pytest.approx(NATS)

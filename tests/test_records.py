@@ -246,9 +246,7 @@ def test_bad_arguments_are_refused_in_one_line(workshop, tmp_path):
     log = [workshop.log(1)]
     assert_refused(make(tmp_path, log, "--name", "a/b"), "--name 'a/b'")
     assert_refused(make(tmp_path, log, "--name", ".."), "--name '..'")
-    for date in ("yesterday", "20261124"):
-        refused = make(tmp_path, log, "--date", date)
-        assert_refused(refused, f"--date {date}: expected YYYY-MM-DD")
+    assert_refused(make(tmp_path, log, "--date", "yesterday"), "--date", "yesterday")
     assert_refused(make(tmp_path, log, "--author", "\u00e9"), "--author", "one line of ASCII")
     assert_refused(make(tmp_path, log, "--blurb", "a\n## Results"), "--blurb", "one line of ASCII")
     assert_refused(make(tmp_path, []), "--logs: name one finished log per seed")
@@ -386,7 +384,6 @@ EDITED = [  # file, pattern and replacement; None makes it a file of these bytes
     (LOG1, TOTAL, r"\1: 16000000", "bytes", FAIL, "over the cap"),
     (LOG1, TOTAL, r"\1: 9000", "bytes", FAIL, "is not 9,000"),
     (LOG2, r"^  matrix_lr: .*", "  matrix_lr: 0.5", "configuration", FAIL, "matrix_lr: 0.022 ("),
-    (LOG1, r"train_shards:\d+", "train_shards:1499", "configuration", FAIL, "train_shards 1499"),
     ("final.ptz", None, b"", "files", REMARK, "do not belong here: final.ptz"),
     (SCRIPT, "^import os$", "import os as", "script", FAIL, SCRIPT),
     (SCRIPT, r'b85decode\("..', 'b85decode("00', "script", FAIL, "train_gpt.py: "),

@@ -39,10 +39,12 @@ def read(tmp_path):
 
 
 @pytest.mark.parametrize("dialect", LOGS)
-def test_each_dialect_is_known_by_its_lines(dialect, read):
+def test_each_dialect_gives_its_seed_and_curves(dialect, read):
     run = read(LOGS[dialect](seed=7))
-    assert (run.dialect, run.seed) == (dialect, 7)
-    assert f"{dialect}, seed 7, {len(run.train)} + {len(run.val)} points" in one_line(run)
+    assert run.seed == 7
+    assert run.train
+    assert run.val
+    assert f"seed 7, {len(run.train)} + {len(run.val)} points" in one_line(run)
 
 
 def test_curves_and_facts_of_our_dialect(read):
@@ -87,7 +89,7 @@ def test_curves_and_facts_of_the_new_dialect_whose_clock_is_in_minutes(read):
 
 def test_seed_bytes_and_curve_of_logs_whose_lines_say_loss_alone(read):
     run = read(short(seed=7))
-    assert (run.dialect, run.seed) == ("old", 7)
+    assert run.seed == 7
     assert run.train == [Point(1000, 91.478, 3.3120), Point(2000, 183.345, 3.2883)]
     assert (run.bytes_total, run.bytes_code) == (15_993_853, 70_853)
     assert (run.score.kind, run.score.loss, run.score.seconds) == ("sliding", 3.0, 429.311)
@@ -191,7 +193,7 @@ def test_of_two_runs_in_one_file_the_last_counts(dialect, read):
 
 def test_a_run_that_was_killed_has_what_it_wrote(read):
     run = read(ours().partition("step:300/")[0])
-    assert (run.dialect, len(run.train), run.steps, run.train_seconds) == ("ours", 3, 200, 20.0)
+    assert (len(run.train), run.steps, run.train_seconds) == (3, 200, 20.0)
     assert (run.val, run.finals) == ([], [])
     assert (run.score, run.nats_per_bpb, run.bytes_total) == (None, None, None)
     assert "no score" in one_line(run)
@@ -199,7 +201,6 @@ def test_a_run_that_was_killed_has_what_it_wrote(read):
 
 def test_of_a_foreign_text_nothing_is_guessed(read):
     run = read("Once upon a time\nthere were 3/4 of a cake.\n")
-    assert run.dialect == "unknown"
     assert (run.train, run.val, run.finals, run.events, run.knobs) == ([], [], [], [], {})
     assert {run.seed, run.steps, run.score, run.bytes_total, run.targets, run.params} == {None}
 
