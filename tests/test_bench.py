@@ -204,7 +204,8 @@ def test_finished_trainings_stand_side_by_side(tmp_path):
     assert (result.code, result.err) == (0, "")
     config = bench.knobs_from(TINY_ENV).model
     mfu = 20_480 * bench.flops_per_token(config, True) / 989e12  # 100 steps of 2,048 tokens, 10 s
-    scores = f"{3.1 / 1.6:.4f} | {3.2 / 1.6:.4f} | {3.15 / 1.6:.4f} | 243,463"
+    scores = " | ".join(f"{loss / helpers_logs.NATS:.4f}" for loss in (3.1, 3.2, 3.15))
+    scores += " | 243,463"
     assert f"\n| first | 400 | {400 * 2048 / 46:,.0f} | {mfu:.1%} | {scores} |" in result.out
     assert f"\n| second | 400 | {400 * 2048 / 46:,.0f} | - | {scores} |" in result.out
 

@@ -666,8 +666,13 @@ def test_a_window_of_any_length_scores_as_its_windows_do_one_at_a_time(
 
 
 def test_a_faster_way_that_scores_otherwise_fails_its_self_check(artifact, dataset, monkeypatch):
-    attend = train_gpt.attend_at
-    monkeypatch.setattr(train_gpt, "attend_at", lambda at, *qkv: attend((at - 1).clamp(0), *qkv))
+    honest = train_gpt.Scorer.batch
+
+    def one_before(scorer, windows, stride, size):
+        input_ids, target_ids, scored, columns = honest(scorer, windows, stride, size)
+        return input_ids, target_ids, (scored - 1).clamp(min=0), columns
+
+    monkeypatch.setattr(train_gpt.Scorer, "batch", one_before)
     result = score(artifact, dataset, "--self-check", 9)
     assert_refused(result, "self-check failed: ", " bits per byte apart")
 
