@@ -356,7 +356,7 @@ def test_sigterm_stops_the_runs_and_files_none_of_them(study):
     result = study.run()
     assert (result.code, result.err) == (143, "error: interrupted by signal 15\n")
     pid = int(study.notes.read_text().splitlines()[-1].split()[1])
-    assert not is_alive(pid)
+    wait_for(lambda: not is_alive(pid))
     names = {path.name for path in study.out.glob("*_seed*.txt")}
     assert names == {f"{cell}_seed1.txt" for cell in ("one", "two", "three")}
 
