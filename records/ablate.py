@@ -154,14 +154,14 @@ def read_grid(path: Path, solve: str) -> list[Cell]:
 # ---- Equal bytes ---------------------------------------------------------------------------------
 
 
-def estimate(cell: Cell, **more: object) -> tuple[int, int]:
-    """Return the bytes of the artifact to come, at the cell's own k, and its parameters."""
+def estimate(cell: Cell, **more: object) -> int:
+    """Return the bytes of the artifact to come, at the cell's own k."""
     hp = cell.hyperparameters(**more, TARGET_BYTES=0)
     model = GPT(hp.model)
     # Counts like a text's, for the bytes of the table depend on how it is made.
     counts = (1_000_000 / (np.arange(hp.model.vocab_size) + 3.7)).astype(np.int64)
     model.expert_table.copy_(build_expert_table(hp.model, counts))
-    return len(dry_run(hp, model).artifact), sum(p.numel() for p in model.parameters())
+    return len(dry_run(hp, model).artifact)
 
 
 def nearest_width(size: Callable[[int], int], start: int, goal: int, step: int = 1) -> int:
@@ -180,7 +180,7 @@ def solve(cell: Cell, goal: int) -> int:
 
     @functools.cache
     def size(width: int) -> int:
-        return estimate(cell, **{cell.solve: width})[0]
+        return estimate(cell, **{cell.solve: width})
 
     model = cell.hyperparameters().model
     start, step = model.shared_dim, 1
@@ -204,7 +204,7 @@ def settle(cells: list[Cell], out: Path) -> list[Cell]:
             made = [events_of(log).get("ablation") for log in files_of(out, cell).values()]
             width = made[0]["knobs"].get(cell.solve) if made and made[0] else None
             if width is None:
-                goal = goal or estimate(cells[0])[0]
+                goal = goal or estimate(cells[0])
                 width = solve(cell, goal)
                 print(f"{cell.name}: {cell.solve}={width} for {goal:,} bytes", flush=True)
             cell = replace(cell, knobs=cell.knobs | {cell.solve: str(width)})
@@ -290,6 +290,9 @@ class Run:
         script = '"$0" train_gpt.py'
         if fixed["score"] == "sliding":
             script += f' && exec "$0" eval_sliding.py logs/{name}.ptz'
+        pin = None  # where a platform cannot keep a process on its own cores
+        if hasattr(os, "sched_setaffinity"):
+            pin = functools.partial(os.sched_setaffinity, 0, cores)
         with open(self.printed, "wb") as printed:
             self.child = subprocess.Popen(
                 ["sh", "-c", script, sys.executable],
@@ -300,13 +303,8 @@ class Run:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
                 pass_fds=(lock,),
-                preexec_fn=self.pin,
+                preexec_fn=pin,
             )
-
-    def pin(self) -> None:
-        """Keep this process on its own cores, where the platform can."""
-        if hasattr(os, "sched_setaffinity"):
-            os.sched_setaffinity(0, self.cores)
 
     def finish(self) -> str:
         """File the log of a run that has ended. Returns its score, or why there is none."""

@@ -312,13 +312,14 @@ def check_configuration(folder: Folder) -> Findings:
             yield FAIL, f"{name}: " + ", ".join(f"{value} ({log})" for value, log in values)
 
 
-def check_statistics(folder: Folder, against: list[str]) -> Findings:
+def check_statistics(folder: Folder, against: str) -> Findings:
     """Test by Welch against a row, by the bar of 0.005 nats per token in both units."""
-    names, runs = against or (["best"] if folder.is_record else []), folder.scored
-    if not names:
+    runs = folder.scored
+    against = against or ("best" if folder.is_record else "")
+    if not against:
         yield UNKNOWN, "not compared; --against names a row"
         return
-    baseline = find_baseline(names)
+    baseline = find_baseline(against)
     same_text = baseline.same_text(runs[0])
     if not same_text:
         said = "unknown" if same_text is None else "not the same"
@@ -360,7 +361,7 @@ def check_script(folder: Folder) -> Findings:
 # ---- Command line
 
 
-def check(folder: Folder, against: list[str]) -> list[tuple[str, str, str]]:
+def check(folder: Folder, against: str = "") -> list[tuple[str, str, str]]:
     """Return the rows of the table: check, finding and severity. Raises ConfigError.
 
     What a stranger's files hold may defy any expectation: then it is a finding that fails.
@@ -390,8 +391,8 @@ def main() -> None:
     """Print the table of the folder on the command line. Exits with 1 if a check fails."""
     parser = ArgumentParser(__doc__)
     parser.add_argument("folder", type=Path, metavar="FOLDER")
-    rows = "a PR, best, logs or a records folder"
-    parser.add_argument("--against", nargs="+", default=[], metavar="ROW", help=rows)
+    rows = "a PR, best, a log or a records folder"
+    parser.add_argument("--against", default="", metavar="ROW", help=rows)
     args = parser.parse_args()
     findings = check(Folder.read(args.folder), args.against)
     shown = [(name, " ".join(text.split()).replace("|", "/"), s) for name, text, s in findings]

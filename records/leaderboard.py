@@ -108,21 +108,15 @@ def logs_in(folder: Path) -> list[Path]:
     return sorted(path for path in logs if not path.name.startswith("requirements"))
 
 
-def find_baseline(names: list[str]) -> Baseline:
-    """Return a row by its name, or the runs of some logs or a folder. Raises ConfigError."""
-    paths = [Path(name) for name in names]
-    if len(names) == 1 and not paths[0].exists():
-        return find_row(names[0])
-
-    logs = []
-    for path in paths:
-        logs += logs_in(path) if path.is_dir() else [path]
-    runs = [RunLog.read(log) for log in logs]
+def find_baseline(name: str) -> Baseline:
+    """Return a row by its name, or the runs of a log or of a records folder. Raises ConfigError."""
+    path = Path(name)
+    if not path.exists():
+        return find_row(name)
+    runs = [RunLog.read(log) for log in (logs_in(path) if path.is_dir() else [path])]
     runs = [run for run in runs if run.score and not run.score.partial]
-    require(runs, f"{' '.join(names)}: no log with a score of the whole split")
+    require(runs, f"{name}: no log with a score of the whole split")
     scored = {(run.targets, run.scored_bytes) for run in runs}
-    require(len(scored) == 1, f"{' '.join(names)}: logs of different validation texts")
-
-    title = paths[0].name if paths[0].is_dir() else ", ".join(path.stem for path in paths)
+    require(len(scored) == 1, f"{name}: logs of different validation texts")
     scores = [run.score.bpb for run in runs]
-    return Baseline(title, statistics.fmean(scores), scores, scored.pop())
+    return Baseline(path.stem, statistics.fmean(scores), scores, scored.pop())

@@ -7,7 +7,7 @@
 The folder records/track_<track>/<date>_<Name>/ gets README.md, submission.json, the logs,
 requirements.txt, a plot, and train_gpt.py: train_gpt.py and eval_sliding.py in one ASCII script, of
 which the logs state the source and the size. --previous names what to compare with: a row of
-leaderboard.csv by its PR, "best", or logs, or a records folder. Logs of other code, PARTIAL scores
+leaderboard.csv by its PR, "best", or a log, or a records folder. Logs of other code, PARTIAL scores
 and, without --allow-commit, a commit that nobody can check out are refused; check_record.py says
 what else a reviewer would reject.
 """
@@ -29,6 +29,7 @@ from pathlib import Path
 
 from common import ROOT, ArgumentParser, markdown_table
 from leaderboard import Baseline, find_baseline
+from plot import draw
 from runlog import RunLog
 
 from eval_sliding import EvalConfig
@@ -269,11 +270,6 @@ def requirements(run: RunLog) -> str:
     return pinned
 
 
-def has_matplotlib() -> bool:
-    """Say whether a picture can be drawn: a folder without one is complete."""
-    return importlib.util.find_spec("matplotlib") is not None
-
-
 def make(
     about: argparse.Namespace, runs: list[RunLog], baseline: Baseline | None, script: bytes
 ) -> None:
@@ -291,10 +287,8 @@ def make(
         keys = ("author", "github_id", "name", "blurb", "date", "track")
         figures = {key: str(vars(about)[key]) for key in keys} | submission(runs)
         write_atomically(work / "submission.json", (json.dumps(figures, indent=2) + "\n").encode())
-        has_picture = has_matplotlib()
+        has_picture = importlib.util.find_spec("matplotlib") is not None
         if has_picture:
-            from plot import draw
-
             draw(runs, work / "training.png")
         text = readme(about, runs, baseline, has_picture)
         write_atomically(work / "README.md", text.encode("ascii"))
@@ -324,7 +318,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--logs", nargs="*", default=[], type=Path, metavar="LOG", help="a finished log per seed")
     add("--dry-run", action="store_true", help="check everything but the logs, and make nothing")
     add("--track", choices=TRACKS, default="non_record_16mb")
-    add("--previous", nargs="+", metavar="ROW", help="a PR, best, logs or a records folder")
+    add("--previous", metavar="ROW", help="a PR, best, a log or a records folder")
     add("--author", default=git_user(), help="default: git's user.name")
     add("--github-id", help="default: the author")
     blurb = "Token-routed MoE with exact dispatch and mu-guidance."
@@ -353,9 +347,7 @@ def main() -> None:
     args.final = args.output / f"track_{args.track}" / f"{args.date}_{args.name}"
     free = f"{args.final} exists already; take another --name or --date, or remove it"
     require(not args.final.exists(), free)
-    previous = args.previous
-    if previous is None and args.track == "10min_16mb":
-        previous = ["best"]
+    previous = args.previous or ("best" if args.track == TRACKS[0] else None)
     baseline = find_baseline(previous) if previous else None
     if args.dry_run:
         return
@@ -367,7 +359,7 @@ def main() -> None:
     require(clean or args.allow_commit, f"{stated} (--allow-commit makes the folder all the same)")
     if baseline is not None:
         same_text = baseline.same_text(runs[0])
-        require(same_text, f"{' '.join(previous)}: validated on another text")
+        require(same_text, f"{previous}: validated on another text")
 
     make(args, runs, baseline, script)
     print(headline(runs))

@@ -69,7 +69,7 @@ def make(tmp_path: Path, logs: list[Path], *arguments: object) -> Result:
 @pytest.fixture(autouse=True)
 def no_picture(monkeypatch):
     """A picture takes a second, which all but one of these tests can do without."""
-    monkeypatch.setattr(make_record, "has_matplotlib", lambda: False)
+    monkeypatch.setattr(make_record, "draw", lambda runs, path: None)
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +141,7 @@ def test_the_readme_has_the_result_the_table_the_audit_and_the_command(workshop)
 
 def test_the_previous_row_is_compared_in_both_units(workshop, tmp_path):
     logs = [workshop.log(1), workshop.log(2)]
-    result = make(tmp_path, logs, "--previous", *logs)
+    result = make(tmp_path, logs, "--previous", workshop.folder)
     assert result.code == 0, result
     text = Path(result.out.splitlines()[-1], "README.md").read_text()
     assert "0.00000 bits per byte, 0.00000 nats per token; Welch, one-sided: p = 0.5 that" in text
@@ -310,10 +310,10 @@ def test_a_full_disk_leaves_no_folder(workshop, tmp_path, monkeypatch):
 # ---- What check_record.py finds
 
 
-def found_in(folder: Path, *against: str) -> dict[str, list[tuple[str, str]]]:
+def found_in(folder: Path, against: str = "") -> dict[str, list[tuple[str, str]]]:
     """Return severity and text of the findings, by check."""
     found = {}
-    for name, text, severity in check_record.check(check_record.Folder.read(folder), list(against)):
+    for name, text, severity in check_record.check(check_record.Folder.read(folder), against):
         found.setdefault(name, []).append((severity, text))
     return found
 
@@ -595,11 +595,11 @@ def test_rows_and_logs_are_compared_with_runs_of_the_same_text_only(workshop):
     run = RunLog.read(workshop.log(1))
     text = re.sub(r'"target_tokens": \d+', '"target_tokens": 40540160', run.text)
     challenge = replace(run, text=text)
-    row = leaderboard.find_baseline(["1394"])
-    logs = leaderboard.find_baseline([str(workshop.log(2))])
+    row = leaderboard.find_baseline("1394")
+    logs = leaderboard.find_baseline(str(workshop.log(2)))
     assert (row.same_text(challenge), row.same_text(run)) == (True, False)
     assert (logs.same_text(challenge), logs.same_text(run)) == (False, True)
-    folder = leaderboard.find_baseline([str(workshop.folder)])
+    folder = leaderboard.find_baseline(str(workshop.folder))
     scores = [RunLog.read(workshop.log(seed)).score.bpb for seed in (1, 2)]
     assert sorted(folder.seeds) == sorted(scores)
 
