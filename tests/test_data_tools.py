@@ -290,20 +290,14 @@ def test_missing_empty_and_wrong_inputs_are_refused(train, model_path, tmp_path,
     }
     for expected, argv in cases.items():
         assert expected in refused(capsys, tmp_path / "out", *argv)
+    for name in ("a.csv", "a.JSON.gz", "a.jsonl.zip", "a.txt.gz", "a"):
+        (tmp_path / name).write_bytes(train.read_bytes())
+        kinds = ".jsonl (plain, .bz2, .gz, .xz, .zst), .parquet, .txt, .md"
+        message = refused(capsys, tmp_path / "out", "--train", tmp_path / name, *model)
+        assert f"{name}: not a file of {kinds}, nor a folder of those" in message
     (folder / "latin.txt").write_bytes(b"caf\xe9")
     message = refused(capsys, tmp_path / "out", "--train", train, "--val", folder, *model)
     assert "latin.txt: invalid" in message
-
-
-@pytest.mark.parametrize("name", ["a.csv", "a.json", "a.JSON.gz", "a.jsonl.zip", "a.txt.gz", "a"])
-def test_a_file_of_another_kind_is_refused_by_a_line_that_says_what_is_read(
-    name, train, model_path, tmp_path, capsys
-):
-    (tmp_path / name).write_bytes(train.read_bytes())
-    argv = ("--train", tmp_path / name, "--tokenizer", model_path)
-    kinds = ".jsonl (plain, .bz2, .gz, .xz, .zst), .parquet, .txt, .md"
-    said = f"{name}: not a file of {kinds}, nor a folder of those"
-    assert said in refused(capsys, tmp_path / "out", *argv)
 
 
 def test_parquet_needs_pyarrow(train, model_path, tmp_path, capsys, monkeypatch):
