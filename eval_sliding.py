@@ -497,6 +497,8 @@ def main() -> None:
     log(f"code_sha256:{hashlib.sha256(train_gpt.submission_source()).hexdigest()}")
     trained = f"trained_window:{hp.model.train_seq_len} rope_base:{model.rope_base:.0f}"
     log(f"{trained} sidecar:{val.sidecar} {config.stated()}")
+    if val.partial:
+        log(f"warning: the validation split lacks {val.lacks}: scores are PARTIAL")
     train_gpt.warn_of_typos(log, os.environ, train_gpt.knob_fields(EvalConfig))
     train_gpt.choose_attention(hp.attention, model, dist.device, log)
     if args.audit:
