@@ -14,20 +14,18 @@ and TOKENIZER_PATH. Every cell but the control gets the integer width (--solve) 
 artifact is nearest to the control's in bytes.
 
 The same command again runs what is missing or has failed, and nothing twice. --out gets the
-scripts, a finished log per run, logs/ (artifacts, and what unfinished runs wrote and printed),
-results.csv and table.md. With --jobs N, N runs at a time have N equal shares of the cores, and none
-computes on the cores of another.
+scripts, a finished log per run, logs/ (artifacts, and what unfinished runs wrote and printed) and
+table.md. With --jobs N, N runs at a time have N equal shares of the cores, and none computes on the
+cores of another.
 Exit status: 1 if a run has failed or model bytes differ by more than 1 % from the control's.
 """
 
 import argparse
 import bisect
 import contextlib
-import csv
 import fcntl
 import functools
 import hashlib
-import io
 import json
 import math
 import os
@@ -339,7 +337,7 @@ def run_all(out: Path, cells: list[Cell], todo: list, fixed: dict, jobs: int, lo
                 running.remove(run)
                 free.append(run.cores)
                 said = f"{run.cell.name} seed {run.seed}: {run.finish()}"
-                write_outputs(out, cells)
+                write_table(out, cells)
                 done = len(todo) - len(waiting) - len(running)
                 left = (time.perf_counter() - started) / done * (len(todo) - done) / 60
                 print(f"{done}/{len(todo)} {said}, {left:.0f} min left", flush=True)
@@ -477,17 +475,9 @@ def table(rows: list[Row]) -> str:
     return f"{markdown_table(header.split('|'), lines)}\n\n{resolution(rows)}\n"
 
 
-def write_outputs(out: Path, cells: list[Cell]) -> bool:
-    """Write results.csv and table.md. Returns whether every cell can be compared."""
+def write_table(out: Path, cells: list[Cell]) -> bool:
+    """Write table.md. Returns whether every cell can be compared."""
     rows = compare(out, cells)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, ("cell", "seed", *COLUMNS, "tok_per_s", "log"))
-    writer.writeheader()
-    for row in rows:
-        for seed, run in row.runs.items():
-            log = f"{row.cell.name}_seed{seed}.txt"
-            writer.writerow({"cell": row.cell.name, "seed": seed, **run, "log": log})
-    write_atomically(out / "results.csv", text.getvalue().encode())
     write_atomically(out / "table.md", table(rows).encode())
     return not any(row.note for row in rows)
 
@@ -557,7 +547,7 @@ def main() -> None:
         write_atomically(out / "eval_sliding.py", evaluation)
         (out / "logs").mkdir(exist_ok=True)
         run_all(out, cells, todo, fixed, args.jobs, lock)
-        comparable = write_outputs(out, cells)
+        comparable = write_table(out, cells)
     print((out / "table.md").read_text())
     sys.exit(0 if comparable else 1)
 
