@@ -238,13 +238,16 @@ def compile_on_random_tokens(
 
 @torch.no_grad()
 def plain_losses(model: GPT, val: ValData, windows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the targets of windows (W, 3) and their losses, nats, one at a time, unpadded."""
+    """Return the targets of windows (W, 3) and their losses, nats, one at a time, unpadded.
+
+    By logits that know the inputs alone, and whose softmax is a distribution.
+    """
     targets, losses = [], []
     for start, first, end in windows.tolist():
-        tokens = val.tokens[None, start : end + 1].long()
-        nll = model(tokens[:, :-1], tokens[:, 1:], reduction="none")
+        logits = model(val.tokens[None, start:end].long())[0, first - start :]
         targets.append(torch.arange(first, end, device=windows.device))
-        losses.append(nll[0, first - start :])
+        true_ids = val.tokens[targets[-1] + 1, None].long()
+        losses.append(-logits.double().log_softmax(-1).gather(1, true_ids)[:, 0])
     return torch.cat(targets), torch.cat(losses)
 
 
@@ -353,22 +356,15 @@ def audit_rows(model: GPT, config: EvalConfig, windowing: Windowing, val: ValDat
     finding = f"losses before it change by {leak:.1e} nats at most; control {control:.1e}"
     yield "C1 causal", test, finding, leak <= rounding and control > 1e-2
 
-    # By the weights that scored the batch then. The logits know the inputs alone, and their
-    # softmax is a distribution.
     states = scorer.states
     at = max(i for i, (windows, _) in enumerate(states) if windows[0, 1] <= place)
     windows, weights = states[at]
-    apart = 0.0
     model.load_state_dict(weights)
-    for start, first, end in windows.tolist():
-        with torch.no_grad():
-            logits = model(val.tokens[None, start:end].long())[0, first - start :]
-        targets = val.tokens[first + 1 : end + 1, None].long()
-        nll = -logits.double().log_softmax(-1).gather(1, targets)[:, 0]
-        apart = max(apart, float((nll - losses[first:end]).abs().max()))
+    targets, again = plain_losses(model, val, windows)
     model.load_state_dict(artifact)
+    apart = float((again - losses[targets]).abs().max())
     batch = f"batch {at + 1} of {len(states)}"
-    test = f"{batch} again by the softmax of all {model.config.vocab_size} logits"
+    test = f"{batch} again by the softmax of all {vocab_size} logits"
     yield "C2 normalised", test, f"losses within {apart:.1e} nats", apart <= AUDIT_ROUNDING
 
     is_trained = not same(weights, artifact)
