@@ -225,7 +225,9 @@ def row_of(log: Path, score: str) -> dict[str, float]:
     for name in ("train_summary", scored):
         require(name in events, f"{log.name} has no {name}")
         require(not events[name].get("partial"), f"{name} is PARTIAL")
-    summary = events["train_summary"] | {"val_bpb": events[scored]["val_bpb"]}
+    summary = events["train_summary"] | {"val_bpb": events[scored].get("val_bpb")}
+    missing = [name for name in COLUMNS if summary.get(name) is None]
+    require(not missing, f"{log.name} states no {', '.join(missing)}")
     row = {name: summary[name] for name in COLUMNS}
     return row | {"tok_per_s": row["tokens"] / max(row["train_seconds"], 1e-9)}
 
@@ -344,8 +346,9 @@ def run_all(out: Path, cells: list[Cell], todo: list, fixed: dict, jobs: int, lo
             time.sleep(0 if ended else 0.1)
     finally:
         for run in running:
-            os.killpg(run.child.pid, signal.SIGKILL)
-            run.child.wait()
+            if run.child.returncode is None:
+                os.killpg(run.child.pid, signal.SIGKILL)
+                run.child.wait()
 
 
 # ---- Table ---------------------------------------------------------------------------------------

@@ -85,7 +85,8 @@ def read_rows() -> dict[str, Baseline]:
     with open(CSV, encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
             seeds = [float(score) for score in row["seeds"].split()]
-            rows[row["pr"]] = Baseline(row["name"], float(row["val_bpb"]), seeds)
+            name = f"{row['pr']} ({row['name']})"
+            rows[row["pr"]] = Baseline(name, float(row["val_bpb"]), seeds)
     return rows
 
 

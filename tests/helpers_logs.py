@@ -6,7 +6,7 @@ import math
 from runlog import RULE
 
 STEPS, BATCH, TARGETS = 400, 2048, 5_000
-NATS = 1.68845  # per token, that one bit per byte is in these logs, as for the challenge in sp1024
+NATS = 1.6  # per token, that one bit per byte is in these logs
 SOURCE = '"""A trainer."""\n\nimport torch\n\nBANNER = "=" * 100\n'
 AUDIT = """\
 | condition | test | finding | |
@@ -120,7 +120,7 @@ final_int8_zlib_roundtrip_exact {scores(2.07269931)}
 """
 
 
-def new(seed: int = 42, directory: str = "./data", targets: int = 62_021_632) -> str:
+def new(seed: int = 42, directory: str = "./data", targets: int = 45_508_608) -> str:
     """Since April 2026: minutes with one digit, validation without a time, a block of knobs."""
     return f"""Hyperparameters:
   datasets_dir: {directory}/datasets

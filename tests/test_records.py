@@ -473,7 +473,7 @@ def test_a_folder_of_a_stranger_is_checked_by_its_own_dialect(tmp_path, dialect)
     folder = tmp_path / "track_non_record_16mb" / "2026-04-05_Stranger"
     folder.mkdir(parents=True)
     write = {"old": helpers_logs.old, "new": helpers_logs.new}[dialect]
-    (folder / "train.log").write_text(write())
+    (folder / "train.log").write_text(write(targets=50_000_000))
     run = RunLog.read(folder / "train.log")
     (folder / SCRIPT).write_text("#" * (run.bytes_code + 1))
     (folder / "README.md").write_text(f"# S\n\n**val_bpb: {run.score.bpb:.4f}**\n")

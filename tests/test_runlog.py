@@ -83,7 +83,7 @@ def test_curves_and_facts_of_the_new_dialect_whose_clock_is_in_minutes(read):
     expected = [(0, 0.0), (1000, pytest.approx(102)), (1100, 118.136)]
     assert [(row.step, row.seconds) for row in run.val] == expected
     assert (run.steps, run.train_seconds) == (1100, 118.136)
-    assert run.targets == 62_021_632
+    assert run.targets == 45_508_608
     assert run.events == [Event(700, "recurrence on")]
 
 
