@@ -173,7 +173,8 @@ def test_a_signal_to_one_rank_lets_all_end_the_step_save_and_leave(
     assert outcome.err == [f"error: interrupted by signal {code - 128}\n"] * 2
     assert outcome.files == [SAVED_3, SAVED_5, "run.txt"]
     assert f"checkpoint:logs/{SAVED_5} train_time:" in outcome.out[0]
-    assert "(to go on: the same command with RUN_ID=run)" in outcome.out[0]
+    again = "(to go on: the same command with RUN_ID=run CHECKPOINT_EVERY=3)"
+    assert again in outcome.out[0]
     assert outcome.out[0].endswith("interrupted after step 5, CHECKPOINT_EVERY=3\n")
     assert_readable(tmp_path / "logs")
 

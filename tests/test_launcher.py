@@ -75,7 +75,7 @@ def test_seeds_are_trained_scored_summed_up_and_end_in_a_checked_records_folder(
     assert (submission["seeds"], submission["author"]) == ([7, 8], "A. Name")
     assert "| C1 causal |" in (folder / "README.md").read_text()
     table = result.out.split("| check |")[-1]
-    assert "| smoke |" in table
+    assert "| script |" in table
     assert "FAIL" not in table
 
 
