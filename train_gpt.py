@@ -987,7 +987,12 @@ class Permute(torch.autograd.Function):
         return grad[inverse], None, None
 
 
-@torch.library.custom_op("train_gpt::expert_linear", mutates_args=())
+# A copy of this file under another name, in the same process, has operators of its own: PyTorch
+# would take those of the first away.
+NAMESPACE = __name__.replace(".", "_").strip("_")
+
+
+@torch.library.custom_op(f"{NAMESPACE}::expert_linear", mutates_args=())
 def expert_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """Multiply sorted rows (N, C) with their expert's matrix of (E, R, C) -> (N, R).
 
@@ -1002,7 +1007,7 @@ def expert_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return y
 
 
-@torch.library.custom_op("train_gpt::expert_linear_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::expert_linear_backward", mutates_args=())
 def expert_linear_backward(
     grad: Tensor, x: Tensor, weight: Tensor, ends: Tensor
 ) -> tuple[Tensor, Tensor]:

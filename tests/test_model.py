@@ -1,5 +1,6 @@
 """The model: causality, attention, recurrence, experts, routers, mu, initial weights, loss."""
 
+import importlib.util
 import math
 import re
 import sys
@@ -15,6 +16,7 @@ from conftest import ALONE, make_ids, make_model, tiny_hp
 from helpers_cli import allow_every_attention_kernel
 from torch import Tensor
 
+import train_gpt
 from train_gpt import (
     BOS_ID,
     GPT,
@@ -533,6 +535,18 @@ def test_operator_keeps_what_it_promises_the_compiler(dtype, ends):
     x = torch.randn(9, 8, generator=generator).to(dtype).requires_grad_()
     weight = torch.randn(3, 5, 8, generator=generator).to(dtype).requires_grad_()
     torch.library.opcheck(expert_linear, (x, weight, torch.tensor(ends, dtype=torch.int32)))
+
+
+def test_a_copy_of_the_file_leaves_the_operators_of_the_first(monkeypatch):
+    hp = tiny_hp(dispatch="grouped")
+    model, ids = make_model(hp), make_ids(hp, 2, 16)
+    expected = model(ids)
+    spec = importlib.util.spec_from_file_location("copied", train_gpt.__file__)
+    copied = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "copied", copied)
+    spec.loader.exec_module(copied)
+    assert copied.expert_linear._qualname == "copied::expert_linear"
+    assert torch.equal(model(ids), expected)
 
 
 @pytest.mark.parametrize(
