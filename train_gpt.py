@@ -126,7 +126,7 @@ class ModelConfig:
     def is_grouped(self) -> bool:
         """Tell whether a token is multiplied with its own expert alone.
 
-        Under DISPATCH=auto it is from GROUPED_FROM on: below that, sorting costs what it saves.
+        Under DISPATCH=auto it is from GROUPED_FROM on: twice where sorting pays, on paper.
         """
         if not self.is_routed or self.dispatch != "auto":
             return self.is_routed and self.dispatch == "grouped"

@@ -199,6 +199,8 @@ def bench_steps(kinds: dict[str, Hyperparameters], dist: Dist, device: str, seco
         for done, (name, hp) in enumerate(kinds.items()):
             progress.update(done, f"{name}, compiling")
             resident = torch.cuda.memory_allocated()
+            if dist.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
             try:
                 trainer = Trainer(hp, dist)
                 for looped in loops_of(hp):
