@@ -120,14 +120,11 @@ pick_data() {
   if [[ -n ${DATA_PATH:-} ]]; then
     name=$(basename "$DATA_PATH")
     if [[ $name =~ $size ]]; then default VOCAB_SIZE "${BASH_REMATCH[1]}"; fi
-    name=$(dirname "$(dirname "$DATA_PATH")")/tokenizers/fineweb_${VOCAB_SIZE:-8192}_bpe.model
-    if [[ -f $name ]]; then default TOKENIZER_PATH "$name"; fi
   elif [[ ! -d data/datasets/fineweb10B_sp${VOCAB_SIZE:-8192} ]]; then
     [[ ${VOCAB_SIZE:-1024} == 1024 ]] || die "no data/datasets/fineweb10B_sp$VOCAB_SIZE, and the sample has VOCAB_SIZE=1024"
     say "making the sample, as there is no data/datasets/fineweb10B_sp${VOCAB_SIZE:-8192}"
     "$PYTHON" data/make_sample.py
     export VOCAB_SIZE=1024 DATA_PATH=data/datasets/sample_sp1024
-    default TOKENIZER_PATH data/tokenizers/sample_1024_bpe.model
     echo "************************************************************************************************"
     echo "* NOT COMPARABLE with the leaderboard: trained and scored on the sample, package documentation *"
     echo "************************************************************************************************"

@@ -42,11 +42,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-import sentencepiece as spm
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+try:
+    import numpy as np
+    import sentencepiece as spm
+    import torch
+    import torch.nn.functional as F
+    from torch import Tensor, nn
+except (ImportError, OSError) as error:  # OSError: a shared library of theirs does not load
+    sys.exit(f"{error}: pip install -r requirements.txt")
 
 MAX_SUBMISSION_BYTES = 16_000_000  # code + compressed model, decimal
 LOADER_BYTES = 1_194  # of records/record_loader.txt, which unpacks a record's code
@@ -180,7 +183,7 @@ class Hyperparameters:
     compile: bool = True  # torch.compile with fullgraph where a compiler is installed; 0 = eager
     checkpoint_every: str = ""  # "500" steps or "300s"; goes on from RUN_ID's newest; "" = off
     data_path: str = ""  # folder of shards; "" = data/datasets/fineweb10B_sp<VOCAB_SIZE>
-    tokenizer_path: str = ""  # "" = data/tokenizers/fineweb_<VOCAB_SIZE>_bpe.model
+    tokenizer_path: str = ""  # "" = the one that belongs to the data, see load_tokenizer
     train_batch_tokens: int = knob(786_432, 1)  # tokens per optimizer step, over all ranks
     micro_batch_tokens: int = knob(98_304, 1)  # tokens per forward pass and rank, at most
     val_max_tokens: int = knob(0, 0)  # targets to score; 0 = all, fewer are reported as PARTIAL
@@ -669,10 +672,34 @@ def token_bytes(sp: spm.SentencePieceProcessor, tokens: np.ndarray) -> np.ndarra
     return base_bytes[tokens[1:]] + spaces
 
 
+def data_root(dataset_dir: Path) -> Path:
+    """Return the folder of datasets/, tokenizers/ and manifest.json, two above the shards."""
+    return dataset_dir.absolute().parent.parent
+
+
+def manifest_entry(dataset_dir: Path) -> dict:
+    """Return what manifest.json says of a folder of shards, {} without one."""
+    try:
+        manifest = json.loads((data_root(dataset_dir) / "manifest.json").read_text())
+        entries = {entry["name"]: entry for entry in manifest["datasets"]}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return {}
+    return entries.get(dataset_dir.absolute().name, {})
+
+
 def load_tokenizer(hp: Hyperparameters) -> tuple[spm.SentencePieceProcessor, str]:
-    """Load the SentencePiece model. Also returns its SHA-256; raises ConfigError if it is amiss."""
+    """Load the SentencePiece model. Also returns its SHA-256; raises ConfigError if it is amiss.
+
+    TOKENIZER_PATH, else the one that the data's manifest names, or fineweb_<VOCAB_SIZE>_bpe.model,
+    in tokenizers/ of the data or of data/.
+    """
     vocab_size = hp.model.vocab_size
-    path = Path(hp.tokenizer_path or f"data/tokenizers/fineweb_{vocab_size}_bpe.model")
+    usual = f"fineweb_{vocab_size}_bpe"
+    name = manifest_entry(hp.dataset_dir).get("tokenizer_name", usual)
+    path = data_root(hp.dataset_dir) / "tokenizers" / f"{name}.model"
+    if not path.is_file():
+        path = Path(f"data/tokenizers/{usual}.model")
+    path = Path(hp.tokenizer_path or path)
     require(path.is_file(), f"{path}: no such tokenizer (TOKENIZER_PATH)")
     data = path.read_bytes()
     try:
@@ -732,25 +759,17 @@ class ValData:
 
 
 def what_is_missing(paths: list[Path], num_tokens: int) -> str:
-    """Say what a split lacks by the numbers of its shards and by the manifest; "" if it is whole.
-
-    The manifest of a data folder is two levels above the shards, data/manifest.json.
-    """
+    """Say what a split lacks by numbers of shards and by the manifest; "" if it is whole."""
     for number, path in enumerate(paths):
         found = re.fullmatch(r"fineweb_val_(\d+)\.bin", path.name)
         if found and int(found[1]) != number:
             return f"a shard of number {number}, before {path.name}"
 
-    folder = paths[0].absolute().parent
-    manifest = folder.parents[1] / "manifest.json"
-    try:
-        stats = {
-            entry["name"]: entry["stats"] for entry in json.loads(manifest.read_text())["datasets"]
-        }
-        expected = int(stats[folder.name]["tokens_val"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""  # there need not be one
-    return "" if expected == num_tokens else f"tokens: {num_tokens} of {expected} in {manifest}"
+    stats = manifest_entry(paths[0].parent).get("stats")
+    expected = stats.get("tokens_val") if isinstance(stats, dict) else None
+    if not isinstance(expected, int) or expected == num_tokens:
+        return ""
+    return f"tokens: {num_tokens} of {expected} in the manifest"
 
 
 def load_sidecars(paths: list[Path], shards: list[np.ndarray]) -> np.ndarray | None:
@@ -1394,7 +1413,7 @@ def choose_attention(name: str, model: GPT, device: torch.device, log: Callable)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # PyTorch's reasons for not using a kernel
                 attend(*inputs).sum().backward()
-        except Exception as error:  # of an optional kernel, anything
+        except (Exception, SystemExit) as error:  # of an optional kernel, anything
             reason = (str(error) or type(error).__name__).splitlines()[0]
             failures.append(f"not {kernel}: {reason[:60]}")
             continue

@@ -9,6 +9,7 @@ import json
 import os
 import random
 import re
+import subprocess
 import sys
 import tempfile
 from dataclasses import replace
@@ -31,6 +32,7 @@ from helpers_cli import (
     cli_env,
     encoded,
     eval_env,
+    full_environment,
     run_command,
     run_in_process,
     tiny_tokenizer,
@@ -523,6 +525,16 @@ def test_unusable_data_and_kernels_are_refused_before_training(
 ):
     monkeypatch.setitem(sys.modules, "flash_attn_interface", None)
     refused(cli_env(dataset, **changes), tmp_path, said)
+
+
+@pytest.mark.parametrize("package", ["numpy", "sentencepiece", "torch"])
+def test_a_package_that_is_missing_is_named_in_one_line(package, tmp_path):
+    (tmp_path / f"{package}.py").write_text("raise ImportError('not here')")
+    command = [sys.executable, train_gpt.__file__]
+    env = full_environment({"PYTHONPATH": str(tmp_path)})
+    result = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode != 0
+    assert result.stderr == "not here: pip install -r requirements.txt\n"
 
 
 @pytest.mark.parametrize("place", ["logs", "logs/run.txt"])

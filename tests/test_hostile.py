@@ -50,6 +50,7 @@ from train_gpt import (
     ValData,
     load_artifact,
     load_tokenizer,
+    manifest_entry,
 )
 
 MIB = 1 << 20
@@ -523,6 +524,27 @@ def test_a_tokenizer_that_is_missing_or_of_another_size_is_refused(tmp_path, spl
     default.parent.mkdir(parents=True)
     default.write_bytes(tiny_tokenizer())
     assert load_tokenizer(unnamed)[0].vocab_size() == VOCAB_SIZE
+
+
+def test_the_tokenizer_that_the_data_s_manifest_names_is_found_beside_the_shards(
+    tmp_path, split_hp
+):
+    shards = tmp_path / "datasets" / "words"
+    beside = tmp_path / "tokenizers" / "word_pieces.model"
+    unnamed = split_hp.override(data_path=str(shards), tokenizer_path="")
+    beside.parent.mkdir()
+    beside.write_bytes(tiny_tokenizer())
+    assert "no such tokenizer" in refusal(load_tokenizer, unnamed)  # not by its place alone
+    entry = {"name": "words", "tokenizer_name": "word_pieces"}
+    (tmp_path / "manifest.json").write_text(json.dumps({"datasets": [entry]}))
+    assert load_tokenizer(unnamed)[0].vocab_size() == VOCAB_SIZE
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"datasets": [1]}', '{"datasets": {}}', "\0"])
+def test_a_manifest_that_says_nothing_of_the_shards_is_none(tmp_path, content):
+    (tmp_path / "manifest.json").write_text(content)
+    assert manifest_entry(tmp_path / "datasets" / "words") == {}
+    assert manifest_entry(Path("/shards")) == {}  # no folder two levels above
 
 
 # ---- Checkpoints ---------------------------------------------------------------------------------

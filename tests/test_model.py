@@ -317,6 +317,12 @@ def test_attention_ladder_takes_the_first_kernel_that_runs_and_says_so(sdpa_flag
         with pytest.raises(ConfigError, match=f"^ATTENTION={kernel}: not {kernel}: "):
             choose(kernel)
 
+    def unfit(*inputs: Tensor, causal: bool) -> None:
+        raise SystemExit("this kernel needs another GPU")
+
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", SimpleNamespace(flash_attn_func=unfit))
+    assert "not fa3: this kernel needs another GPU" in choose("auto")[1]
+
     calls = []
 
     def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
