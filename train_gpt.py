@@ -35,7 +35,7 @@ import time
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import Field, dataclass, field, fields, replace
 from functools import partial
@@ -203,14 +203,16 @@ class Hyperparameters:
     min_lr: float = knob(0.1, 0, 1)  # floor of both schedules, fraction of the peak
     average: str = choice("ema", "swa", "off")  # of all steps | of the last descent's end | none
     ema_decay: float = knob(0.9965, 0, 1)  # per step, warmed up as (1 + t) / (10 + t)
-    matrix_bits: int = knob(6, 2, 8)  # of matrices and experts
+    qat_from: float = knob(1.0, 0, 1)  # fraction that trains on the rounded weights; 1 = off
+    matrix_bits: int = knob(6, 2, 8)  # of matrices but the experts'
+    expert_bits: int = knob(6, 2, 8)  # of routed experts; 2 = ternary
     embed_bits: int = knob(7, 2, 8)  # of the tied embedding
-    matrix_clip: float = knob(12.85, 0)  # k: scale = k * std(row) / (2^(bits-1) - 1)
+    matrix_clip: float = knob(12.85, 0)  # k: scale = k * std(row) / (2^(bits-1) - 1), from 5 bits
     embed_clip: float = knob(15.0, 0)  # k of the embedding; larger = smaller file
     target_bytes: int = knob(
         15_980_000, 0, MAX_SUBMISSION_BYTES - 1
     )  # code + model; 0 = k as given
-    gptq_batches: int = knob(64, 0, 1 << 20)  # training micro-batches for Hessians; 0 = no GPTQ
+    gptq_batches: int = knob(64, 0, 1 << 20)  # micro-batches for Hessians; 0, or QAT = no GPTQ
 
     @classmethod
     def from_env(cls, environ: dict[str, str]) -> "Hyperparameters":
@@ -239,7 +241,7 @@ class Hyperparameters:
     @property
     def gptq_seconds(self) -> float:
         """Time for the Hessians, s: 2 % of the cap, at least 4 s, at most a quarter of the cap."""
-        if self.gptq_batches == 0:
+        if not self.uses_gptq:
             return 0.0
         cap = self.max_wallclock_seconds
         return min(max(4.0, 0.02 * cap), 0.25 * cap)
@@ -248,6 +250,15 @@ class Hyperparameters:
     def training_seconds(self) -> float:
         """What the Hessians leave of the cap, s; 0 = no cap."""
         return self.max_wallclock_seconds - self.gptq_seconds
+
+    @property
+    def uses_qat(self) -> bool:
+        """Whether the training ends on rounded weights, which the artifact then holds."""
+        return self.qat_from < 1
+
+    @property
+    def uses_gptq(self) -> bool:
+        return self.gptq_batches > 0 and not self.uses_qat
 
     def loop_is_on(self, frac: float) -> bool:
         """Tell whether the depth recurrence runs at the fraction `frac` of the budget."""
@@ -1360,13 +1371,13 @@ class Role(NamedTuple):
     name: str
     pattern: str  # of the whole name in the state dict
     optimizer: str  # muon | embedding (AdamW with decay) | adamw | none
-    rule: str  # matrix | embedding: bits and k of the knobs; int8 | float16 | uint8
+    rule: str  # matrix | expert | embedding: bits and k of the knobs; int8 | float16 | uint8
 
 
 ROLES = (
     Role("embedding", r"tok_emb\.weight", "embedding", "embedding"),
     Role("matrix", r"blocks\.\d+\.(attn\.(c_[qkv]|proj)|mlp\.(up|down))\.weight", "muon", "matrix"),
-    Role("expert", r"blocks\.\d+\.mlp\.expert_(up|down)", "muon", "matrix"),
+    Role("expert", r"blocks\.\d+\.mlp\.expert_(up|down)", "muon", "expert"),
     Role("mu_matrix", r"blocks\.\d+\.(attn\.mu_read|mu_write)\.weight", "adamw", "matrix"),
     Role("router", r"blocks\.\d+\.mlp\.router", "adamw", "float16"),
     Role(
@@ -1595,6 +1606,9 @@ UNIT_CODE = 192
 CODES_PER_OCTAVE = 8
 SCALES = torch.exp2((torch.arange(256, dtype=torch.float64) - UNIT_CODE) / CODES_PER_OCTAVE).float()
 COLUMN_CODES = (160, 216)  # factors on columns stay within 2^-4 to 2^3
+# With few levels larger weights are cut off. These k round a Gaussian with the least squared error
+# (Max, IRE Trans. Inf. Theory 6, 1960).
+CLIP_OF_FEW_LEVELS = {2: 1.224, 3: 1.954, 4: 2.468}  # by bits
 GPTQ_DAMPING = 0.01  # added to the Hessian's diagonal, times its mean
 GPTQ_BLOCK = 128  # columns whose errors are moved together
 
@@ -1630,25 +1644,30 @@ def bits_and_clip(hp: Hyperparameters, name: str) -> tuple[int, float] | None:
     """Return bits and k of a tensor; k = 0: by the largest weight; None: not rounded."""
     rule = find_role(name).rule
     if rule == "matrix":
-        return hp.matrix_bits, hp.matrix_clip
-    if rule == "embedding":
-        return hp.embed_bits, hp.embed_clip
-    return (8, 0.0) if rule == "int8" else None
+        bits, clip = hp.matrix_bits, hp.matrix_clip
+    elif rule == "expert":
+        bits, clip = hp.expert_bits, hp.matrix_clip
+    elif rule == "embedding":
+        bits, clip = hp.embed_bits, hp.embed_clip
+    else:
+        return (8, 0.0) if rule == "int8" else None
+    return bits, CLIP_OF_FEW_LEVELS.get(bits, clip)
 
 
 def row_scale_codes(weight: Tensor, bits: int, clip: float) -> Tensor:
     """Return the code of every row's scale, (..., C) -> (..., 1) uint8.
 
     The scale is clip * std(row) / largest symbol (SDClip, PR #1394), which sets the entropy and
-    hence the size, or as much more as an outlier needs.
+    hence the size, or, if the levels are not few, as much more as an outlier needs.
     """
     weight = weight.float()
     std = (weight - weight.mean(-1, keepdim=True)).square().mean(-1, keepdim=True).sqrt()
-    typical = CODES_PER_OCTAVE * (clip * std / largest_symbol(bits)).log2()
-    outlier = weight.abs().amax(-1, keepdim=True) / largest_symbol(bits)
-    needed = CODES_PER_OCTAVE * outlier.log2() - 1e-3  # one that just fits is large enough
-    codes = torch.maximum(typical.round(), needed.ceil()) + UNIT_CODE
-    return codes.clamp(0, 255).to(torch.uint8)
+    codes = (CODES_PER_OCTAVE * (clip * std / largest_symbol(bits)).log2()).round()
+    if bits not in CLIP_OF_FEW_LEVELS:
+        outlier = weight.abs().amax(-1, keepdim=True) / largest_symbol(bits)
+        needed = CODES_PER_OCTAVE * outlier.log2() - 1e-3  # one that just fits is large enough
+        codes = torch.maximum(codes, needed.ceil())
+    return (codes + UNIT_CODE).clamp(0, 255).to(torch.uint8)
 
 
 def column_scale_codes(hessian: Tensor | None, weight: Tensor) -> Tensor:
@@ -1680,6 +1699,11 @@ def quantize_tensor(
     return QuantizedTensor(symbols.to(torch.int8), row_codes, column_codes)
 
 
+def is_close(quantized: QuantizedTensor, weight: Tensor) -> Tensor:
+    """Tell, as a tensor, whether 8 bits change a vector by at most 1 %."""
+    return (quantized.dequantize() - weight).norm() <= 0.01 * weight.norm()
+
+
 def store_tensor(
     hp: Hyperparameters, name: str, weight: Tensor, factor: float, hessian: Tensor | None
 ) -> QuantizedTensor | Tensor:
@@ -1704,11 +1728,40 @@ def store_tensor(
         return weight.half() if weight.is_floating_point() else weight
     bits, clip = precision
     quantized = quantize_tensor(weight, bits, factor * clip, column_codes)
-    if rule == "int8":
-        error = quantized.dequantize() - weight
-        if error.norm() > 0.01 * weight.norm():
-            return weight.half()
+    if rule == "int8" and not is_close(quantized, weight):
+        return weight.half()
     return quantized
+
+
+def as_stored(hp: Hyperparameters, name: str, weight: Tensor) -> Tensor:
+    """Return a parameter as `store_tensor` keeps it without a Hessian; the host does not wait."""
+    precision = bits_and_clip(hp, name)
+    if precision is None:
+        return weight.half().float()
+    quantized = quantize_tensor(weight, *precision)
+    if find_role(name).rule == "int8":
+        return torch.where(is_close(quantized, weight), quantized.dequantize(), weight.half())
+    return quantized.dequantize()
+
+
+@contextlib.contextmanager
+def rounded(hp: Hyperparameters, model: GPT, on: bool = True) -> Iterator[None]:
+    """Give `model`, while the context lasts, the weights that its artifact holds without GPTQ.
+
+    A gradient taken at these and applied to the others is the straight-through one (arXiv
+    1308.3432). The model does not know, so that there is nothing to compile again.
+    """
+    if not on:
+        yield
+        return
+    weights = [p.detach() for p in model.parameters()]
+    kept = [weight.clone() for weight in weights]
+    stored = [as_stored(hp, name, p.detach()) for name, p in model.named_parameters()]
+    torch._foreach_copy_(weights, stored)
+    try:
+        yield
+    finally:
+        torch._foreach_copy_(weights, kept)
 
 
 def gptq(weight: Tensor, scale: Tensor, bits: int, hessian: Tensor) -> Tensor | None:
@@ -1815,7 +1868,14 @@ ARTIFACT_VERSION = 4
 ZSTD, BROTLI = 1, 2  # numbers of the codecs in the header
 MAX_WEIGHTS = 1 << 27  # bounds what a stranger's file may cost: seconds, and 2 GiB
 MAX_HEADER_BYTES = 1 << 16
-STORAGE = {"matrix": "q", "embedding": "q", "int8": "qh", "float16": "h", "uint8": "t"}  # by rule
+STORAGE = {  # letters that a rule allows
+    "matrix": "q",
+    "expert": "q",
+    "embedding": "q",
+    "int8": "qh",
+    "float16": "h",
+    "uint8": "t",
+}
 
 
 def find_brotli() -> Any:
@@ -2099,23 +2159,27 @@ def fit(
     """Return the finest artifact that keeps TARGET_BYTES with the code; k as given if that is 0.
 
     The entropy of the symbols tells the size before compression; each try corrects the ratio of
-    both by the size it came to, so that the result fills the target to ~0.1 %. Raises ConfigError
-    if the coarsest k is not enough.
+    both by the size it came to, so that the result fills the target to ~0.1 %. What was trained
+    rounded keeps its k if it has room. Raises ConfigError if the coarsest k is not enough.
     """
+
+    def attempt(factor: float) -> Fitted:
+        tensors, unusable = quantize(hp, state, factor, hessians)
+        artifact, sizes = pack(hp.model, tensors, tokenizer_sha256, fast)
+        return Fitted(artifact, sizes, tensors, factor, unusable)
+
     code_bytes, _ = submission_bytes(hp, 0, "code")
-    target = max(hp.target_bytes - code_bytes, 1)
+    target = hp.target_bytes - code_bytes if hp.target_bytes else math.inf
+    if hp.target_bytes == 0 or hp.uses_qat:
+        fitted = attempt(1.0)
+        if len(fitted.artifact) <= target:
+            return fitted
     ratio = 1.015  # of bytes to entropy, a first guess
     best = None
     for aim in AIMS:
-        factor, entropy = 1.0, math.inf
-        if hp.target_bytes:
-            factor, entropy = factor_for(hp, state, aim * target / ratio)
-        tensors, unusable = quantize(hp, state, factor, hessians)
-        artifact, sizes = pack(hp.model, tensors, tokenizer_sha256, fast)
-        fitted = Fitted(artifact, sizes, tensors, factor, unusable)
-        size = len(artifact)
-        if hp.target_bytes == 0:
-            return fitted
+        factor, entropy = factor_for(hp, state, aim * target / ratio)
+        fitted = attempt(factor)
+        size = len(fitted.artifact)
         if size <= target:
             if factor == FINEST or size >= 0.999 * target:
                 return fitted
@@ -2324,13 +2388,18 @@ def train_step(
     batches: list[tuple[Tensor, Tensor]],
     max_norm: float,
     looped: bool = True,
+    weights: contextlib.AbstractContextManager | None = None,
 ) -> Tensor:
-    """Take one optimizer step over micro-batches. Returns the mean loss of all ranks, a tensor."""
+    """Take one optimizer step over micro-batches. Returns the mean loss of all ranks, a tensor.
+
+    The loss and its gradients are those at the weights in the context `weights`.
+    """
     gradients.flat.zero_()
-    for input_ids, target_ids in batches:
-        loss = forward(input_ids, target_ids, looped=looped) / len(batches)
-        loss.backward()
-        gradients.flat[0] += loss.detach()
+    with weights or contextlib.nullcontext():
+        for input_ids, target_ids in batches:
+            loss = forward(input_ids, target_ids, looped=looped) / len(batches)
+            loss.backward()
+            gradients.flat[0] += loss.detach()
     gradients.average_and_clip(max_norm)
     for optimizer in optimizers:
         optimizer.step()
@@ -2354,7 +2423,8 @@ def warm_up(
         for _ in range(WARMUP_STEPS):
             tokens = torch.randint(hp.model.vocab_size, shape, generator=generator)
             batch = tuple(tokens.to(loader.dist.device))
-            train_step(forward, optimizers, gradients, [batch], hp.grad_clip_norm, looped)
+            inside = rounded(hp, model, hp.uses_qat)
+            train_step(forward, optimizers, gradients, [batch], hp.grad_clip_norm, looped, inside)
     model.load_state_dict(weights)
     for optimizer, state in zip(optimizers, states, strict=True):
         optimizer.load_state_dict(state)
@@ -2570,6 +2640,7 @@ def train(
     progress = Progress("train", 1.0, dist.rank)
     clock = Clock(hp, dist, now.elapsed)
     looped = hp.loop_is_on(0.0)
+    rounds = False
     fiftieths = 0  # of the budget, when a line was last logged
     with progress:
         while True:
@@ -2586,7 +2657,8 @@ def train(
 
             if hp.val_loss_every and now.step and now.step % hp.val_loss_every == 0:
                 clock.pause()
-                score = evaluate(partial(model, looped=looped), val, hp, dist, "validate")
+                with rounded(hp, model, rounds):
+                    score = evaluate(partial(model, looped=looped), val, hp, dist, "validate")
                 log(f"step:{now.step}/{hp.iterations} {score} {timing(now.elapsed, now.step)}")
                 clock.go_on()
 
@@ -2595,9 +2667,15 @@ def train(
                 looped = True
                 order = hp.model.execution_order(True)
                 log(f"layer_loop:enabled step:{now.step} frac:{frac:.3f} order:{order}")
+            if hp.uses_qat and frac >= hp.qat_from and not rounds:
+                rounds = True
+                log(f"qat:enabled step:{now.step} frac:{frac:.3f}")
             scale = set_schedules(hp, optimizers, frac)
             batches = [loader.next_batch() for _ in range(accum_steps)]
-            loss = train_step(forward, optimizers, gradients, batches, hp.grad_clip_norm, looped)
+            inside = rounded(hp, model, rounds)
+            loss = train_step(
+                forward, optimizers, gradients, batches, hp.grad_clip_norm, looped, inside
+            )
             newest = average_weight(hp, frac, now.averaged)
             if newest:
                 torch._foreach_lerp_(average, weights, newest)
@@ -2794,12 +2872,13 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")
     done, checkpoints = train(hp, dist, log, model.to(dist.device), loader, val)
     hessians, gptq_seconds = {}, 0.0
-    if hp.gptq_batches:
+    if hp.uses_gptq:
         hessians, gptq_seconds = collect_hessians(hp, dist, log, model, loader)
     seconds = done.elapsed + gptq_seconds
     log(f"peak memory allocated: {torch.cuda.max_memory_allocated() >> 20} MiB")
 
-    before = evaluate(model, val, hp, dist, "validate")
+    with rounded(hp, model, hp.uses_qat):
+        before = evaluate(model, val, hp, dist, "validate")
     log(f"step:{done.step}/{hp.iterations} {before} {timing(seconds, done.step)}")
     milliseconds = f"eval_time:{1000 * before.seconds:.0f}ms"
     log(f"pre-quantization post-{hp.average} {before} {milliseconds}")

@@ -53,6 +53,7 @@ from train_gpt import (
     knob_fields,
     require,
     role_of,
+    rounded,
     run_entry_point,
     set_schedules,
     train_step,
@@ -138,8 +139,15 @@ class Trainer:
         hp = self.hp
         set_schedules(hp, self.optimizers, 0.5)
         batches = [self.loader.next_batch() for _ in range(hp.grad_accum_steps(1))]
+        weights = rounded(hp, self.model, hp.uses_qat)
         loss = train_step(
-            self.forward, self.optimizers, self.gradients, batches, hp.grad_clip_norm, looped
+            self.forward,
+            self.optimizers,
+            self.gradients,
+            batches,
+            hp.grad_clip_norm,
+            looped,
+            weights,
         )
         newest = average_weight(hp, 0.5, 1000)
         if newest:

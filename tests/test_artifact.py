@@ -78,7 +78,7 @@ RULES = [  # bits, k, std and outlier of the weights
     (8, 12.85, 1.0, 1e3),
     (8, 0.0, 1e-4, 0.0),
     (7, 3.0, 0.02, 30.0),
-    (2, 1.0, 0.02, 3.0),
+    (5, 1.0, 0.02, 3.0),
 ]
 
 
@@ -100,6 +100,22 @@ def test_a_scale_is_what_k_asks_for_or_what_the_largest_weight_needs(bits, clip,
     assert (scale[by_k] >= typical[by_k] / 1.045).all()
     assert (levels * scale[~by_k] / ONE_CODE < largest[~by_k]).all()  # a smaller one would not do
     assert by_k.all() if clip > 1.1 * (outlier + 5) else not by_k.all()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_few_levels_round_a_gaussian_with_the_least_squared_error_and_cut_off_outliers(bits):
+    weight = rows_of(0.02, 16, 4096)
+
+    def error(factor: float) -> float:
+        clip = factor * train_gpt.CLIP_OF_FEW_LEVELS[bits]
+        return (quantize_tensor(weight, bits, clip).dequantize() - weight).square().mean().item()
+
+    assert all(error(1.0) < 1.01 * error(other) for other in (0.7, 0.9, 1.1, 1.4))
+    assert error(0.7) > 1.05 * error(1.0) < error(1.4)
+    levels = 2 ** (bits - 1) - 1
+    quantized = quantize_tensor(weight, bits, train_gpt.CLIP_OF_FEW_LEVELS[bits])
+    assert quantized.symbols.unique().tolist() == list(range(-levels, levels + 1))
+    assert quantized.dequantize().abs().max() < 0.9 * weight.abs().max()
 
 
 @pytest.mark.parametrize("clip", [8.0, 12.85, 20.0])
@@ -152,7 +168,7 @@ def label(mode: dict) -> str:
 
 @pytest.mark.parametrize("mode", MODES[::3], ids=label)
 def test_every_tensor_has_one_rule(mode):
-    hp = tiny_hp(**mode, matrix_bits=5, embed_bits=7)
+    hp = tiny_hp(**mode, matrix_bits=5, embed_bits=7, expert_bits=2)
     state = make_model(hp).state_dict()
     stored, unusable = quantize(hp, state)
     assert (list(stored), unusable) == (list(state), [])
@@ -169,6 +185,8 @@ def test_every_tensor_has_one_rule(mode):
             expected = quantize_tensor(tensor, 8, 0.0) if in_bytes else tensor.half()
         elif role == "embedding":
             expected = quantize_tensor(tensor, 7, hp.embed_clip, ones)
+        elif role == "expert":
+            expected = quantize_tensor(tensor, 2, 1.224)
         else:
             expected = quantize_tensor(tensor, 5, hp.matrix_clip)
         for part, right in zip(stored_parts([stored[name]]), stored_parts([expected]), strict=True):

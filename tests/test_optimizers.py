@@ -1,5 +1,6 @@
 """Muon, parameter groups, schedules, averaging, gradients and warm-up."""
 
+import contextlib
 import copy
 import itertools
 import math
@@ -20,11 +21,14 @@ from train_gpt import (
     Gradients,
     Hyperparameters,
     Muon,
+    QuantizedTensor,
     Role,
     average_weight,
     build_optimizers,
     lr_scale,
+    quantize,
     role_of,
+    rounded,
     set_schedules,
     train,
     train_step,
@@ -241,7 +245,7 @@ class Rig:
         monkeypatch.setattr(train_gpt, "train_step", self.step)
 
     @torch.no_grad()
-    def step(self, forward, optimizers, gradients, batches, max_norm, looped) -> Tensor:
+    def step(self, forward, optimizers, gradients, batches, max_norm, looped, weights) -> Tensor:
         self.now += next(self.seconds)
         for p in self.model.parameters():
             p.fill_(self.value(len(self.lrs)))
@@ -381,6 +385,43 @@ def test_accumulated_micro_batches_are_one_large_batch_and_start_from_zero_gradi
         torch.testing.assert_close(p.grad, gradient, rtol=1e-3, atol=1e-6)
     for accumulated in results[1:]:
         assert (accumulated - results[0]).norm() < 1e-4 * results[0].norm()
+
+
+ROUNDED = {"matrix_bits": 2, "expert_bits": 2, "embed_bits": 3, "qat_from": 0.0}
+
+
+@pytest.mark.parametrize("routing", ["zipf", "learned", "dense"])
+def test_training_on_rounded_weights_is_straight_through(routing):
+    hp = tiny_hp(routing=routing, **ROUNDED)
+    model = make_model(hp)
+    batch = batch_of(make_ids(hp, 4, 17))
+    before = [p.detach().clone() for p in model.parameters()]
+    stored, _ = quantize(hp, model.state_dict())
+    exported = make_model(hp)
+    exported.load_state_dict(
+        {n: t.dequantize() if isinstance(t, QuantizedTensor) else t for n, t in stored.items()}
+    )
+    loss = exported(*batch)
+    expected = torch.autograd.grad(loss, list(exported.parameters()))
+
+    gradients = Gradients(model, ALONE)
+    at_rounded = train_step(model, [], gradients, [batch], 0.0, True, rounded(hp, model))
+    assert at_rounded == loss
+    for p, kept, gradient in zip(model.parameters(), before, expected, strict=True):
+        assert torch.equal(p, kept)
+        assert torch.equal(p.grad, gradient)
+    assert train_step(model, [], gradients, [batch], 0.0) != loss  # control: not rounded
+    assert any(not torch.equal(p, q) for p, q in zip(before, exported.parameters(), strict=True))
+
+
+def test_the_weights_come_back_when_a_step_on_rounded_ones_fails():
+    hp = tiny_hp(**ROUNDED)
+    model = make_model(hp)
+    before = copy.deepcopy(model.state_dict())
+    with contextlib.suppress(KeyboardInterrupt), rounded(hp, model):
+        assert not torch.equal(model.tok_emb.weight, before["tok_emb.weight"])
+        raise KeyboardInterrupt
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_clipping_bounds_the_norm_keeps_the_direction_and_spares_small_gradients_and_the_loss():

@@ -33,7 +33,7 @@ FORMS = [
 ]
 MORE_FORMS = [
     {},
-    {"DISPATCH": "grouped", "MU": "pid", "SCHEDULE": "linear"},
+    {"DISPATCH": "grouped", "MU": "pid", "SCHEDULE": "linear", "QAT_FROM": 0.5, "EXPERT_BITS": 2},
     {"ROUTING": "soft", "MU": "full", "AVERAGE": "off", "MICRO_BATCH_TOKENS": 32},
     {"DTYPE": "bfloat16", "ROUTING": "dense", "AVERAGE": "swa"},
 ]
