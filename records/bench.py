@@ -139,15 +139,10 @@ class Trainer:
         hp = self.hp
         set_schedules(hp, self.optimizers, 0.5)
         batches = [self.loader.next_batch() for _ in range(hp.grad_accum_steps(1))]
-        weights = rounded(hp, self.model, hp.uses_qat)
+        inside = rounded(hp, self.model, hp.uses_qat)
+        clip = hp.grad_clip_norm
         loss = train_step(
-            self.forward,
-            self.optimizers,
-            self.gradients,
-            batches,
-            hp.grad_clip_norm,
-            looped,
-            weights,
+            self.forward, self.optimizers, self.gradients, batches, clip, looped, inside
         )
         newest = average_weight(hp, 0.5, 1000)
         if newest:

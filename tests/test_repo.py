@@ -145,9 +145,9 @@ LIMITS = {  # lines as the formatter writes them; what is new has to find its ro
     "eval_sliding.py": 565,
     "README.md": 170,
     "records/README.md": 90,
-    "records/*.py records/*.sh": 2810,
+    "records/*.py records/*.sh": 2812,
     "data/*.py": 950,
-    "tests/*.py": 10_450,
+    "tests/*.py": 10_520,
 }
 
 
