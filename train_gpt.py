@@ -38,7 +38,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import Field, dataclass, field, fields, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -1391,6 +1391,7 @@ ROLES = (
 )
 
 
+@cache
 def find_role(name: str) -> Role:
     """Return the one role of a tensor of the state dict; none, or two, is a bug."""
     roles = [role for role in ROLES if re.fullmatch(role.pattern, name)]
@@ -1630,9 +1631,15 @@ class QuantizedTensor:
         return self.symbols.float() * self.scale()
 
 
+@cache
+def scales_on(device: torch.device) -> Tensor:
+    """Return SCALES on a device; they go there once, as a copy makes the host wait."""
+    return SCALES.to(device)
+
+
 def decode_scales(codes: Tensor, column_codes: Tensor | None = None) -> Tensor:
     """Return the scales that uint8 codes stand for, times those of columns, float32."""
-    scale = SCALES.to(codes.device)[codes.long()]
+    scale = scales_on(codes.device)[codes.long()]
     return scale if column_codes is None else scale * decode_scales(column_codes)
 
 
