@@ -496,7 +496,7 @@ def test_bytes_that_the_validation_split_does_not_have_are_found(tmp_path, split
 
 def test_of_several_logs_of_a_seed_that_counts_which_is_submitted(tmp_path):
     def scored(seed: int, loss: float) -> str:
-        log = helpers_logs.new(seed, directory=f"/{loss}")
+        log = helpers_logs.new(seed).replace("_lr: 0.022", f"_lr: {0.03 if loss > 3 else 0.022}")
         return log.replace(helpers_logs.scores(3.0), helpers_logs.scores(loss))
 
     # Two trained models that were scored again, and a log that is there twice.
