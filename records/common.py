@@ -58,10 +58,9 @@ def profile(name: str) -> dict[str, str]:
 
 def markdown_table(header: Iterable[object], rows: Iterable[Iterable[object]]) -> str:
     """Return a Markdown table, its cells as str() makes them, without padding or a last newline."""
-    titles = [str(title) for title in header]
-    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
-    for row in rows:
-        lines.append("| " + " | ".join(str(cell) for cell in row) + " |")
+    titles = [*header]
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in (titles, *rows)]
+    lines.insert(1, "|" + "---|" * len(titles))
     return "\n".join(lines)
 
 

@@ -22,11 +22,10 @@ from common import NUMBER, ArgumentParser, last_match
 from train_gpt import MAX_SUBMISSION_BYTES, require, run_entry_point
 
 RULE = "=" * 100  # ends the source at the head of a log
-STAMP = r"^(?:\d+\.\d+ )?"  # some runs print the Unix time before every line
-STEP = re.compile(STAMP + r"(?:step:)?(\d+)/(\d+) (.*)$", re.M)
+STEP = re.compile(r"^(?:step:)?(\d+)/(\d+) (.*)$", re.M)
 LABEL = r"([A-Za-z][\w +/-]*?):?(?: stride:\d+)?"
 SCORES = rf"(val|PARTIAL)_loss:\s*{NUMBER} +\w+_bpb:\s*{NUMBER}"
-FINAL = re.compile(rf"{STAMP}{LABEL} {SCORES}(.*)$", re.M)
+FINAL = re.compile(rf"^{LABEL} {SCORES}(.*)$", re.M)
 KINDS = {  # of final scores, by their labels
     "float": r"pre-quantization|post_ema",
     "ttt": "ttt",
@@ -74,11 +73,10 @@ class Final(NamedTuple):
 
 def seconds_in(rest: str) -> float | None:
     """Return the training time that a line of a step states: milliseconds, or minutes."""
-    milliseconds = last_match(rf"\b(?:train_time|t):\s*{NUMBER}ms", rest, float)
-    if milliseconds is not None:
-        return milliseconds / 1000
-    minutes = last_match(rf"train_time:\s*{NUMBER}m\b", rest, float)
-    return None if minutes is None else 60 * minutes
+    found = re.search(rf"\b(?:train_time|t):\s*{NUMBER}(ms|m)\b", rest)
+    if found is None:
+        return None
+    return float(found[1]) / 1000 if found[2] == "ms" else 60 * float(found[1])
 
 
 @dataclass(frozen=True)
@@ -95,6 +93,7 @@ class RunLog:
         require(path.is_file(), f"{path}: no such log")
         try:
             text = path.read_text(encoding="utf-8").replace("\r\n", "\n")
+            text = re.sub(r"^\d{10}\.\d+ ", "", text, flags=re.M)  # the Unix time of a line
         except UnicodeDecodeError as error:
             require(False, f"{path}: not UTF-8 at byte {error.start}")
 
@@ -103,10 +102,12 @@ class RunLog:
         if not sources:
             return cls(path, text, "")
         # Runs of one RUN_ID append to one file, and the last made the artifact. What the run before
-        # wrote ends where the docstring opens.
+        # wrote ends where the docstring opens. Some runs state their settings before the source.
         last = sources[-1]
-        source = re.sub(r'\A(?:(?!""").*\n)+(?=""")', "", parts[last])
-        return cls(path, RULE.join(parts[last + 1 :]), source)
+        before = "\n".join(parts[: last + 1])
+        settings = last_match(r"^(Hyperparameters:\n(?:  .*\n)+)", before) or ""
+        source = re.sub(r'\A(?:(?!""").*\n)+(?=""")', "", parts[last].removeprefix(settings))
+        return cls(path, settings + "\n".join(parts[last + 1 :]), source)
 
     # ---- What ran
 
@@ -123,7 +124,7 @@ class RunLog:
     @cached_property
     def knobs(self) -> dict[str, str]:
         """Every setting stated, as text: lines of `  key: value`, or words in one of two forms."""
-        block = dict(re.findall(STAMP + r"  ([a-z]\w*): ?(.*)$", self.text, re.M))
+        block = dict(re.findall(r"^  ([a-z]\w*): ?(.*)$", self.text, re.M))
         words = last_match(r"^--- Hyperparameters ---\n(.*)", self.text) or ""
         return block or dict(re.findall(r"(\w+)=(\S*)", words)) or dict(SETTINGS.findall(self.text))
 
@@ -154,9 +155,8 @@ class RunLog:
 
     @property
     def world_size(self) -> int | None:
-        stated = re.search(r"\bworld_size:(\d+)", self.text)
-        text = stated[1] if stated else self.knobs.get("world_size")
-        return int(text) if text else None
+        stated = re.search(r"\bworld_size[:=] ?(\d+)", self.text)
+        return int(stated[1]) if stated else None
 
     @property
     def hardware(self) -> str:
@@ -171,7 +171,7 @@ class RunLog:
 
     @property
     def params(self) -> int | None:
-        return last_match(STAMP + r"model_params:(\d+)", self.text, int)
+        return last_match(r"^model_params:(\d+)", self.text, int)
 
     @property
     def resumed(self) -> bool:
@@ -228,11 +228,9 @@ class RunLog:
         own = self.json_events.get("train_summary")
         if own:
             return own["train_seconds"]
-        stopped = last_match(r"stopping_early:.* train_time:\s*(\d+)ms", self.text, int)
-        if stopped is not None:
-            return stopped / 1000
-        timed = [seconds for _, seconds, _ in self._steps if seconds is not None]
-        return max(timed, default=None)
+        stops = re.findall(r"stopping_early:(.*)", self.text)
+        timed = [seconds for _, seconds, _ in self._steps] + [seconds_in(stop) for stop in stops]
+        return max((seconds for seconds in timed if seconds is not None), default=None)
 
     # ---- Scores
 
@@ -282,7 +280,7 @@ class RunLog:
     @property
     def eval_seconds(self) -> float | None:
         """Of the evaluation that gave `score`: all of it where the log says so."""
-        total = last_match(STAMP + r"total_eval_time:([\d.]+)s", self.text, float)
+        total = last_match(r"^total_eval_time:([\d.]+)s", self.text, float)
         return total if total is not None or self.score is None else self.score.seconds
 
     @property
@@ -300,13 +298,12 @@ class RunLog:
         own = self.json_events.get("eval_summary")
         if own:
             return own["target_tokens"]
-        pattern = STAMP + r"(?:val_loader:.* tokens|val_tokens|target_tokens):\s*(\d+)"
+        pattern = r"^(?:val_loader:.* tokens|val_tokens|target_tokens):\s*(\d+)"
         return last_match(pattern, self.text, int)
 
     @property
     def scored_bytes(self) -> int | None:
-        own = self.json_events.get("eval_summary")
-        return own["scored_bytes"] if own else None
+        return self.json_events.get("eval_summary", {}).get("scored_bytes")
 
     @property
     def audit(self) -> str:
@@ -317,18 +314,18 @@ class RunLog:
 
     @property
     def bytes_code(self) -> int | None:
-        pattern = STAMP + r"(?:Code size(?: \(compressed\))?: |artifact:.* code:)(\d+)"
+        pattern = r"^(?:Code size(?: \(compressed\))?: |artifact:.* code:)(\d+)"
         return last_match(pattern, self.text, int)
 
     @property
     def bytes_model(self) -> int | None:
         """Of the compressed model; the raw checkpoint of upstream logs does not count."""
-        return last_match(STAMP + r"Serialized model \S+: (\d+) bytes", self.text, int)
+        return last_match(r"^Serialized model \S+: (\d+) bytes", self.text, int)
 
     @property
     def bytes_total(self) -> int | None:
         """As the log's last total says, which is what reviewers go by; the sum without one."""
-        pattern = STAMP + r"(?:Total submission size \S+: |budget:)(\d+)(?: bytes|/\d+ )"
+        pattern = r"^(?:Total submission size \S+: |budget:)(\d+)(?: bytes|/\d+ )"
         stated = last_match(pattern, self.text, int)
         if stated is None and self.bytes_code is not None and self.bytes_model is not None:
             return self.bytes_code + self.bytes_model

@@ -38,15 +38,6 @@ def read(tmp_path):
     return read_text
 
 
-@pytest.mark.parametrize("dialect", LOGS)
-def test_each_dialect_gives_its_seed_and_curves(dialect, read):
-    run = read(LOGS[dialect](seed=7))
-    assert run.seed == 7
-    assert run.train
-    assert run.val
-    assert f"seed 7, {len(run.train)} + {len(run.val)} points" in one_line(run)
-
-
 def test_curves_and_facts_of_our_dialect(read):
     run = read(ours())
     assert run.train[0] == Point(1, 0.1, 3.9975)
@@ -56,7 +47,8 @@ def test_curves_and_facts_of_our_dialect(read):
     assert (run.steps, run.train_seconds, run.eval_seconds) == (STEPS, 46.0, 11.0)
     bytes_scored = round(NATS / math.log(2) * TARGETS)
     assert (run.targets, run.scored_bytes) == (TARGETS, bytes_scored)
-    assert (run.params, run.hardware) == (675_212, "CPU, 1 process of 2 threads")
+    assert (run.seed, run.params, run.hardware) == (1337, 675_212, "CPU, 1 process of 2 threads")
+    assert "seed 1337, 5 + 1 points" in one_line(run)
     assert run.versions["torch"] == "2.13.0+cpu"
     assert run.versions["commit"] == "3d916ea"
     assert (run.evaluation["window"], run.evaluation["ttt"]) == ("256", "off")
@@ -71,8 +63,8 @@ def test_curves_and_facts_of_the_old_dialect(read):
     assert run.train[-1] == Point(1000, 40.0, 2.0)
     assert [row.step for row in run.val] == [0, 250, 500, 750, 1000]
     assert run.val[1] == Point(250, 10.0, 2.75, pytest.approx(2.75 / NATS))
-    assert (run.steps, run.train_seconds) == (1000, 40.038)
-    assert run.hardware == "8xH100 80GB HBM3"
+    assert (run.steps, run.train_seconds, run.targets) == (1000, 40.038, 62_021_632)
+    assert (run.seed, run.hardware) == (1337, "8xH100 80GB HBM3")
     assert run.audit == ""
 
 
@@ -134,11 +126,8 @@ def test_our_own_score_is_that_of_the_last_evaluation(read):
 
 def test_a_score_has_the_digits_of_its_exact_line_and_the_time_of_the_other(read):
     score = read(old()).score
-    assert (score.loss, score.bpb, score.seconds) == (
-        2.07269931,
-        round(2.07269931 / NATS, 8),
-        1.401,
-    )
+    expected = (2.07269931, round(2.07269931 / NATS, 8), 1.401)
+    assert (score.loss, score.bpb, score.seconds) == expected
 
 
 def test_partial_scores_are_marked_and_no_validation(read):
@@ -180,6 +169,15 @@ def test_the_source_is_split_off_and_a_broken_loss_is_read(read):
     quoted = SOURCE + 'print("step:3/9 train_loss:1.0 train_time:5ms")\n'
     run = read(old(points=2).replace(SOURCE, quoted))
     assert [row.step for row in run.train] == [50, 100]
+
+
+@pytest.mark.parametrize("between", ["", f"{RULE}\nSource code:\n{RULE}\n"])
+def test_settings_that_stand_before_the_source_are_read(between, read):
+    settings, rest = new(seed=7).split("train_shards", 1)
+    log = f"{RULE}\n{settings}{between}import torch\n{RULE}\ntrain_shards{rest}"
+    for run in (read(log), read(log.replace("seed: 7", "seed: 8") + log)):
+        assert (run.seed, run.source) == (7, "import torch\n")
+        assert run.configuration == read(new()).configuration
 
 
 @pytest.mark.parametrize("dialect", ["ours", "old"])
