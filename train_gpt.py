@@ -715,6 +715,12 @@ class ValData:
         require(len(tokens) > 1, f"{hp.dataset_dir}: the validation split has no target to score")
 
         sizes = load_sidecars(paths, shards)
+        # Three bytes for each of its operators would make the score too good.
+        title = sp.piece_to_id("\ue001")
+        bare = sizes is None and not sp.is_unknown(title) and bool((tokens == title).any())
+        require(
+            not bare, f"{hp.dataset_dir}: text in lossless case without fineweb_val_bytes_*.bin"
+        )
         target_bytes = token_bytes(sp, tokens) if sizes is None else sizes[1:].astype(np.int32)
         targets = len(tokens) - 1
         count = min(hp.val_max_tokens, targets) if hp.val_max_tokens else targets
