@@ -273,8 +273,8 @@ def self_check(scorer: Scorer, model: GPT, count: int, log: Callable) -> None:
 # ---- Audit ---------------------------------------------------------------------------------------
 
 AUDIT_ROUNDING = 1e-4  # nats by which float32 may differ between shapes of a batch
-# Of data/lossless_case.py: what they leave has the bytes of the original, as both letters of a pair
-# have; so this file needs no other beside train_gpt.py.
+# Those of data/lossless_case.py, which does not stand beside a record. Text without them has as
+# many bytes as the original, because both letters of a pair have.
 CASE_OPERATORS = re.compile(r"\ue004(.)|[\ue001-\ue003]", re.DOTALL)
 Row = tuple[str, str, str, bool]  # condition, test, finding, whether it holds
 

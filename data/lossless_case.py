@@ -47,8 +47,8 @@ OPERATION = re.compile(f"{ESC}.|[{TITLE}{CAPNEXT}]{LETTER}|{ALLCAPS}{LETTER}+", 
 
 
 def encode(text: str) -> str:
-    """Return `text` with every capital of a pair as an operator and its lower case."""
-    # ESC is first, or it would escape those that escape others.
+    """Return `text` with capitals of pairs as operators and lower case, any of its own escaped."""
+    # ESC is the first to be escaped: later it is there to escape others, too.
     for operator in reversed(OPERATORS):
         text = text.replace(operator, ESC + operator)
 
@@ -56,12 +56,12 @@ def encode(text: str) -> str:
     parts = CAPITALS.split(text)
     for i in range(1, len(parts), 2):
         lower = [LOWER[capital] for capital in parts[i]]
-        goes_on = parts[i - 1][-1:] in LETTERS
+        begins = parts[i - 1][-1:] not in LETTERS
         ends = parts[i + 1][:1] not in LETTERS
-        if len(lower) > 1 and ends and not goes_on:
+        if begins and ends and len(lower) > 1:
             parts[i] = ALLCAPS + "".join(lower)
         else:
-            parts[i] = (CAPNEXT if goes_on else TITLE) + CAPNEXT.join(lower)
+            parts[i] = (TITLE if begins else CAPNEXT) + CAPNEXT.join(lower)
     return "".join(parts)
 
 
@@ -108,8 +108,8 @@ def original_bytes(
 ) -> np.ndarray:
     """Return the UTF-8 bytes of original text that each of (n,) tokens stands for, (n,) uint16.
 
-    Both letters of a pair have as many bytes, so that operators, which have none, are all there is
-    to know. BOS has none either.
+    Operators have none, nor has BOS. Which letters they raise does not matter: both of a pair have
+    as many.
     """
     as_lower = np.zeros(len(tokens), "<u2")
     as_lower[1:] = token_bytes(tokenizer, tokens)

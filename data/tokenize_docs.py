@@ -368,7 +368,10 @@ class ShardWriter:
 
 
 def write_sidecars(folder: Path, tokenizer: sentencepiece.SentencePieceProcessor) -> None:
-    """Write beside each validation shard the bytes of original text of its tokens."""
+    """Write beside each validation shard the bytes of original text of its tokens.
+
+    The split is held in memory, as it is by those who score it.
+    """
     paths = train_gpt.list_shards(folder, "val")
     shards = [train_gpt.load_data_shard(path) for path in paths]
     sizes = lossless_case.original_bytes(tokenizer, np.concatenate(shards))
@@ -519,8 +522,8 @@ def check_bytes(
     shards = [train_gpt.load_data_shard(path, tokenizer.vocab_size()) for path in paths]
     sizes = train_gpt.load_sidecars(paths, shards)
     transformed = sizes is not None
-    needless = transformed or transform is None
-    require(needless, f"{folder}: {transform} needs fineweb_val_bytes_*.bin, and there are none")
+    lacks = f"{folder}: text_transform {transform!r} without fineweb_val_bytes_*.bin"
+    require(transformed or transform is None, lacks)
     tokens = np.concatenate(shards)
     if transformed:
         lossless_case.require_operators(tokenizer, name)
@@ -553,11 +556,13 @@ def verify(folder: Path, model_path: Path | None) -> None:
     datasets = {entry["name"]: entry for entry in manifest["datasets"]}
     dataset = datasets.get(folder.name, {})
     if model_path is None:
-        models = {entry["name"]: entry.get("model_path") for entry in manifest["tokenizers"]}
-        model = models.get(dataset.get("tokenizer_name"))
+        name = dataset.get("tokenizer_name")
+        models = [
+            entry.get("model_path") for entry in manifest["tokenizers"] if entry["name"] == name
+        ]
         unnamed = f"{folder}: {path} does not name its tokenizer; add --tokenizer MODEL"
-        require(isinstance(model, str), unnamed)
-        model_path = output / model
+        require(len(models) == 1 and isinstance(models[0], str), unnamed)
+        model_path = output / models[0]
 
     say(check_splits(folder, stated_stats(dataset, path)))
     tokenizer = load_tokenizer(model_path.read_bytes(), model_path.name)
