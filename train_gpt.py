@@ -752,7 +752,7 @@ class ValData:
         tokens = np.concatenate(shards)
         require(len(tokens) > 1, f"{hp.dataset_dir}: the validation split has no target to score")
 
-        sizes = load_sidecars(paths, shards)
+        sizes = load_sidecars(paths, shards, sp)
         target_bytes = token_bytes(sp, tokens) if sizes is None else sizes[1:].astype(np.int32)
         targets = len(tokens) - 1
         count = min(hp.val_max_tokens, targets) if hp.val_max_tokens else targets
@@ -783,11 +783,18 @@ def what_is_missing(paths: list[Path], num_tokens: int) -> str:
     return f"tokens: {num_tokens} of {expected} in the manifest"
 
 
-def load_sidecars(paths: list[Path], shards: list[np.ndarray]) -> np.ndarray | None:
+def load_sidecars(
+    paths: list[Path], shards: list[np.ndarray], sp: spm.SentencePieceProcessor
+) -> np.ndarray | None:
     """Return the bytes of every validation token, or None without sidecars. Raises ConfigError."""
     folder = paths[0].parent
     found = set(folder.glob("fineweb_val_bytes_*.bin"))
     if not found:
+        # Three bytes for every operator of data/lossless_case.py would make the score too good.
+        operators = [sp.piece_to_id(operator) for operator in "\ue001\ue002\ue003\ue004"]
+        has_case = not any(map(sp.is_unknown, operators))
+        bare = has_case and any(operators[0] in shard for shard in shards)
+        require(not bare, f"{folder}: lossless case without fineweb_val_bytes_*.bin")
         return None
     expected = [path.with_name(path.name.replace("val_", "val_bytes_")) for path in paths]
     odd = sorted(path.name for path in found.symmetric_difference(expected))

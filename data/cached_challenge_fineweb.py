@@ -4,7 +4,7 @@
   python data/cached_challenge_fineweb.py 1               one training shard; later, 10 adds nine
   python data/cached_challenge_fineweb.py 0 --with-docs   the documents, to tokenize them anew
   MATCHED_FINEWEB_REPO_ID=kevclark/parameter-golf python data/cached_challenge_fineweb.py \\
-      --variant sp8192                                    from another dataset repository
+      --variant sp8192          from another dataset repository; CaseOps is in data/README.md
 
 HF_TOKEN, HF_ENDPOINT and MATCHED_FINEWEB_REMOTE_ROOT_PREFIX are explained in data/README.md.
 """
@@ -171,8 +171,9 @@ def download_all(hub: Hub, files: list[RemoteFile], root: Path) -> None:
 def select(hub: Hub, variant: str, train_shards: int) -> list[RemoteFile]:
     """Return tokenizers, validation and first training shards of `variant`. Raises ConfigError.
 
-    A tokenizer has the number of its pieces, which is that of the variant, in its name. Some
-    variants state the bytes of every validation token in shards beside.
+    A tokenizer has the number of its pieces, which is that of the variant, in its name. Variants of
+    transformed text, as CaseOps is, state the bytes of every validation token in shards beside,
+    and a shard without its own would be scored by the wrong bytes.
     """
     kind = re.fullmatch(r"(?:byte|sp)(\d+)\w*", variant, re.ASCII)
     require(kind is not None, f"--variant {variant}: expected byte260 or sp and a size, as sp1024")
@@ -182,7 +183,8 @@ def select(hub: Hub, variant: str, train_shards: int) -> list[RemoteFile]:
         return [hub.files[path] for path in paths]
 
     name = f"fineweb10B_{variant}"
-    val = files_like(rf"datasets/{name}/fineweb_val_(bytes_)?\d+\.bin")
+    val = files_like(rf"datasets/{name}/fineweb_val_\d+\.bin")
+    sidecars = files_like(rf"datasets/{name}/fineweb_val_bytes_\d+\.bin")
     train = files_like(rf"datasets/{name}/fineweb_train_\d+\.bin")
     tokenizers = files_like(rf"tokenizers/(\w[\w.-]*/)*\w+_{kind[1]}[_.][\w.-]*")
     known = {path.split("/")[1] for path in hub.files if path.startswith("datasets/")}
@@ -192,7 +194,13 @@ def select(hub: Hub, variant: str, train_shards: int) -> list[RemoteFile]:
     require(bool(tokenizers), f"{hub.repo_id} has no tokenizer of {kind[1]} pieces")
     enough = 0 <= train_shards <= len(train)
     require(enough, f"{hub.repo_id}: {train_shards} training shards of {name}, it has {len(train)}")
-    return [*tokenizers, *val, *train[:train_shards]]
+
+    stated = {file.path.replace("_val_bytes_", "_val_") for file in sidecars}
+    unstated = [file.path for file in val if file.path not in stated]
+    is_plain = not sidecars and not re.search("caseops|lossless", variant)
+    lacks = f"{hub.repo_id}: no fineweb_val_bytes sidecar of {', '.join(unstated)}"
+    require(is_plain or not unstated, lacks)
+    return [*tokenizers, *val, *sidecars, *train[:train_shards]]
 
 
 def missing_files(hub: Hub, wanted: list[RemoteFile], folder: Path, root: Path) -> list[RemoteFile]:

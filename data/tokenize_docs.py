@@ -3,11 +3,13 @@
   python data/tokenize_docs.py --train a.jsonl.xz b.jsonl --val c.jsonl.xz \\
       --tokenizer fineweb_1024_bpe.model --output data --name fineweb10B_sp1024
   python data/tokenize_docs.py --train docs.jsonl.zst --num-val-docs 50000 \\
-      --train-tokenizer 1024 --name mine_sp1024
+      --train-tokenizer 1024 --name mine_sp1024 --lossless-case
+  python data/tokenize_docs.py --verify data/datasets/mine_sp1024
 
 Inputs are .jsonl files with {"text": ...} on every line, plain, .bz2, .gz, .xz or .zst, .parquet
 files with a column "text", .txt and .md files, or folders of those. A training document that is
-a validation document, too, is left out. Formats are in data/README.md.
+a validation document, too, is left out. Formats, and the rules of --lossless-case, which writes
+capitals as operators before lower case, are in data/README.md.
 """
 
 import argparse
@@ -34,13 +36,17 @@ import sentencepiece
 import zstandard
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import lossless_case
+from lossless_case import CaseTokenizer
+
 import train_gpt
 from train_gpt import ConfigError, Progress, require, run_entry_point, write_atomically
 
 SPECIAL_IDS = (0, 1, 2, 3)  # of padding, BOS, EOS and unknown; the challenge's shards assume these
+NORMALIZATION = "nmt_nfkc"
 MAX_PIECES = 1 << 16  # shards store uint16
 DEFAULT_SHARD_TOKENS = 100_000_000
-HEADER_TOKENS = train_gpt.SHARD_HEADER_INTS * 2  # the int32 header seen as uint16
 TEXT_SUFFIXES = (".txt", ".md")
 COMPRESSED = {  # suffix -> what reads a frame
     ".bz2": bz2.BZ2Decompressor,
@@ -218,15 +224,23 @@ def read_documents(files: list[Path]) -> Iterator[str]:
             finished += path.stat().st_size
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
+def train_tokenizer(texts: Iterable[str], vocab_size: int, transformed: bool = False) -> bytes:
     """Train a SentencePiece BPE model of exactly `vocab_size` pieces, and return it serialized.
 
     The trainer holds its text in memory. Equal texts give equal bytes. The settings are those of
     download_hf_docs_and_tokenize.py in openai/parameter-golf, with a hard limit of pieces and none
-    of length. Raises ConfigError.
+    of length. If `transformed`, it learns the text in lower case, and the operators are its first
+    symbols. Raises ConfigError.
     """
     # The trainer drops a whole document for one NUL.
     sentences = [text.replace("\0", " ") for text in texts]
+    symbols = ""
+    if transformed:
+        symbols = ",".join(lossless_case.OPERATORS)
+        normalizer = sentencepiece.SentencePieceNormalizer(
+            rule_name=NORMALIZATION, add_dummy_prefix=False, escape_whitespaces=False
+        )
+        sentences = [lossless_case.encode(text) for text in normalizer.normalize(sentences)]
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -238,7 +252,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
             character_coverage=0.999,
             byte_fallback=True,
             split_digits=True,
-            normalization_rule_name="nmt_nfkc",
+            normalization_rule_name=NORMALIZATION,
+            user_defined_symbols=symbols,
             add_dummy_prefix=False,
             max_sentence_length=1 << 30,  # bytes; by default, documents over 4,192 are dropped
             pad_id=SPECIAL_IDS[0],
@@ -292,20 +307,27 @@ def document_hashes(shards: Iterable[Path]) -> Iterator[bytes]:
         yield document_hash(rest)
 
 
+def write_shard(path: Path, values: np.ndarray) -> None:
+    """Write (n,) uint16 token ids, or the bytes of tokens, behind the challenge's header."""
+    header = np.zeros(train_gpt.SHARD_HEADER_INTS, "<i4")
+    header[:3] = train_gpt.SHARD_MAGIC, train_gpt.SHARD_VERSION, len(values)
+    write_atomically(path, b"".join((header, values)))
+
+
 class ShardWriter:
     """Packs one split into shards, and counts; a document may continue in the next shard."""
 
     def __init__(self, folder: Path, split: str, shard_tokens: int):
         self.folder = folder
         self.split = split
-        self.shard = np.zeros(HEADER_TOKENS + shard_tokens, dtype="<u2")
-        self.end = HEADER_TOKENS
+        self.shard = np.zeros(shard_tokens, dtype="<u2")
+        self.end = 0
         self.counts = collections.Counter()
 
     def encode(
         self,
         texts: Iterable[str],
-        tokenizer: sentencepiece.SentencePieceProcessor,
+        tokenizer: sentencepiece.SentencePieceProcessor | CaseTokenizer,
         held_out: frozenset[bytes],
     ) -> None:
         """Write as BOS + tokens every document that has any text and is not one of `held_out`."""
@@ -337,26 +359,44 @@ class ShardWriter:
 
     def flush(self) -> None:
         """Write the tokens held so far as one shard, if there are any."""
-        count = self.end - HEADER_TOKENS
-        if not count:
+        if not self.end:
             return
-        header = (train_gpt.SHARD_MAGIC, train_gpt.SHARD_VERSION, count)
-        self.shard[:HEADER_TOKENS].view("<i4")[:3] = header
-        path = self.folder / f"fineweb_{self.split}_{self.counts['files']:06d}.bin"
-        write_atomically(path, self.shard[: self.end].tobytes())
-        self.end = HEADER_TOKENS
+        name = f"fineweb_{self.split}_{self.counts['files']:06d}.bin"
+        write_shard(self.folder / name, self.shard[: self.end])
+        self.end = 0
         self.counts["files"] += 1
 
 
+def write_sidecars(folder: Path, tokenizer: sentencepiece.SentencePieceProcessor) -> None:
+    """Write beside each validation shard the bytes of original text of its tokens.
+
+    The split is held in memory, as it is by those who score it.
+    """
+    paths = train_gpt.list_shards(folder, "val")
+    shards = [train_gpt.load_data_shard(path) for path in paths]
+    sizes = lossless_case.original_bytes(tokenizer, np.concatenate(shards))
+    ends = np.cumsum([len(shard) for shard in shards])
+    for path, part in zip(paths, np.split(sizes, ends[:-1]), strict=True):
+        write_shard(path.with_name(path.name.replace("val_", "val_bytes_")), part)
+
+
 def write_dataset(
-    destination: Destination, model: bytes, val: Iterable[str], train: Iterable[str]
+    destination: Destination,
+    model: bytes,
+    val: Iterable[str],
+    train: Iterable[str],
+    transformed: bool = False,
 ) -> dict[str, collections.Counter]:
     """Write tokenizer and shards; print and return the counts of each split. Raises ConfigError.
 
     Training documents that validation has, too, are left out. The dataset's folder has its name
-    when all is complete.
+    when all is complete. `transformed` is for the lossless case transform and its sidecars.
     """
-    tokenizer = load_tokenizer(model, destination.model_path.name)
+    processor = load_tokenizer(model, destination.model_path.name)
+    tokenizer = processor
+    if transformed:
+        lossless_case.require_operators(processor, destination.model_path.name)
+        tokenizer = CaseTokenizer(model)
     staging = destination.folder.with_name(f".{destination.name}.partial")
     shutil.rmtree(staging, ignore_errors=True)
     stats = {}
@@ -368,6 +408,8 @@ def write_dataset(
             writer.encode(documents, tokenizer, held_out)
             stats[split] = writer.counts
             require(stats[split]["docs"] > 0, f"the {split} split has no document of its own")
+        if transformed:
+            write_sidecars(staging, processor)
         write_atomically(destination.model_path, model)
         os.replace(staging, destination.folder)
     finally:
@@ -397,7 +439,9 @@ def read_manifest(path: Path) -> dict:
     return manifest
 
 
-def write_manifest(destination: Destination, stats: dict[str, collections.Counter]) -> None:
+def write_manifest(
+    destination: Destination, stats: dict[str, collections.Counter], transformed: bool
+) -> None:
     """Add dataset and tokenizer to the manifest, in the challenge's keys; other entries stay."""
     totals = {}
     for unit in ("docs", "files", "tokens"):
@@ -408,6 +452,8 @@ def write_manifest(destination: Destination, stats: dict[str, collections.Counte
         "datasets": {"name": destination.name, "tokenizer_name": name, "stats": totals},
         "tokenizers": {"name": name, "model_path": f"tokenizers/{name}.model"},
     }
+    if transformed:
+        entries["datasets"]["text_transform"] = lossless_case.NAME
 
     path = destination.output / "manifest.json"
     manifest = read_manifest(path)
@@ -415,6 +461,107 @@ def write_manifest(destination: Destination, stats: dict[str, collections.Counte
         others = [old for old in manifest[key] if old["name"] != entry["name"]]
         manifest[key] = [*others, entry]
     write_atomically(path, (json.dumps(manifest, indent=2) + "\n").encode())
+
+
+def stated_stats(dataset: dict, path: Path) -> dict[str, int]:
+    """Return the counts of a manifest's entry, none if it has none. Raises ConfigError."""
+    try:
+        return {name: int(count) for name, count in dataset.get("stats", {}).items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path}: the stats of {dataset['name']} are no counts") from error
+
+
+def check_counts(folder: Path, split: str, docs: int, stats: dict[str, int]) -> None:
+    """Compare a split with what the manifest states of it. Raises ConfigError.
+
+    There may be fewer training shards, as downloaded.
+    """
+    lengths = [train_gpt.shard_length(path) for path in train_gpt.list_shards(folder, split)]
+    found = {"files": len(lengths), "tokens": sum(lengths), "docs": docs}
+    if split == "train" and len(lengths) < stats.get("files_train", 0):
+        say(f"{len(lengths)} of {stats['files_train']} training shards are here")
+        return
+    for unit, count in found.items():
+        stated = stats.get(f"{unit}_{split}", count)
+        what = f"{folder}: {split} has {count:,} {unit}, the manifest states {stated:,}"
+        require(count == stated, what)
+
+
+def check_splits(folder: Path, stats: dict[str, int]) -> str:
+    """Find documents that are in both splits, and compare the counts. Raises ConfigError.
+
+    Returns what there is.
+    """
+    val = list(document_hashes(train_gpt.list_shards(folder, "val")))
+    held_out = frozenset(val)
+    count = 0
+    repeated = []
+    with Progress("hashing", 0) as progress:
+        for count, digest in enumerate(document_hashes(train_gpt.list_shards(folder, "train")), 1):
+            if digest in held_out:
+                repeated.append(count)
+            progress.update(0, f"{count:,} training documents, {len(repeated):,} of validation")
+
+    found = f"{folder}: {count:,} training and {len(held_out):,} different validation documents"
+    first = f"number {repeated[0]:,} is the first" if repeated else ""
+    require(not repeated, f"{found}, {len(repeated):,} of training are in validation, too; {first}")
+    check_counts(folder, "val", len(val), stats)
+    check_counts(folder, "train", count, stats)
+    return f"{found}, none in both splits"
+
+
+def check_bytes(folder: Path, tokenizer: sentencepiece.SentencePieceProcessor, name: str) -> str:
+    """Decode the validation split and compare its bytes with those that a score divides by.
+
+    The sidecars state them or, without any, the tokenizer. Returns what there is. Raises
+    ConfigError naming the first document of other bytes.
+    """
+    paths = train_gpt.list_shards(folder, "val")
+    shards = [train_gpt.load_data_shard(path, tokenizer.vocab_size()) for path in paths]
+    sizes = train_gpt.load_sidecars(paths, shards, tokenizer)
+    transformed = sizes is not None
+    tokens = np.concatenate(shards)
+    if transformed:
+        lossless_case.require_operators(tokenizer, name)
+    else:
+        sizes = np.concatenate([[0], train_gpt.token_bytes(tokenizer, tokens)])
+
+    starts = np.flatnonzero(tokens == train_gpt.BOS_ID)
+    require(starts[:1].tolist() == [0], f"{paths[0]}: does not begin with BOS")
+    total = 0
+    with Progress("decoding", len(starts)) as progress:
+        for number, (start, end) in enumerate(itertools.pairwise([*starts, len(tokens)]), 1):
+            text = tokenizer.decode(tokens[start:end].tolist())
+            text = lossless_case.decode(text) if transformed else text
+            true, counted = len(text.encode()), int(sizes[start:end].sum(dtype=np.int64))
+            source = "its sidecar states" if transformed else "the tokenizer counts"
+            what = f"{folder}: validation document {number:,} has {true:,} bytes of text"
+            require(true == counted, f"{what}, {source} {counted:,}")
+            total += true
+            progress.update(number, f"{total / 1e6:.1f} MB")
+    by = "sidecars, case undone" if transformed else "tokenizer"
+    return f"validation has {total:,} bytes of text, by decoding and by its {by}"
+
+
+def verify(folder: Path, model_path: Path | None) -> None:
+    """Check finished shards, of whatever tool, and print what there is. Raises ConfigError."""
+    folder = folder.absolute()
+    output = folder.parent.parent
+    path = output / "manifest.json"
+    manifest = read_manifest(path)
+    dataset = next((entry for entry in manifest["datasets"] if entry["name"] == folder.name), {})
+    if model_path is None:
+        name = dataset.get("tokenizer_name")
+        models = [
+            entry.get("model_path") for entry in manifest["tokenizers"] if entry["name"] == name
+        ]
+        unnamed = f"{folder}: {path} does not name its tokenizer; add --tokenizer MODEL"
+        require(len(models) == 1 and isinstance(models[0], str), unnamed)
+        model_path = output / models[0]
+
+    say(check_splits(folder, stated_stats(dataset, path)))
+    tokenizer = load_tokenizer(model_path.read_bytes(), model_path.name)
+    say(check_bytes(folder, tokenizer, model_path.name))
 
 
 def positive_int(text: str) -> int:
@@ -431,24 +578,41 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--train", type=Path, nargs="+", required=True, metavar="FILE", help="training documents")
-    val = parser.add_mutually_exclusive_group(required=True).add_argument
+    add("--train", type=Path, nargs="+", metavar="FILE", help="training documents")
+    val = parser.add_mutually_exclusive_group().add_argument
     val("--val", type=Path, nargs="+", metavar="FILE", help="validation documents")
     val("--num-val-docs", type=positive_int, metavar="N", help="instead: the first N of --train")
-    tokenizer = parser.add_mutually_exclusive_group(required=True).add_argument
+    tokenizer = parser.add_mutually_exclusive_group().add_argument
     tokenizer("--tokenizer", type=Path, metavar="MODEL", help="SentencePiece model to reuse")
     tokenizer("--train-tokenizer", type=positive_int, metavar="PIECES", help="instead: a new one")
     add("--tokenizer-train-docs", type=positive_int, metavar="N", help="on the first N documents")
+    add("--lossless-case", action="store_true", help="capitals as operators before lower case")
     output = Path(__file__).resolve().parent
     add("--output", type=Path, default=output, metavar="FOLDER", help="default: %(default)s")
-    add("--name", required=True, help="dataset name, for example fineweb10B_sp1024")
+    add("--name", help="dataset name, for example fineweb10B_sp1024")
     add("--shard-tokens", type=positive_int, default=DEFAULT_SHARD_TOKENS, metavar="N")
-    return parser.parse_args(argv)
+    add("--verify", type=Path, metavar="FOLDER", help="instead of all: check finished shards")
+    args = parser.parse_args(argv)
+
+    needed = {
+        "--train": args.train,
+        "--val or --num-val-docs": args.val or args.num_val_docs,
+        "--tokenizer or --train-tokenizer": args.tokenizer or args.train_tokenizer,
+        "--name": args.name,
+    }
+    missing = [option for option, value in needed.items() if not value]
+    if missing and not args.verify:
+        parser.error(f"these are required, or --verify alone: {', '.join(missing)}")
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line; `argv` defaults to the process's own arguments. Raises ConfigError."""
     args = parse_arguments(argv)
+    if args.verify:
+        verify(args.verify, args.tokenizer)
+        return
+
     train_files = expand_inputs(args.train)
     val_files = expand_inputs(args.val or [])
 
@@ -464,15 +628,16 @@ def main(argv: list[str] | None = None) -> None:
         pieces = args.train_tokenizer
         say(f"training a tokenizer of {pieces:,} pieces on the training documents")
         texts = itertools.islice(read_documents(train_files), args.num_val_docs or 0, None)
-        model = train_tokenizer(itertools.islice(texts, args.tokenizer_train_docs), pieces)
+        texts = itertools.islice(texts, args.tokenizer_train_docs)
+        model = train_tokenizer(texts, pieces, args.lossless_case)
 
     # Validation is read first, because it may be the beginning of the training files.
     train_texts = read_documents(train_files)
     val_texts = read_documents(val_files)
     if args.num_val_docs:
         val_texts = itertools.islice(train_texts, args.num_val_docs)
-    stats = write_dataset(destination, model, val_texts, train_texts)
-    write_manifest(destination, stats)
+    stats = write_dataset(destination, model, val_texts, train_texts, args.lossless_case)
+    write_manifest(destination, stats, args.lossless_case)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import sys
 import unicodedata
 from pathlib import Path
 
-import check_splits
 import make_sample
 import numpy as np
 import pytest
@@ -409,7 +408,7 @@ def test_a_reader_that_has_left_is_no_error(train, model_path, tmp_path, capsys,
 
 
 def check(folder: Path) -> None:
-    train_gpt.run_entry_point(lambda: check_splits.main([str(folder)]))
+    train_gpt.run_entry_point(lambda: tokenize_docs.main(["--verify", str(folder)]))
 
 
 @pytest.mark.parametrize("by_count", [False, True])

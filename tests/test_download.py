@@ -196,14 +196,33 @@ def test_more_shards_than_there_are_are_refused_and_the_default_is_80(run, tmp_p
     assert files_below(tmp_path / "out") == {}
 
 
-def test_documents_and_byte_sidecars_come_along(run, hub, content, tmp_path):
-    sidecar = f"datasets/{NAME}/fineweb_val_bytes_000000.bin"
-    content[sidecar] = shard_bytes(tmp_path, 20)
-    hub.repositories[REPO] = repository(content)
+def test_the_documents_come_along(run, hub, content, tmp_path):
     ok(run(0, "--with-docs"))
-    assert files_below(tmp_path / "out") == expected(content, 0, sidecar, "docs_selected.jsonl")
+    assert files_below(tmp_path / "out") == expected(content, 0, "docs_selected.jsonl")
     del hub.repositories[REPO]["datasets/docs_selected.jsonl"]
     assert_refused(run(0, "--with-docs"), "no datasets/docs_selected.jsonl")
+
+
+def test_byte_sidecars_come_along_and_no_shard_without_one(run, hub, content, tmp_path):
+    sidecars = [path.replace("_val_", "_val_bytes_") for path in (VAL % 0, VAL % 1)]
+    content |= {path: shard_bytes(tmp_path, 20) for path in sidecars}
+    hub.repositories[REPO] = repository(content)
+    ok(run(0))
+    assert files_below(tmp_path / "out") == expected(content, 0, *sidecars)
+    del hub.repositories[REPO][f"datasets/{sidecars[1]}"]
+    message = f"{REPO}: no fineweb_val_bytes sidecar of {VAL % 1}"
+    assert_refused(run(0, output="half"), message)
+    assert files_below(tmp_path / "half") == {}
+
+
+@pytest.mark.parametrize("variant", ["sp1024_lossless_caps_caseops_v1_reserved", "sp1024_caseops"])
+def test_a_variant_of_transformed_text_without_sidecars_is_refused(
+    variant, run, hub, content, tmp_path
+):
+    named = {path.replace(NAME, f"fineweb10B_{variant}"): data for path, data in content.items()}
+    hub.repositories[REPO] = repository(named)
+    assert_refused(run(0, "--variant", variant), "no fineweb_val_bytes sidecar of")
+    assert files_below(tmp_path / "out") == {}
 
 
 def test_prefix_and_variant_name_what_is_fetched(run, hub, content, tmp_path):
