@@ -630,7 +630,7 @@ def audit_rows(model: GPT, config: EvalConfig, windowing: Windowing, val: ValDat
     windows, weights = states[at]
     model.load_state_dict(weights)
     targets, again = plain_losses(model, val, windows)
-    window = next(window for window in windows.tolist() if window[1] <= place < window[2])
+    *_, window = windows.tolist()
     log_probs = plain_log_probs(model, val, window)
     model.load_state_dict(artifact)
     apart = float((again - losses[targets]).abs().max())
@@ -651,8 +651,7 @@ def audit_rows(model: GPT, config: EvalConfig, windowing: Windowing, val: ValDat
     yield "C4 single pass", test, f"{once} of {count} scored once", once == count
 
     if config.ngram == "on":
-        last = len(log_probs) - 1
-        dists = {window[1] + i: log_probs[i] for i in (place - window[1], last)}
+        dists = {window[1]: log_probs[0], window[2] - 1: log_probs[-1]}
         yield from audit_ngram(losses, val, dists)
 
     single = replace(windowing, batch_size=1)
