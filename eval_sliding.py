@@ -286,7 +286,7 @@ def self_check(scorer: Scorer, model: GPT, count: int, log: Callable) -> None:
 # ---- Memory of scored text -----------------------------------------------------------------------
 
 NGRAM_BYTES = 220  # of memory that a target takes at most
-NGRAM_SECONDS = 2e-6  # that a target takes on 2 cores, of 40 million
+NGRAM_SECONDS = 2.2e-6  # that a target takes on 2 cores, of 40 million
 
 # The rest was chosen on training documents.
 NGRAM_ORDER = 8  # tokens of the longest context
@@ -446,25 +446,34 @@ def mix(
     return torch.cat([-part.log() for part in probs.split(NGRAM_CHUNK)]), order
 
 
-def check_ngram_fits(num_targets: int) -> str:
-    """Return for the log what n-gram mixing takes. Raises ConfigError when memory is too small."""
+def plan_ngram(config: EvalConfig, num_targets: int, log: Callable) -> float:
+    """Log what n-gram mixing takes, and return its seconds, 0 when it is off.
+
+    Raises ConfigError when there is less memory than that, as far as Linux knows.
+    """
+    if config.ngram == "off":
+        return 0.0
     needed = NGRAM_BYTES * num_targets
+    seconds = NGRAM_SECONDS * num_targets
     takes = f"{needed / 1e9:.1f} GB of memory for {num_targets} targets"
     meminfo = Path("/proc/meminfo")
-    found = meminfo.exists() and re.search(r"MemAvailable: *(\d+) kB", meminfo.read_text())
-    if found:
-        free = 1024 * int(found[1])
+    if meminfo.exists():
+        free = 1024 * int(re.search(r"MemAvailable: *(\d+)", meminfo.read_text())[1])
         require(needed <= free, f"NGRAM=on takes {takes}, and {free / 1e9:.1f} GB are free")
-    return f"ngram: {takes}, about {NGRAM_SECONDS * num_targets:.0f}s"
+    log(f"ngram: at most {takes}, about {seconds:.0f}s")
+    return seconds
 
 
 def remember(
     scorer: Scorer, score: train_gpt.Score, config: EvalConfig, started: float, log: Callable
 ) -> dict | None:
-    """Mix what all ranks scored with a memory of it; log its score and return it as a summary.
+    """Mix what all ranks scored with a memory of it; log that score and return its summary.
 
-    Returns None when too little is left of EVAL_MAX_SECONDS since `started`.
+    Returns None when NGRAM is off, when too little is left of EVAL_MAX_SECONDS since `started`,
+    and but for rank 0, which alone takes the memory.
     """
+    if config.ngram == "off" or scorer.dist.rank > 0:
+        return None
     begun = time.perf_counter()
     limit = f"EVAL_MAX_SECONDS={config.eval_max_seconds:g}"
     deadline = started + (config.eval_max_seconds or math.inf)
@@ -562,12 +571,14 @@ def search_counts(tokens: list[int], target: int, order: int, is_local: bool) ->
 
 
 def audit_ngram(losses: Tensor, val: ValData, dists: dict[int, Tensor]) -> Iterator[Row]:
-    """Yield what `audit` finds on n-gram mixing; some targets have the model's `dists` (V,)."""
-    losses, tokens = losses.cpu(), val.tokens.cpu()
+    """Yield what `audit` finds on n-gram mixing; `dists` are the model's (V,) by target."""
+    losses = losses.cpu()
+    tokens = val.tokens.cpu()
     vocab_size = len(next(iter(dists.values())))
     mixed, _ = mix(losses, tokens)
     places = torch.linspace(NGRAM_ORDER, len(losses) - 1, 32).long().tolist()
-    leak, control = 0.0, 0.0
+    leak = 0.0
+    control = 0.0
     for place in places:
         other = rewritten(val, slice(place + 1, None), vocab_size)
         again, _ = mix(torch.cat([losses[:place], losses[place:] + 1]), other.tokens)
@@ -580,16 +591,19 @@ def audit_ngram(losses: Tensor, val: ValData, dists: dict[int, Tensor]) -> Itera
 
     worst = 0.0
     for target, log_probs in dists.items():
-        known, text = losses[: target + 1].double(), tokens[: target + 2].clone()
+        known = losses[: target + 1].double()
+        text = tokens[: target + 2].clone()
         total = 0.0
         for token, log_prob in enumerate(log_probs.tolist()):
-            text[-1], known[-1] = token, -log_prob
+            known[-1] = -log_prob
+            text[-1] = token
             total += math.exp(-float(mix(known, text)[0][-1]))
         worst = max(worst, abs(total - 1))
     test = f"each of {vocab_size} tokens as target {' and '.join(map(str, dists))}"
     yield "C2 n-gram", test, f"probabilities sum to 1 within {worst:.1e}", worst <= 1e-9
 
-    equal, total = 0, 0
+    equal = 0
+    total = 0
     for counts in count_contexts(tokens):
         for target in places:
             here = (counts.targets == target) & (counts.seen > 0)
@@ -654,15 +668,14 @@ def audit_rows(model: GPT, config: EvalConfig, windowing: Windowing, val: ValDat
         dists = {window[1]: log_probs[0], window[2] - 1: log_probs[-1]}
         yield from audit_ngram(losses, val, dists)
 
+    bpb = bits_per_byte(losses, val.target_bytes)
     single = replace(windowing, batch_size=1)
     for name, test, other, ranks, bound in (
         ("ranks", "two instead of one", windowing, 2, rounding),
         ("batches", "of a single window", single, 1, AUDIT_ROUNDING),
     ):
         (again, _), _ = observed_run(model, config, other, val, ranks)
-        apart = abs(
-            bits_per_byte(again, val.target_bytes) - bits_per_byte(losses, val.target_bytes)
-        )
+        apart = abs(bits_per_byte(again, val.target_bytes) - bpb)
         yield name, test, f"{apart:.1e} bits per byte apart", apart <= bound
 
     kept = same(artifact, snapshot(model))
@@ -725,10 +738,14 @@ def parse_arguments() -> argparse.Namespace:
 def score_or_stop(
     scorer: Scorer, model: GPT, config: EvalConfig, log: train_gpt.Log, started: float
 ):
-    """Run `score_split`; SIGINT and SIGTERM end it with a PARTIAL score of what is scored here."""
+    """Run `score_split`; SIGINT and SIGTERM end it with a PARTIAL score of what is scored here.
+
+    TTT leaves the time that n-gram mixing takes, as if all had begun that much earlier.
+    """
+    begun = started - plan_ngram(config, scorer.num_targets, log)
     try:
         with scorer.progress:
-            return score_split(scorer, model, config, started)
+            return score_split(scorer, model, config, begun)
     except KeyboardInterrupt as error:
         count = int((scorer.sums[1, :-1] == 1).sum())
         scored = f"{count} of {scorer.num_targets} targets scored here"
@@ -766,8 +783,6 @@ def main() -> None:
     log(f"code_sha256:{hashlib.sha256(train_gpt.submission_source()).hexdigest()}")
     trained = f"trained_window:{hp.model.train_seq_len} rope_base:{model.rope_base:.0f}"
     log(f"{trained} sidecar:{val.sidecar} {config.stated()}")
-    if config.ngram == "on":
-        log(check_ngram_fits(len(val.tokens) - 1))
     if val.partial:
         log(f"warning: the validation split lacks {val.lacks}: scores are PARTIAL")
     train_gpt.warn_of_typos(log, os.environ, train_gpt.knob_fields(EvalConfig))
@@ -784,9 +799,7 @@ def main() -> None:
     dist.all_sum(torch.zeros(1, device=dist.device))
 
     scorer = Scorer(forward, val, dist, windowing, "slide")
-    # TTT leaves the time that n-gram mixing takes, as if it had begun that much earlier.
-    reserve = NGRAM_SECONDS * len(val.tokens) if config.ngram == "on" else 0.0
-    epochs = score_or_stop(scorer, model, config, log, started - reserve).to(dist.device)
+    epochs = score_or_stop(scorer, model, config, log, started).to(dist.device)
     epochs_run, epochs_asked = dist.all_sum(epochs).tolist()
     score = scorer.total()
     kind = "sliding_window" if config.ttt == "off" else "ttt"
@@ -800,10 +813,7 @@ def main() -> None:
         log(f"{limit}: fewer epochs of TTT, all targets")
     if args.self_check:
         self_check(scorer, model, args.self_check, log)
-    # The other ranks wait for rank 0, which alone needs the memory.
-    ngram = None
-    if config.ngram == "on" and dist.rank == 0:
-        ngram = remember(scorer, score, config, started, log)
+    ngram = remember(scorer, score, config, started, log)
 
     spent = time.perf_counter() - started
     log(f"total_eval_time:{spent:.1f}s")
