@@ -68,6 +68,10 @@ class EvalConfig:
         require(fits, f"EVAL_STRIDE={self.eval_stride}: above the window of {window} tokens")
         return Windowing(window, self.eval_stride, max(1, hp.micro_batch_tokens // window))
 
+    @property
+    def limit(self) -> str:
+        return f"EVAL_MAX_SECONDS={self.eval_max_seconds:g}"
+
     def stated(self) -> str:
         """Return the knobs of what is more than sliding for the log, or that it is off."""
         words = ["ttt:off"]
@@ -475,15 +479,14 @@ def remember(
     if config.ngram == "off" or scorer.dist.rank > 0:
         return None
     begun = time.perf_counter()
-    limit = f"EVAL_MAX_SECONDS={config.eval_max_seconds:g}"
     deadline = started + (config.eval_max_seconds or math.inf)
     if begun + NGRAM_SECONDS * score.target_tokens > deadline:
-        log(f"{limit}: no time for n-gram mixing")
+        log(f"{config.limit}: no time for n-gram mixing")
         return None
 
     losses, order = mix(scorer.sums[0, :-1], scorer.val.tokens, deadline=deadline)
     if order < NGRAM_ORDER:
-        log(f"{limit}: no n-gram contexts of more than {order} tokens")
+        log(f"{config.limit}: no n-gram contexts of more than {order} tokens")
     nats = math.fsum(float(part.sum()) for part in losses.split(NGRAM_CHUNK))
     bpb = nats / math.log(2) / score.scored_bytes
     seconds = time.perf_counter() - begun
@@ -806,11 +809,10 @@ def main() -> None:
     log(f"quantized_{kind} {score} eval_time:{1000 * score.seconds:.0f}ms")
     log(f"final_{kind}_exact {score}")
     log(f"target_tokens:{score.target_tokens} scored_bytes:{score.scored_bytes}")
-    limit = f"EVAL_MAX_SECONDS={config.eval_max_seconds:g}"
     if config.ttt != "off":
         log(f"ttt_epochs: {epochs_run} of {epochs_asked}")
     if epochs_run < epochs_asked:
-        log(f"{limit}: fewer epochs of TTT, all targets")
+        log(f"{config.limit}: fewer epochs of TTT, all targets")
     if args.self_check:
         self_check(scorer, model, args.self_check, log)
     ngram = remember(scorer, score, config, started, log)
@@ -818,7 +820,7 @@ def main() -> None:
     spent = time.perf_counter() - started
     log(f"total_eval_time:{spent:.1f}s")
     if 0 < config.eval_max_seconds < spent:
-        log(f"warning: {spent:.1f} s are more than {limit}")
+        log(f"warning: {spent:.1f} s are more than {config.limit}")
     summary = {
         "event": "eval_summary",
         "artifact_path": str(path),
