@@ -3,6 +3,7 @@
     python eval_sliding.py logs/RUN_ID.ptz
     torchrun --standalone --nproc_per_node=8 eval_sliding.py logs/RUN_ID.ptz
     TTT=sgd python eval_sliding.py logs/RUN_ID.ptz               # score-first test-time training
+    NGRAM=on python eval_sliding.py logs/RUN_ID.ptz              # a memory of what was scored
     python eval_sliding.py --self-check 200 logs/RUN_ID.ptz      # 200 windows again, one at a time
     TTT=sgd python eval_sliding.py --audit logs/RUN_ID.ptz       # the challenge's rules, tested
 
@@ -28,6 +29,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,6 +52,7 @@ class EvalConfig:
     ttt_lr: float = knob(0.005, 0)  # of the first chunk; a cosine over the segment takes it to 0
     ttt_epochs: int = knob(3, 1)  # steps on a chunk once it is scored, each over all its targets
     ttt_chunk_tokens: int = knob(32_768, 1)  # targets scored between two updates
+    ngram: str = choice("off", "on")  # mix the scores with counts of what has been scored
 
     @classmethod
     def from_env(cls, environ: dict[str, str]) -> "EvalConfig":
@@ -65,12 +68,20 @@ class EvalConfig:
         require(fits, f"EVAL_STRIDE={self.eval_stride}: above the window of {window} tokens")
         return Windowing(window, self.eval_stride, max(1, hp.micro_batch_tokens // window))
 
+    @property
+    def limit(self) -> str:
+        return f"EVAL_MAX_SECONDS={self.eval_max_seconds:g}"
+
     def stated(self) -> str:
-        """Return the knobs of test-time training for the log, or that it is off."""
-        if self.ttt == "off":
-            return "ttt:off"
-        knobs = [f"{name}:{value}" for name, value in vars(self).items() if name.startswith("ttt")]
-        return " ".join([*knobs, f"ttt_segments:{TTT_SEGMENTS}"])
+        """Return the knobs of what is more than sliding for the log, or that it is off."""
+        words = ["ttt:off"]
+        if self.ttt != "off":
+            names = [name for name in vars(self) if name.startswith("ttt")]
+            words = [f"{name}:{vars(self)[name]}" for name in names]
+            words.append(f"ttt_segments:{TTT_SEGMENTS}")
+        if self.ngram != "off":
+            words.append(f"ngram:{self.ngram} ngram_order:{NGRAM_ORDER}")
+        return " ".join(words)
 
 
 def snapshot(model: GPT) -> dict[str, Tensor]:
@@ -238,17 +249,23 @@ def compile_on_random_tokens(
 
 
 @torch.no_grad()
-def plain_losses(model: GPT, val: ValData, windows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the targets of windows (W, 3) and their losses, nats, one at a time, unpadded.
+def plain_log_probs(model: GPT, val: ValData, window: list[int]) -> Tensor:
+    """Return the log probabilities of all tokens at the targets of a window, (n, V), unpadded.
 
     By logits that know the inputs alone, and whose softmax is a distribution.
     """
+    start, first, end = window
+    logits = model(val.tokens[None, start:end].long())[0, first - start :]
+    return logits.double().log_softmax(-1)
+
+
+def plain_losses(model: GPT, val: ValData, windows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the targets of windows (W, 3) and their losses, nats, one window at a time."""
     targets, losses = [], []
-    for start, first, end in windows.tolist():
-        logits = model(val.tokens[None, start:end].long())[0, first - start :]
-        targets.append(torch.arange(first, end, device=windows.device))
+    for window in windows.tolist():
+        targets.append(torch.arange(window[1], window[2], device=windows.device))
         true_ids = val.tokens[targets[-1] + 1, None].long()
-        losses.append(-logits.double().log_softmax(-1).gather(1, true_ids)[:, 0])
+        losses.append(-plain_log_probs(model, val, window).gather(1, true_ids)[:, 0])
     return torch.cat(targets), torch.cat(losses)
 
 
@@ -268,6 +285,215 @@ def self_check(scorer: Scorer, model: GPT, count: int, log: Callable) -> None:
     )
     bound = 1e-6 if model.dtype == torch.float32 else 1e-3
     require(apart <= bound, f"self-check failed: {apart:.1e} bits per byte apart")
+
+
+# ---- Memory of scored text -----------------------------------------------------------------------
+
+NGRAM_BYTES = 220  # of memory that a target takes at most
+NGRAM_SECONDS = 2.2e-6  # that a target takes on 2 cores, of 40 million
+
+# The rest was chosen on training documents.
+NGRAM_ORDER = 8  # tokens of the longest context
+NGRAM_LOCAL_ORDER = 2  # of the longest one that is also counted in the target's document alone
+NGRAM_SEEN = torch.tensor([1, 2, 3, 5, 9, 20, 50, 200])  # edges of buckets of Counts.seen
+NGRAM_REPEATS = torch.tensor([1.01, 1.3, 1.7, 2.2, 3.0, 5.0, 10.0])  # of seen / distinct
+NGRAM_AGE = torch.tensor([128, 1024])  # of age
+NGRAM_BUCKETS = 9 * 8 * 3
+NGRAM_PRIOR = 0.1  # weight of the counts in a bucket of no targets, as if
+NGRAM_PRIOR_TARGETS = 4.0  # so many had been in it
+NGRAM_CHUNK = 4096  # targets at most between two updates of the weights
+
+
+@dataclass
+class Counts:
+    """What the text before each of some targets says of it, (n,); int32 but for `targets`."""
+
+    order: int  # tokens of the context
+    is_local: bool  # counted in the target's document, not in all of the text
+    targets: Tensor  # in no order; without those whose context the text has but once
+    seen: Tensor  # earlier occurrences of the context
+    hits: Tensor  # of them, those that the target's token followed
+    distinct: Tensor  # different tokens that followed
+    age: Tensor  # targets since the last of them, if there are any
+
+
+def starts_of_runs(*keys: Tensor) -> Tensor:
+    """Return for every place where its run begins, in which all `keys` are equal, (n,) int32."""
+    starts = torch.arange(len(keys[0]), dtype=torch.int32)
+    is_new = torch.zeros(len(starts), dtype=torch.bool)
+    for key in keys:
+        is_new[1:] |= key[1:] != key[:-1]
+    starts *= is_new
+    return torch.from_numpy(np.maximum.accumulate(starts.numpy()))
+
+
+def count(
+    targets: Tensor, by_pair: Tensor, keys: list[Tensor], pair_keys: list[Tensor], delay: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return seen, hits, distinct and age of `Counts`.
+
+    Places with equal `keys` are runs, in which targets ascend. Sorted by `by_pair`, those with
+    equal `pair_keys` are. A place's past is what its run has in earlier chunks of `delay` targets.
+    """
+    pair_targets = targets.index_select(0, by_pair)
+    begin = starts_of_runs(*keys)
+    end = starts_of_runs(*keys, targets // delay)
+    pair_begin = starts_of_runs(*pair_keys)
+    pair_end = starts_of_runs(*pair_keys, pair_targets // delay)
+    hits = torch.empty_like(begin).scatter_(0, by_pair, pair_end - pair_begin)
+
+    is_first = pair_begin == torch.arange(len(begin))
+    first_times = torch.empty_like(begin).scatter_(0, by_pair, is_first.int())
+    before = first_times.cumsum(0, dtype=torch.int32) - first_times
+    distinct = before.index_select(0, end) - before.index_select(0, begin)
+    age = targets - targets.index_select(0, (end - 1).clamp(min=0))
+    return end - begin, hits, distinct, age.int()
+
+
+def count_contexts(tokens: Tensor, delay: int = 1) -> Iterator[Counts]:
+    """Yield exact counts of contexts of 0 to NGRAM_ORDER tokens, from short to long.
+
+    Target i is token i + 1; token 0 is in no context. Contexts are sorted, not hashed: in a run
+    of one context, in the order of the text, a target's place is the number of those before it.
+    A context and its target are the context, one token longer, of the target that comes next.
+    """
+    vocab_size = int(tokens.max()) + 1
+    document = (tokens == train_gpt.BOS_ID).cumsum(0, dtype=torch.int32)
+    targets = torch.arange(len(tokens) - 1)  # by context, then in the order of the text
+    context = torch.zeros(len(targets), dtype=torch.int32)
+    for order in range(NGRAM_ORDER + 1):
+        pair = context.long() * vocab_size + tokens.index_select(0, targets + 1)
+        pair, by_pair = pair.sort(stable=True)
+        pair_targets = targets.index_select(0, by_pair)
+        if order <= NGRAM_LOCAL_ORDER:
+            keys = [context, document.index_select(0, targets)]
+            pair_keys = [pair, document.index_select(0, pair_targets)]
+            yield Counts(order, True, targets, *count(targets, by_pair, keys, pair_keys, delay))
+        if order > 0:
+            yield Counts(order, False, targets, *count(targets, by_pair, [context], [pair], delay))
+
+        # Contexts that the text has but once have no past, and none that contain them has.
+        starts = starts_of_runs(pair)
+        is_again = starts != torch.arange(len(starts))
+        is_again[:-1] |= is_again[1:].clone()
+        is_again &= pair_targets + 2 < len(tokens)
+        again = is_again.nonzero()[:, 0]
+        if len(again) == 0:
+            break
+        context = starts.index_select(0, again)
+        targets = pair_targets.index_select(0, again) + 1
+
+
+def chunk_sizes(num_targets: int, delay: int) -> list[int]:
+    """Return how many targets are between two updates of the weights: few at first."""
+    sizes = []
+    done = 0
+    while done < num_targets:
+        size = min(max(done, 16, delay), max(NGRAM_CHUNK, delay), num_targets - done)
+        sizes.append(size)
+        done += size
+    return sizes
+
+
+def mix_in(probs: Tensor, counts: Counts, delay: int) -> None:
+    """Make `probs` p (targets,) into (1 - w) p + w hits / seen, in place: distributions all.
+
+    The weight w is that of the target's bucket, known before the target. It is the mean of the
+    counts' posterior probability over the bucket's targets up to the chunk before: online EM.
+    """
+    seen = torch.bucketize(counts.seen, NGRAM_SEEN, right=True, out_int32=True)
+    repeats = counts.seen / counts.distinct.clamp(min=1)
+    repeats = torch.bucketize(repeats, NGRAM_REPEATS, right=True, out_int32=True)
+    age = torch.bucketize(counts.age, NGRAM_AGE, right=True, out_int32=True)
+    bucket = ((seen * 8 + repeats) * 3 + age) * (seen > 0)
+    buckets = torch.zeros(len(probs), dtype=torch.uint8)
+    buckets.scatter_(0, counts.targets, bucket.byte())
+    share = counts.hits.double() / counts.seen.clamp(min=1)
+    shares = torch.zeros_like(probs).scatter_(0, counts.targets, share)
+
+    total = torch.full((NGRAM_BUCKETS,), NGRAM_PRIOR_TARGETS, dtype=torch.float64)
+    explained = NGRAM_PRIOR * total
+    explained[0] = 0.0  # the context is new
+    sizes = chunk_sizes(len(probs), delay)
+    parts = [tensor.split(sizes) for tensor in (probs, buckets, shares)]
+    for p, bucket, share in zip(*parts, strict=True):
+        bucket = bucket.long()
+        weight = (explained / total).index_select(0, bucket)
+        gain = weight * share
+        p.mul_(1 - weight).add_(gain)
+        explained += torch.bincount(bucket, gain / p, NGRAM_BUCKETS)
+        total += torch.bincount(bucket, minlength=NGRAM_BUCKETS)
+
+
+def mix(
+    losses: Tensor, tokens: Tensor, delay: int = 1, deadline: float = math.inf
+) -> tuple[Tensor, int]:
+    """Mix a model's distributions, of which `losses` (targets,) tells enough, with exact counts.
+
+    Returns the mixture's losses, nats in float64, and the tokens of the longest context in it:
+    those whose turn would end after `deadline` on the host's clock, s, are left out.
+    """
+    # PyTorch does not share so few among threads, whose number would change the rounding.
+    parts = losses.cpu().split(NGRAM_CHUNK)
+    probs = torch.cat([(-part.double()).exp() for part in parts])
+    order = NGRAM_ORDER
+    slowest = 0.0
+    begun = time.perf_counter()
+    for counts in count_contexts(tokens.cpu(), delay):
+        mix_in(probs, counts, delay)
+        now = time.perf_counter()
+        slowest = max(slowest, now - begun)
+        begun = now
+        if now + slowest > deadline:
+            order = counts.order
+            break
+    return torch.cat([-part.log() for part in probs.split(NGRAM_CHUNK)]), order
+
+
+def plan_ngram(config: EvalConfig, num_targets: int, log: Callable) -> float:
+    """Log what n-gram mixing takes, and return its seconds, 0 when it is off.
+
+    Raises ConfigError when there is less memory than that, as far as Linux knows.
+    """
+    if config.ngram == "off":
+        return 0.0
+    needed = NGRAM_BYTES * num_targets
+    seconds = NGRAM_SECONDS * num_targets
+    takes = f"{needed / 1e9:.1f} GB of memory for {num_targets} targets"
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        free = 1024 * int(re.search(r"MemAvailable: *(\d+)", meminfo.read_text())[1])
+        require(needed <= free, f"NGRAM=on takes {takes}, and {free / 1e9:.1f} GB are free")
+    log(f"ngram: at most {takes}, about {seconds:.0f}s")
+    return seconds
+
+
+def remember(
+    scorer: Scorer, score: train_gpt.Score, config: EvalConfig, started: float, log: Callable
+) -> dict | None:
+    """Mix what all ranks scored with a memory of it; log that score and return its summary.
+
+    Returns None when NGRAM is off, when too little is left of EVAL_MAX_SECONDS since `started`,
+    and but for rank 0, which alone takes the memory.
+    """
+    if config.ngram == "off" or scorer.dist.rank > 0:
+        return None
+    begun = time.perf_counter()
+    deadline = started + (config.eval_max_seconds or math.inf)
+    if begun + NGRAM_SECONDS * score.target_tokens > deadline:
+        log(f"{config.limit}: no time for n-gram mixing")
+        return None
+
+    losses, order = mix(scorer.sums[0, :-1], scorer.val.tokens, deadline=deadline)
+    if order < NGRAM_ORDER:
+        log(f"{config.limit}: no n-gram contexts of more than {order} tokens")
+    nats = math.fsum(float(part.sum()) for part in losses.split(NGRAM_CHUNK))
+    bpb = nats / math.log(2) / score.scored_bytes
+    seconds = time.perf_counter() - begun
+    mixed = replace(score, val_loss=nats / score.target_tokens, bpb=bpb, seconds=seconds)
+    log(f"final_ngram_exact {mixed} eval_time:{1000 * seconds:.0f}ms")
+    val_bpb = None if score.partial else bpb
+    return {"order": order, "val_bpb": val_bpb, "val_loss": mixed.val_loss, "seconds": seconds}
 
 
 # ---- Audit ---------------------------------------------------------------------------------------
@@ -352,6 +578,65 @@ def audit_bytes(val: ValData, sp, max_tokens: int = 1_000_000) -> Row:
     return "bytes", test, f"{counted} against {decoded}", counted == decoded > 0
 
 
+def search_counts(tokens: list[int], target: int, order: int, is_local: bool) -> list[int]:
+    """Return seen, hits, distinct and age of `Counts` by a plain search of the text before."""
+    text = tokens[: target + 1]
+    begin = order
+    if is_local and train_gpt.BOS_ID in text:
+        begin = max(begin, target - text[::-1].index(train_gpt.BOS_ID))
+    context = text[target + 1 - order :]
+    ends = [end for end in range(begin, target) if text[end + 1 - order : end + 1] == context]
+    followers = [text[end + 1] for end in ends]
+    age = target - ends[-1] if ends else 0
+    return [len(ends), followers.count(tokens[target + 1]), len(set(followers)), age]
+
+
+def audit_ngram(losses: Tensor, val: ValData, dists: dict[int, Tensor]) -> Iterator[Row]:
+    """Yield what `audit` finds on n-gram mixing; `dists` are the model's (V,) by target."""
+    losses = losses.cpu()
+    tokens = val.tokens.cpu()
+    vocab_size = len(next(iter(dists.values())))
+    mixed, _ = mix(losses, tokens)
+    places = torch.linspace(NGRAM_ORDER, len(losses) - 1, 32).long().tolist()
+    leak = 0.0
+    control = 0.0
+    for place in places:
+        other = rewritten(val, slice(place + 1, None), vocab_size)
+        again, _ = mix(torch.cat([losses[:place], losses[place:] + 1]), other.tokens)
+        changes = (again - mixed).abs()
+        leak = max(leak, float(changes[:place].max()))
+        control = max(control, float(changes[place:].max()))
+    test = f"other tokens and losses from one of {len(places)} targets on; control: of these"
+    finding = f"mixed losses before it change by {leak:.1e} nats at most; control {control:.1e}"
+    yield "C1 n-gram", test, finding, leak == 0.0 and control > 1e-2
+
+    worst = 0.0
+    for target, log_probs in dists.items():
+        known = losses[: target + 1].double()
+        text = tokens[: target + 2].clone()
+        total = 0.0
+        for token, log_prob in enumerate(log_probs.tolist()):
+            known[-1] = -log_prob
+            text[-1] = token
+            total += math.exp(-float(mix(known, text)[0][-1]))
+        worst = max(worst, abs(total - 1))
+    test = f"each of {vocab_size} tokens as target {' and '.join(map(str, dists))}"
+    yield "C2 n-gram", test, f"probabilities sum to 1 within {worst:.1e}", worst <= 1e-9
+
+    equal = 0
+    total = 0
+    for counts in count_contexts(tokens):
+        for target in places:
+            here = (counts.targets == target) & (counts.seen > 0)
+            known = (counts.seen, counts.hits, counts.distinct, counts.age)
+            ours = [int(values[here].sum()) for values in known]
+            searched = search_counts(tokens.tolist(), target, counts.order, counts.is_local)
+            equal += ours == searched
+            total += 1
+    test = "counts of a target's context, against a search of the text before it"
+    yield "C3 n-gram", test, f"{equal} of {total} equal", equal == total
+
+
 def audit_rows(model: GPT, config: EvalConfig, windowing: Windowing, val: ValData) -> Iterator[Row]:
     """Yield what `audit` finds on a short split."""
     # The rounding of a grouped GEMM depends on its groups.
@@ -380,6 +665,8 @@ def audit_rows(model: GPT, config: EvalConfig, windowing: Windowing, val: ValDat
     windows, weights = states[at]
     model.load_state_dict(weights)
     targets, again = plain_losses(model, val, windows)
+    *_, window = windows.tolist()
+    log_probs = plain_log_probs(model, val, window)
     model.load_state_dict(artifact)
     apart = float((again - losses[targets]).abs().max())
     batch = f"batch {at + 1} of {len(states)}"
@@ -397,6 +684,10 @@ def audit_rows(model: GPT, config: EvalConfig, windowing: Windowing, val: ValDat
     once = int((times == 1).sum())
     test = "a counter on every target"
     yield "C4 single pass", test, f"{once} of {count} scored once", once == count
+
+    if config.ngram == "on":
+        dists = {window[1]: log_probs[0], window[2] - 1: log_probs[-1]}
+        yield from audit_ngram(losses, val, dists)
 
     bpb = bits_per_byte(losses, val.target_bytes)
     single = replace(windowing, batch_size=1)
@@ -468,10 +759,14 @@ def parse_arguments() -> argparse.Namespace:
 def score_or_stop(
     scorer: Scorer, model: GPT, config: EvalConfig, log: train_gpt.Log, started: float
 ):
-    """Run `score_split`; SIGINT and SIGTERM end it with a PARTIAL score of what is scored here."""
+    """Run `score_split`; SIGINT and SIGTERM end it with a PARTIAL score of what is scored here.
+
+    TTT leaves the time that n-gram mixing takes, as if all had begun that much earlier.
+    """
+    begun = started - plan_ngram(config, scorer.num_targets, log)
     try:
         with scorer.progress:
-            return score_split(scorer, model, config, started)
+            return score_split(scorer, model, config, begun)
     except KeyboardInterrupt as error:
         count = int((scorer.sums[1, :-1] == 1).sum())
         scored = f"{count} of {scorer.num_targets} targets scored here"
@@ -532,18 +827,18 @@ def main() -> None:
     log(f"quantized_{kind} {score} eval_time:{1000 * score.seconds:.0f}ms")
     log(f"final_{kind}_exact {score}")
     log(f"target_tokens:{score.target_tokens} scored_bytes:{score.scored_bytes}")
-    limit = f"EVAL_MAX_SECONDS={config.eval_max_seconds:g}"
     if config.ttt != "off":
         log(f"ttt_epochs: {epochs_run} of {epochs_asked}")
     if epochs_run < epochs_asked:
-        log(f"{limit}: fewer epochs of TTT, all targets")
+        log(f"{config.limit}: fewer epochs of TTT, all targets")
     if args.self_check:
         self_check(scorer, model, args.self_check, log)
+    ngram = remember(scorer, score, config, started, log)
 
     spent = time.perf_counter() - started
     log(f"total_eval_time:{spent:.1f}s")
     if 0 < config.eval_max_seconds < spent:
-        log(f"warning: {spent:.1f} s are more than {limit}")
+        log(f"warning: {spent:.1f} s are more than {config.limit}")
     summary = {
         "event": "eval_summary",
         "artifact_path": str(path),
@@ -557,6 +852,7 @@ def main() -> None:
         "eval_seconds": score.seconds,
         "ttt": config.ttt,
         "ttt_epochs": [epochs_run, epochs_asked],
+        "ngram": ngram,
     }
     log(json.dumps(summary))
 

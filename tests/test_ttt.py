@@ -622,12 +622,16 @@ def score(tmp_path, dataset, trained) -> Callable:
     return run
 
 
-@pytest.mark.parametrize("knobs", [{}, TRAINED], ids=["off", "sgd"])
-def test_the_audit_of_an_artifact_logs_its_table_and_succeeds(knobs, score, tmp_path):
+@pytest.mark.parametrize(
+    ("knobs", "more_rows"),
+    [({}, []), ({**TRAINED, "NGRAM": "on"}, ["C1 n-gram", "C2 n-gram", "C3 n-gram"])],
+    ids=["off", "sgd and n-gram"],
+)
+def test_the_audit_of_an_artifact_logs_its_table_and_succeeds(knobs, more_rows, score, tmp_path):
     result = score("--audit", **knobs)
     assert (result.code, result.err) == (0, "")
     table = re.findall(r"^\| (.+?) \| .* \| .* \| (\w+) \|$", result.out, re.MULTILINE)
-    assert table == [(row, "pass") for row in ROWS]
+    assert table == [(row, "pass") for row in [*ROWS[:4], *more_rows, *ROWS[4:]]]
     assert (tmp_path / "model.txt").read_text() == result.out
     assert "audit of the first 96 targets, window:32 stride:8 ttt:" in result.out
     assert "eval_summary" not in result.out
