@@ -8,9 +8,9 @@
     TTT=sgd python eval_sliding.py --audit logs/RUN_ID.ptz       # the challenge's rules, tested
 
 Every target is scored once, with EVAL_SEQ_LEN - EVAL_STRIDE tokens of context or more where the
-text has them. The last layer has queries, and the head inputs, at scored positions only. The model
-comes from the artifact; the environment sets the knobs of EvalConfig and DATA_PATH,
-TOKENIZER_PATH, VAL_MAX_TOKENS (a PARTIAL score), MICRO_BATCH_TOKENS, DTYPE, ATTENTION, COMPILE.
+text has them. The model comes from the artifact; the environment sets the knobs of EvalConfig and
+DATA_PATH, TOKENIZER_PATH, VAL_MAX_TOKENS (a PARTIAL score), MICRO_BATCH_TOKENS, DTYPE, ATTENTION,
+COMPILE.
 The audit is in float32, with plain attention and not compiled: what has to be equal then is, to
 the bit. All of it goes to the end of the training's log.
 """
@@ -29,9 +29,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-import torch
-from torch import Tensor
+try:
+    import numpy as np
+    import torch
+    from torch import Tensor
+except (ImportError, OSError) as error:  # OSError: a shared library of theirs does not load
+    sys.exit(f"{error}: pip install -r requirements.txt")
 
 import train_gpt
 from train_gpt import GPT, Dist, Scorer, ValData, Windowing, choice, knob, load_artifact, require

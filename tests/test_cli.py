@@ -534,10 +534,11 @@ def test_unusable_data_and_kernels_are_refused_before_training(
     refused(cli_env(dataset, **changes), tmp_path, said)
 
 
-@pytest.mark.parametrize("package", ["numpy", "sentencepiece", "torch"])
-def test_a_package_that_is_missing_is_named_in_one_line(package, tmp_path):
+@pytest.mark.parametrize("script", [train_gpt, eval_sliding], ids=lambda s: s.__name__)
+@pytest.mark.parametrize("package", ["sentencepiece", "torch"])
+def test_a_package_that_is_missing_is_named_in_one_line(script, package, tmp_path):
     (tmp_path / f"{package}.py").write_text("raise ImportError('not here')")
-    command = [sys.executable, train_gpt.__file__]
+    command = [sys.executable, script.__file__]
     env = full_environment({"PYTHONPATH": str(tmp_path)})
     result = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode != 0
