@@ -889,6 +889,11 @@ def test_compiler_sees_one_graph_whatever_the_token_values_are(mode):
         loss.backward()
         torch.testing.assert_close(loss, model(ids, ids), rtol=1e-5, atol=0)
         assert counter.frame_count == 1
+    with train_gpt.rounded(hp.override(matrix_bits=2, expert_bits=2), model):
+        at_rounded = forward(ids, ids)
+        torch.testing.assert_close(at_rounded, model(ids, ids), rtol=1e-5, atol=0)
+    assert (at_rounded - loss).abs() > 1e-3  # no constant that was folded in
+    assert counter.frame_count == 1
     forward(ids, ids, looped=False)
     assert counter.frame_count == 2  # another argument is another graph, so the count does count
     for positions in (SCORED, (SCORED + 5) % 16, torch.zeros_like(SCORED)):
