@@ -51,7 +51,7 @@ def results_table(rows: list[tuple[str, Path]], readme: Path, nearest: bool = Fa
 
 def test_the_results_in_the_main_readme_are_those_of_the_study():
     lines = read(STUDIES / "2026-11-26_EqualSeconds" / "README.md").splitlines()
-    for cell in ("dense", "routed_32_16"):
+    for cell in ("dense", "routed_32_16", "routed_32_8"):
         row = next(line for line in lines if line.startswith(f"| {cell} |"))
         assert f"\n{row}\n" in read(ROOT / "README.md")
 
@@ -147,7 +147,7 @@ LIMITS = {  # lines as the formatter writes them; what is new has to find its ro
     "records/README.md": 90,
     "records/*.py records/*.sh": 2813,
     "data/*.py": 1207,
-    "tests/*.py": 11_245,
+    "tests/*.py": 11_250,
 }
 
 
