@@ -49,7 +49,7 @@ TRACKS = ("10min_16mb", "non_record_16mb")
 TEMPLATE = Path(__file__).with_name("record_readme.md")  # of README.md; knobs by their own names
 PAYLOAD = b"PAYLOAD"
 LOADER = Path(__file__).with_name("record_loader.txt")  # of the packed source
-SCORES = {"sliding": "Sliding", "ttt": "Post-TTT", "roundtrip": "Post-quant"}  # by kind
+SCORES = {"sliding": "Sliding", "ttt": "Post-TTT", "ngram": "Post-ngram"}  # by kind
 # Settings of a place or of a seed, which do not repeat a run elsewhere.
 NOT_REPEATED = {"run_id", "seed", "data_path", "tokenizer_path", "checkpoint_every", "resume"}
 

@@ -28,6 +28,7 @@ KINDS = {  # of scores: name and marker
     "roundtrip": ("quantized", "s"),
     "sliding": ("sliding", "v"),
     "ttt": ("TTT", "*"),
+    "ngram": ("n-grams", "P"),
 }
 FEW = 3  # points of a curve; with fewer in its last two thirds, all of it is shown
 DPI = 150

@@ -28,6 +28,7 @@ SCORES = rf"(val|PARTIAL)_loss:\s*{NUMBER} +\w+_bpb:\s*{NUMBER}"
 FINAL = re.compile(rf"^{LABEL} {SCORES}(.*)$", re.M)
 KINDS = {  # of final scores, by their labels
     "float": r"pre-quantization|post_ema",
+    "ngram": "ngram",
     "ttt": "ttt",
     "sliding": "sliding",
     "roundtrip": "roundtrip|quantized",
@@ -64,7 +65,7 @@ class Final(NamedTuple):
     """A score of the finished model."""
 
     label: str
-    kind: str  # float, roundtrip, sliding or ttt
+    kind: str  # float, roundtrip, sliding, ttt or ngram
     loss: float  # nats per token
     bpb: float  # bits per byte
     seconds: float | None
@@ -266,10 +267,14 @@ class RunLog:
             rows = [self.final(kind) for kind in ("ttt", "sliding", "roundtrip")]
             rows = [row for row in rows if row is not None and math.isfinite(row.bpb)]
             return min(rows, key=lambda row: (row.partial, row.bpb), default=None)
-        row = self.final("sliding" if own.get("ttt", "off") == "off" else "ttt")
+        kind = "sliding" if own.get("ttt", "off") == "off" else "ttt"
+        mixed = own.get("ngram")
+        exact = mixed or own
+        row = self.final("ngram" if mixed else kind)
         if row is None:
             return None
-        return row._replace(loss=own["val_loss"], bpb=row.bpb if own["partial"] else own["val_bpb"])
+        bpb = row.bpb if own["partial"] else exact["val_bpb"]
+        return row._replace(loss=exact["val_loss"], bpb=bpb)
 
     @property
     def nats_per_bpb(self) -> float | None:
@@ -343,6 +348,8 @@ def summary(run: RunLog) -> str:
     scored = f"stride {slide['stride']}, {slide['target_tokens']:,} targets"
     if slide.get("ttt", "off") != "off":
         scored += ", test-time training"
+    if slide.get("ngram"):
+        scored += f"; {run.score.bpb:.4f} with a memory of n-grams"
     total = f"{train['bytes_total']:,} of {MAX_SUBMISSION_BYTES:,} bytes"
     trained = f"{train['train_seconds']:.1f} s in {train['steps']:,} steps"
     return f"""

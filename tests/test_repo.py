@@ -145,9 +145,9 @@ LIMITS = {  # lines as the formatter writes them; what is new has to find its ro
     "eval_sliding.py": 864,
     "README.md": 170,
     "records/README.md": 90,
-    "records/*.py records/*.sh": 2813,
+    "records/*.py records/*.sh": 2821,
     "data/*.py": 1207,
-    "tests/*.py": 11_250,
+    "tests/*.py": 11_255,
 }
 
 

@@ -1,5 +1,6 @@
 """What records/runlog.py reads in the logs of three dialects.   pytest tests/test_runlog.py"""
 
+import json
 import math
 import re
 
@@ -120,6 +121,11 @@ def test_our_own_score_is_that_of_the_last_evaluation(read):
     assert [run.final(kind).loss for kind in ("float", "roundtrip", "sliding")] == [3.1, 3.2, 3.15]
     tuned = read(ours(ttt="sgd"))
     assert (tuned.score.kind, tuned.score.loss, tuned.evaluation["ttt"]) == ("ttt", 3.15, "sgd")
+    mixed = {"val_loss": 3.1, "val_bpb": 3.1 / NATS}
+    text = ours().replace('"ttt": "off"}', f'"ttt": "off", "ngram": {json.dumps(mixed)}}}')
+    remembered = read(text.replace("total_eval", f"final_ngram_exact {scores(3.1)}\ntotal_eval"))
+    assert (remembered.score.kind, remembered.score.bpb) == ("ngram", 3.1 / NATS)
+    assert remembered.final("sliding").loss == 3.15
     unscored = read(ours().partition("sliding evaluation of")[0])
     assert (unscored.score.kind, unscored.score.loss) == ("roundtrip", 3.2)
 
