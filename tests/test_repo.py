@@ -121,7 +121,10 @@ def test_the_table_of_an_ablation_is_what_its_logs_give(study, folder):
     assert [(cell, delta) for cell, delta in quoted if deltas.get(cell, delta) != delta] == []
 
 
-@pytest.mark.parametrize("path", STUDIES.rglob("codec_table.txt"), ids=lambda p: p.parent.name)
+CODEC_TABLES = sorted(STUDIES.rglob("codec_table.txt"))
+
+
+@pytest.mark.parametrize("path", CODEC_TABLES, ids=lambda p: p.parent.name)
 def test_a_codec_table_in_a_readme_is_what_the_tool_printed(path):
     assert read(path).strip() in read(path.parent / "README.md")
 
