@@ -295,9 +295,9 @@ NGRAM_SECONDS = 2.2e-6  # that a target takes on 2 cores, of 40 million
 # The rest was chosen on training documents.
 NGRAM_ORDER = 8  # tokens of the longest context
 NGRAM_LOCAL_ORDER = 2  # of the longest one that is also counted in the target's document alone
-NGRAM_SEEN = torch.tensor([1, 2, 3, 5, 9, 20, 50, 200])  # edges of buckets of Counts.seen
+NGRAM_SEEN = torch.tensor([1, 2, 3, 5, 9, 20, 50, 200]).int()  # edges of buckets of Counts.seen
 NGRAM_REPEATS = torch.tensor([1.01, 1.3, 1.7, 2.2, 3.0, 5.0, 10.0])  # of seen / distinct
-NGRAM_AGE = torch.tensor([128, 1024])  # of age
+NGRAM_AGE = torch.tensor([128, 1024]).int()  # of age
 NGRAM_BUCKETS = 9 * 8 * 3
 NGRAM_PRIOR = 0.1  # weight of the counts in a bucket of no targets, as if
 NGRAM_PRIOR_TARGETS = 4.0  # so many had been in it
@@ -335,15 +335,18 @@ def count(
     Places with equal `keys` are runs, in which targets ascend. Sorted by `by_pair`, those with
     equal `pair_keys` are. A place's past is what its run has in earlier chunks of `delay` targets.
     """
-    pair_targets = targets.index_select(0, by_pair)
     begin = starts_of_runs(*keys)
-    end = starts_of_runs(*keys, targets // delay)
     pair_begin = starts_of_runs(*pair_keys)
-    pair_end = starts_of_runs(*pair_keys, pair_targets // delay)
+    places = torch.arange(len(targets), dtype=torch.int32)
+    end = places
+    pair_end = places
+    if delay > 1:
+        end = starts_of_runs(*keys, targets // delay)
+        pair_end = starts_of_runs(*pair_keys, targets.index_select(0, by_pair) // delay)
     hits = torch.empty_like(begin).scatter_(0, by_pair, pair_end - pair_begin)
 
-    is_first = pair_begin == torch.arange(len(begin))
-    first_times = torch.empty_like(begin).scatter_(0, by_pair, is_first.int())
+    first_times = (pair_begin == places).int()
+    first_times = torch.empty_like(begin).scatter_(0, by_pair, first_times)
     before = first_times.cumsum(0, dtype=torch.int32) - first_times
     distinct = before.index_select(0, end) - before.index_select(0, begin)
     age = targets - targets.index_select(0, (end - 1).clamp(min=0))
