@@ -289,8 +289,8 @@ def self_check(scorer: Scorer, model: GPT, count: int, log: Callable) -> None:
 
 # ---- Memory of scored text -----------------------------------------------------------------------
 
-NGRAM_BYTES = 220  # of memory that a target takes at most
-NGRAM_SECONDS = 2.2e-6  # that a target takes on 2 cores, of 40 million
+NGRAM_BYTES = 220  # of memory to have for a target; of millions, one takes 130 to 160
+NGRAM_SECONDS = 2.2e-6  # to have for a target; of 40 million, one takes 1.3e-6 on 2 cores
 
 # The rest was chosen on training documents.
 NGRAM_ORDER = 8  # tokens of the longest context
@@ -479,7 +479,7 @@ def plan_ngram(config: EvalConfig, num_targets: int, log: Callable) -> float:
     if meminfo.exists():
         free = 1024 * int(re.search(r"MemAvailable: *(\d+)", meminfo.read_text())[1])
         require(needed <= free, f"NGRAM=on takes {takes}, and {free / 1e9:.1f} GB are free")
-    log(f"ngram: at most {takes}, about {seconds:.0f}s")
+    log(f"ngram: up to {takes} and {seconds:.0f}s")
     return seconds
 
 
