@@ -292,15 +292,15 @@ def self_check(scorer: Scorer, model: GPT, count: int, log: Callable) -> None:
 
 # ---- Memory of scored text -----------------------------------------------------------------------
 
-NGRAM_BYTES = 220  # of memory that a target takes at most
-NGRAM_SECONDS = 2.2e-6  # that a target takes on 2 cores, of 40 million
+NGRAM_BYTES = 220  # of memory to have for a target; of millions, one takes 130 to 160
+NGRAM_SECONDS = 2.2e-6  # to have for a target; of 40 million, one takes 1.3e-6 on 2 cores
 
 # The rest was chosen on training documents.
 NGRAM_ORDER = 8  # tokens of the longest context
 NGRAM_LOCAL_ORDER = 2  # of the longest one that is also counted in the target's document alone
-NGRAM_SEEN = torch.tensor([1, 2, 3, 5, 9, 20, 50, 200])  # edges of buckets of Counts.seen
+NGRAM_SEEN = torch.tensor([1, 2, 3, 5, 9, 20, 50, 200]).int()  # edges of buckets of Counts.seen
 NGRAM_REPEATS = torch.tensor([1.01, 1.3, 1.7, 2.2, 3.0, 5.0, 10.0])  # of seen / distinct
-NGRAM_AGE = torch.tensor([128, 1024])  # of age
+NGRAM_AGE = torch.tensor([128, 1024]).int()  # of age
 NGRAM_BUCKETS = 9 * 8 * 3
 NGRAM_PRIOR = 0.1  # weight of the counts in a bucket of no targets, as if
 NGRAM_PRIOR_TARGETS = 4.0  # so many had been in it
@@ -327,7 +327,8 @@ def starts_of_runs(*keys: Tensor) -> Tensor:
     for key in keys:
         is_new[1:] |= key[1:] != key[:-1]
     starts *= is_new
-    return torch.from_numpy(np.maximum.accumulate(starts.numpy()))
+    np.maximum.accumulate(starts.numpy(), out=starts.numpy())
+    return starts
 
 
 def count(
@@ -338,19 +339,22 @@ def count(
     Places with equal `keys` are runs, in which targets ascend. Sorted by `by_pair`, those with
     equal `pair_keys` are. A place's past is what its run has in earlier chunks of `delay` targets.
     """
-    pair_targets = targets.index_select(0, by_pair)
     begin = starts_of_runs(*keys)
-    end = starts_of_runs(*keys, targets // delay)
     pair_begin = starts_of_runs(*pair_keys)
-    pair_end = starts_of_runs(*pair_keys, pair_targets // delay)
+    places = torch.arange(len(targets), dtype=torch.int32)
+    end = places
+    pair_end = places
+    if delay > 1:
+        end = starts_of_runs(*keys, targets // delay)
+        pair_end = starts_of_runs(*pair_keys, targets.index_select(0, by_pair) // delay)
     hits = torch.empty_like(begin).scatter_(0, by_pair, pair_end - pair_begin)
 
-    is_first = pair_begin == torch.arange(len(begin))
-    first_times = torch.empty_like(begin).scatter_(0, by_pair, is_first.int())
-    before = first_times.cumsum(0, dtype=torch.int32) - first_times
+    first_times = (pair_begin == places).int()
+    first_times = torch.empty_like(begin).scatter_(0, by_pair, first_times)
+    before = first_times.cumsum(0, dtype=torch.int32).sub_(first_times)
     distinct = before.index_select(0, end) - before.index_select(0, begin)
-    age = targets - targets.index_select(0, (end - 1).clamp(min=0))
-    return end - begin, hits, distinct, age.int()
+    last = targets.index_select(0, (end - 1).clamp_(min=0))
+    return end - begin, hits, distinct, last.sub_(targets).neg_().int()
 
 
 def count_contexts(tokens: Tensor, delay: int = 1) -> Iterator[Counts]:
@@ -365,7 +369,7 @@ def count_contexts(tokens: Tensor, delay: int = 1) -> Iterator[Counts]:
     targets = torch.arange(len(tokens) - 1)  # by context, then in the order of the text
     context = torch.zeros(len(targets), dtype=torch.int32)
     for order in range(NGRAM_ORDER + 1):
-        pair = context.long() * vocab_size + tokens.index_select(0, targets + 1)
+        pair = context.long().mul_(vocab_size).add_(tokens.index_select(0, targets + 1))
         pair, by_pair = pair.sort(stable=True)
         pair_targets = targets.index_select(0, by_pair)
         if order <= NGRAM_LOCAL_ORDER:
@@ -376,15 +380,16 @@ def count_contexts(tokens: Tensor, delay: int = 1) -> Iterator[Counts]:
             yield Counts(order, False, targets, *count(targets, by_pair, [context], [pair], delay))
 
         # Contexts that the text has but once have no past, and none that contain them has.
-        starts = starts_of_runs(pair)
-        is_again = starts != torch.arange(len(starts))
-        is_again[:-1] |= is_again[1:].clone()
-        is_again &= pair_targets + 2 < len(tokens)
+        goes_on = pair[1:] == pair[:-1]
+        is_again = torch.zeros(len(pair), dtype=torch.bool)
+        is_again[1:] |= goes_on
+        is_again[:-1] |= goes_on
+        is_again &= pair_targets < len(tokens) - 2
         again = is_again.nonzero()[:, 0]
         if len(again) == 0:
             break
-        context = starts.index_select(0, again)
-        targets = pair_targets.index_select(0, again) + 1
+        context = starts_of_runs(pair).index_select(0, again)
+        targets = pair_targets.index_select(0, again).add_(1)
 
 
 def chunk_sizes(num_targets: int, delay: int) -> list[int]:
@@ -398,22 +403,32 @@ def chunk_sizes(num_targets: int, delay: int) -> list[int]:
     return sizes
 
 
+def weigh(counts: Counts, num_targets: int) -> tuple[Tensor, Tensor]:
+    """Return the bucket of every target, uint8, and the share of its token, (num_targets,) each.
+
+    The bucket is known before the target. Bucket 0 is that of contexts not seen before.
+    """
+    buckets = torch.zeros(num_targets, dtype=torch.uint8)
+    shares = torch.zeros(num_targets, dtype=torch.float64)
+    columns = (counts.targets, counts.seen, counts.hits, counts.distinct, counts.age)
+    # Fresh memory costs more time than arithmetic; parts fit into the caches.
+    for targets, seen, hits, distinct, age in zip(*(c.split(65_536) for c in columns), strict=True):
+        often = torch.bucketize(seen, NGRAM_SEEN, right=True)
+        repeats = torch.bucketize(seen / distinct.clamp(min=1), NGRAM_REPEATS, right=True)
+        recent = torch.bucketize(age, NGRAM_AGE, right=True)
+        bucket = ((often * 8 + repeats) * 3 + recent) * (seen > 0)
+        buckets.scatter_(0, targets, bucket.byte())
+        shares.scatter_(0, targets, hits.double() / seen.clamp(min=1))
+    return buckets, shares
+
+
 def mix_in(probs: Tensor, counts: Counts, delay: int) -> None:
     """Make `probs` p (targets,) into (1 - w) p + w hits / seen, in place: distributions all.
 
-    The weight w is that of the target's bucket, known before the target. It is the mean of the
-    counts' posterior probability over the bucket's targets up to the chunk before: online EM.
+    The weight w is that of the target's bucket. It is the mean of the counts' posterior
+    probability over the bucket's targets up to the chunk before: online EM.
     """
-    seen = torch.bucketize(counts.seen, NGRAM_SEEN, right=True, out_int32=True)
-    repeats = counts.seen / counts.distinct.clamp(min=1)
-    repeats = torch.bucketize(repeats, NGRAM_REPEATS, right=True, out_int32=True)
-    age = torch.bucketize(counts.age, NGRAM_AGE, right=True, out_int32=True)
-    bucket = ((seen * 8 + repeats) * 3 + age) * (seen > 0)
-    buckets = torch.zeros(len(probs), dtype=torch.uint8)
-    buckets.scatter_(0, counts.targets, bucket.byte())
-    share = counts.hits.double() / counts.seen.clamp(min=1)
-    shares = torch.zeros_like(probs).scatter_(0, counts.targets, share)
-
+    buckets, shares = weigh(counts, len(probs))
     total = torch.full((NGRAM_BUCKETS,), NGRAM_PRIOR_TARGETS, dtype=torch.float64)
     explained = NGRAM_PRIOR * total
     explained[0] = 0.0  # the context is new
@@ -467,7 +482,7 @@ def plan_ngram(config: EvalConfig, num_targets: int, log: Callable) -> float:
     if meminfo.exists():
         free = 1024 * int(re.search(r"MemAvailable: *(\d+)", meminfo.read_text())[1])
         require(needed <= free, f"NGRAM=on takes {takes}, and {free / 1e9:.1f} GB are free")
-    log(f"ngram: at most {takes}, about {seconds:.0f}s")
+    log(f"ngram: up to {takes} and {seconds:.0f}s")
     return seconds
 
 

@@ -2,6 +2,7 @@
 
 import math
 import re
+import statistics
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,14 +11,24 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers_cli import assert_refused, eval_env, run_command, run_in_process, train, write_dataset
+from helpers_cli import (
+    ROOT,
+    assert_refused,
+    eval_env,
+    run_command,
+    run_in_process,
+    train,
+    write_dataset,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from runlog import RunLog
 
 import eval_sliding
 from eval_sliding import NGRAM_LOCAL_ORDER, NGRAM_ORDER, count_contexts, mix
 from train_gpt import BOS_ID, ValData
 
+STUDY = ROOT / "records" / "track_non_record_16mb" / "2026-11-26_NGram"
 EXPERTS = [
     (order, is_local)
     for order in range(NGRAM_ORDER + 1)
@@ -361,3 +372,30 @@ def test_two_processes_report_the_mixture_of_one(score, dataset, tmp_path):
     assert both.code == 0, both.err
     both = both.summary["ngram"]
     assert (both["val_bpb"], both["val_loss"]) == (alone["val_bpb"], alone["val_loss"])
+
+
+# ---- The study
+
+
+def test_the_tables_of_the_study_are_those_of_its_logs():
+    text = (STUDY / "README.md").read_text()
+    for kind, title in (
+        ("small", "sliding, window 128"),
+        ("small_256", "sliding, window 256"),
+        ("small_ttt", "TTT, window 128"),
+    ):
+        logs = [RunLog.read(STUDY / f"{kind}_seed{seed}.txt") for seed in (1, 2, 3)]
+        scores = [log.json_events["eval_summary"] for log in logs]
+        off = [score["val_bpb"] for score in scores]
+        on = [score["ngram"]["val_bpb"] for score in scores]
+        gains = [a - b for a, b in zip(off, on, strict=True)]
+        seeds = [" ".join(f"{bpb:.4f}" for bpb in values) for values in (off, on)]
+        means = [f"{statistics.mean(values):.4f}" for values in (off, on, gains)]
+        cells = [title, *seeds, *means, f"{statistics.stdev(gains):.4f}"]
+        assert f"| {' | '.join(cells)} |" in text
+
+    printed = (STUDY / "tables.txt").read_text().splitlines()
+    assert [line for line in printed if line.startswith("|") and line not in text] == []
+    audits = [RunLog.read(STUDY / f"audit_{ttt}.txt").audit for ttt in ("off", "sgd")]
+    assert audits[1] in text
+    assert all(audit.count("| pass |") == 11 and "FAIL" not in audit for audit in audits)
