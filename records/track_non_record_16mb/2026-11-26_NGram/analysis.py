@@ -1,69 +1,145 @@
-"""analysis.py NAME LOSSES.pt...: what n-gram mixing gains, by seed; LOSSES has nll, tokens, bytes.
+"""Print what n-gram mixing gains, by seed, setting and document.   analysis.py NAME LOSSES.pt ...
 
-nll (targets,) are eval_sliding.py's losses of the validation split, in nats.
+LOSSES holds the tokens of the validation split, the bytes of every target, and as nll the losses
+in nats that eval_sliding.py gave it, (targets,).
 """
-import math, statistics, sys
+
+import math
+import statistics
+import sys
+from typing import NamedTuple
 from unittest import mock
+
 import torch
+
 import eval_sliding
-from eval_sliding import bits_per_byte, count_contexts, mix
-
-name, *paths = sys.argv[1:]
-runs = [torch.load(path) for path in paths]
+from eval_sliding import bits_per_byte, documents_of, mix
 
 
-def bpb(run, delay=1, **constants):
-    with mock.patch.multiple(eval_sliding, **{"NGRAM_ORDER": eval_sliding.NGRAM_ORDER, **constants}):
+class Document(NamedTuple):
+    start: int  # first target
+    tokens: int
+    bytes: int
+    off: float  # bits per byte
+    on: float
+
+
+KINDS = {  # of documents: what they are told apart by, its edges, and names between these
+    "tokens": (
+        lambda document, targets: document.tokens,
+        (500, 1500, 5000),
+        ("below 500", "500 to 1,500", "1,500 to 5,000", "5,000 and more"),
+    ),
+    "place in the split": (
+        lambda document, targets: document.start / targets,
+        (0.05, 0.25, 0.5, 0.75),
+        ("first 5 %", "5 to 25 %", "25 to 50 %", "50 to 75 %", "last quarter"),
+    ),
+    "val_bpb off": (
+        lambda document, targets: document.off,
+        (2.2, 2.5, 2.8),
+        ("below 2.2", "2.2 to 2.5", "2.5 to 2.8", "2.8 and more"),
+    ),
+}
+
+
+def mixed_bpb(run: dict, delay: int = 1, **constants: int) -> float:
+    """Return bits per byte with other constants of eval_sliding.py."""
+    with mock.patch.multiple(eval_sliding, **{"NGRAM_ORDER": 8, **constants}):
         losses, _ = mix(run["nll"], run["tokens"], delay)
     return bits_per_byte(losses, run["bytes"])
 
 
-def row(title, values, base):
-    gains = [b - v for b, v in zip(base, values)]
-    each = " ".join(f"{v:.4f}" for v in values)
-    print(f"| {title} | {each} | {statistics.mean(values):.4f} | {statistics.mean(gains):.4f} | {statistics.stdev(gains) if len(gains) > 1 else 0:.4f} |", flush=True)
+def print_row(title: str, values: list[float], off: list[float]) -> None:
+    gains = [before - after for before, after in zip(off, values, strict=True)]
+    spread = statistics.stdev(gains) if len(gains) > 1 else 0.0
+    each = " ".join(f"{value:.4f}" for value in values)
+    means = f"{statistics.mean(values):.4f} | {statistics.mean(gains):.4f} | {spread:.4f}"
+    print(f"| {title} | {each} | {means} |", flush=True)
 
 
-print(f"## {name}: {len(runs)} seeds, {len(runs[0]['nll'])} targets, {int(runs[0]['bytes'].sum())} bytes")
-print("| | val_bpb of each seed | mean | gain | std of gain |\n|---|---|---|---|---|")
-off = [bits_per_byte(r["nll"], r["bytes"]) for r in runs]
-row("off", off, off)
-row("on", [bpb(r) for r in runs], off)
-uniform = [dict(r, nll=torch.full_like(r["nll"], math.log(1024))) for r in runs[:1]]
-print(f"| on, of a model that gives all tokens the same | {bpb(uniform[0]):.4f} | | | |")
-for order in (0, 1, 2, 3, 4, 6, 12):
-    row(f"contexts of {order} tokens at most", [bpb(r, NGRAM_ORDER=order) for r in runs], off)
-row("nothing by document", [bpb(r, NGRAM_LOCAL_ORDER=-1) for r in runs], off)
-row("all orders by document too", [bpb(r, NGRAM_LOCAL_ORDER=8) for r in runs], off)
-for delay in (64, 8192, 32768):
-    row(f"counts {delay} targets late", [bpb(r, delay) for r in runs], off)
+def print_settings(runs: list[dict]) -> None:
+    print("| | val_bpb of each seed | mean | gain | std of gain |\n|---|---|---|---|---|")
+    off = [bits_per_byte(run["nll"], run["bytes"]) for run in runs]
+    print_row("off", off, off)
+    print_row("on", [mixed_bpb(run) for run in runs], off)
+    uniform = {**runs[0], "nll": torch.full_like(runs[0]["nll"], math.log(1024))}
+    title = "on, of a model that gives all tokens the same"
+    print(f"| {title} | {mixed_bpb(uniform):.4f} | | | |")
 
-print("\n## By document\n| seed | documents | median gain | 10 % gain less than | share that lose | largest loss | of its bytes | without the longest: off | on |\n|---|---|---|---|---|---|---|---|---|")
-groups = {}
-for seed, r in enumerate(runs, 1):
-    mixed, _ = mix(r["nll"], r["tokens"])
-    bos = (r["tokens"][:-1] == 1).nonzero()[:, 0].tolist()
-    ends = bos[1:] + [len(mixed)]
-    docs = []
-    for a, b in zip(bos, ends):
-        size = int(r["bytes"][a:b].sum())
-        before = bits_per_byte(r["nll"][a:b], r["bytes"][a:b]); after = bits_per_byte(mixed[a:b], r["bytes"][a:b])
-        docs.append((before - after, size, before, after, b - a, a))
-    gains = sorted(d[0] for d in docs)
-    worst = min(docs)
-    longest = max(docs, key=lambda d: d[4])
-    rest = torch.ones(len(mixed), dtype=torch.bool); rest[longest[5]:longest[5] + longest[4]] = False
-    lose = sum(g < 0 for g in gains)
-    print(f"| {seed} | {len(docs)} | {statistics.median(gains):.4f} | {gains[len(gains) // 10]:.4f} | {lose} of {len(docs)} | {max(-worst[0], 0):.4f} | {worst[1]} | {bits_per_byte(r['nll'][rest], r['bytes'][rest]):.4f} | {bits_per_byte(mixed[rest], r['bytes'][rest]):.4f} |")
-    def group(kind, key, edges, names):
-        for d in docs:
-            groups.setdefault((kind, names[sum(key(d) >= e for e in edges)]), [[] for _ in runs])[seed - 1].append(d)
-    group("tokens", lambda d: d[4], (500, 1500, 5000), ("below 500", "500 to 1,500", "1,500 to 5,000", "5,000 and more"))
-    group("place in the split", lambda d: d[5] / len(mixed), (.05, .25, .5, .75), ("first 5 %", "5 to 25 %", "25 to 50 %", "50 to 75 %", "last quarter"))
-    group("val_bpb off", lambda d: d[2], (2.2, 2.5, 2.8), ("below 2.2", "2.2 to 2.5", "2.5 to 2.8", "2.8 and more"))
-print("\n| documents by | | documents (seed 1) | off | on | gain | lose (seed 1) |\n|---|---|---|---|---|---|---|")
-for (kind, value), seeds in groups.items():
-    def total(docs, i): return sum(d[i] * d[1] for d in docs) / sum(d[1] for d in docs)
-    seeds = [s for s in seeds if s]
-    a = statistics.mean(total(s, 2) for s in seeds); b = statistics.mean(total(s, 3) for s in seeds)
-    print(f"| {kind} | {value} | {len(seeds[0])} | {a:.4f} | {b:.4f} | {a - b:.4f} | {sum(d[0] < 0 for d in seeds[0])} |")
+    for order in (0, 1, 2, 3, 4, 6, 12):
+        values = [mixed_bpb(run, NGRAM_ORDER=order) for run in runs]
+        print_row(f"contexts of {order} tokens at most", values, off)
+    values = [mixed_bpb(run, NGRAM_LOCAL_ORDER=-1) for run in runs]
+    print_row("nothing by document", values, off)
+    values = [mixed_bpb(run, NGRAM_LOCAL_ORDER=8) for run in runs]
+    print_row("all orders by document too", values, off)
+    for delay in (64, 8192, 32768):
+        values = [mixed_bpb(run, delay) for run in runs]
+        print_row(f"counts {delay} targets late", values, off)
+
+
+def score_documents(run: dict) -> list[Document]:
+    mixed, _ = mix(run["nll"], run["tokens"])
+    documents = []
+    start = 0
+    for tokens in documents_of(run["tokens"][:-1]):
+        part = slice(start, start + len(tokens))
+        sizes = run["bytes"][part]
+        off = bits_per_byte(run["nll"][part], sizes)
+        on = bits_per_byte(mixed[part], sizes)
+        documents.append(Document(start, len(tokens), int(sizes.sum()), off, on))
+        start += len(tokens)
+    return documents
+
+
+def mean_bpb(documents: list[Document], name: str) -> float:
+    bits = sum(getattr(document, name) * document.bytes for document in documents)
+    return bits / sum(document.bytes for document in documents)
+
+
+def print_seed(seed: int, documents: list[Document]) -> None:
+    gains = sorted(document.off - document.on for document in documents)
+    loses = sum(gain < 0 for gain in gains)
+    worst = min(documents, key=lambda document: document.off - document.on)
+    longest = max(documents, key=lambda document: document.tokens)
+    rest = [document for document in documents if document is not longest]
+    cells = [seed, len(documents), f"{statistics.median(gains):.4f}"]
+    cells += [f"{gains[len(gains) // 10]:.4f}", f"{loses} of {len(documents)}"]
+    cells += [f"{max(worst.on - worst.off, 0):.4f}", worst.bytes]
+    cells += [f"{mean_bpb(rest, 'off'):.4f}", f"{mean_bpb(rest, 'on'):.4f}"]
+    print(f"| {' | '.join(map(str, cells))} |")
+
+
+def print_groups(seeds: list[list[Document]], targets: int) -> None:
+    head = "| documents by | | documents (seed 1) | off | on | gain | lose (seed 1) |"
+    print(f"\n{head}\n|---|---|---|---|---|---|---|")
+    for kind, (key, edges, names) in KINDS.items():
+        for place, name in enumerate(names):
+            groups = []
+            for documents in seeds:
+                groups.append([])
+                for document in documents:
+                    if sum(key(document, targets) >= edge for edge in edges) == place:
+                        groups[-1].append(document)
+            groups = [group for group in groups if group]
+            off = statistics.mean(mean_bpb(group, "off") for group in groups)
+            on = statistics.mean(mean_bpb(group, "on") for group in groups)
+            loses = sum(document.on > document.off for document in groups[0])
+            means = f"{off:.4f} | {on:.4f} | {off - on:.4f}"
+            print(f"| {kind} | {name} | {len(groups[0])} | {means} | {loses} |")
+
+
+name, *paths = sys.argv[1:]
+runs = [torch.load(path) for path in paths]
+targets = len(runs[0]["nll"])
+total_bytes = int(runs[0]["bytes"].sum())
+print(f"## {name}: {len(runs)} seeds, {targets} targets, {total_bytes} bytes")
+print_settings(runs)
+head = "| seed | documents | median gain | 10 % gain less than | share that lose | largest loss "
+head += "| of its bytes | without the longest: off | on |"
+print(f"\n## By document\n{head}\n|---|---|---|---|---|---|---|---|---|")
+seeds = [score_documents(run) for run in runs]
+for seed, documents in enumerate(seeds, 1):
+    print_seed(seed, documents)
+print_groups(seeds, targets)
