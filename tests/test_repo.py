@@ -111,6 +111,8 @@ def test_the_gain_of_the_n_gram_memory_in_the_readmes_is_that_of_its_logs():
         ("2026-11-23_RoutingStudy", "."),
         ("2026-11-26_EqualSeconds", "."),
         ("2026-11-26_EqualSeconds", "pilot"),
+        ("2026-11-26_LosslessCase", "sp1024"),
+        ("2026-11-26_LosslessCase", "sp8192"),
     ],
 )
 def test_the_table_of_an_ablation_is_what_its_logs_give(study, folder):
@@ -122,7 +124,8 @@ def test_the_table_of_an_ablation_is_what_its_logs_give(study, folder):
         logs = ablate.files_of(study, ablate.Cell(name, "", "off", {}))
         knobs = [ablate.events_of(log)["ablation"]["knobs"] for log in logs.values()]
         solved = "off" if name == next(iter(lines)) else own.get("SOLVE", "SHARED_DIM")
-        asked = {k: v for k, v in (base | own).items() if k not in ("SCRIPT", "SOLVE", solved)}
+        others = ("SCRIPT", "SOLVE", "DATA_PATH", "TOKENIZER_PATH", solved)
+        asked = {k: v for k, v in (base | own).items() if k not in others}
         assert knobs, name
         assert all(asked.items() <= seed.items() for seed in knobs), name
         cells.append(ablate.Cell(name, "", solved, knobs[0]))
@@ -164,7 +167,7 @@ LIMITS = {  # lines as the formatter writes them; what is new has to find its ro
     "records/README.md": 94,
     "records/*.py records/*.sh": 2821,
     "data/*.py": 1207,
-    "tests/*.py": 11_310,
+    "tests/*.py": 11_320,
 }
 
 
