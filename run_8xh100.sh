@@ -125,6 +125,7 @@ pick_data() {
     say "making the sample, as there is no data/datasets/fineweb10B_sp${VOCAB_SIZE:-8192}"
     "$PYTHON" data/make_sample.py
     export VOCAB_SIZE=1024 DATA_PATH=data/datasets/sample_sp1024
+    default TOKENIZER_PATH data/tokenizers/sample_1024_bpe.model
     echo "************************************************************************************************"
     echo "* NOT COMPARABLE with the leaderboard: trained and scored on the sample, package documentation *"
     echo "************************************************************************************************"
