@@ -513,8 +513,13 @@ def test_the_sample_is_made_once_and_the_same_in_another_place(package, tmp_path
     assert sorted(files) == [
         "datasets/sample_sp1024/fineweb_train_000000.bin",
         "datasets/sample_sp1024/fineweb_val_000000.bin",
+        "manifest.json",
         "tokenizers/sample_1024_bpe.model",
     ]
+    hp = train_gpt.Hyperparameters().override(
+        data_path=str(tmp_path / "out" / "datasets" / "sample_sp1024"), vocab_size=1024
+    )
+    assert train_gpt.load_tokenizer(hp)[0].vocab_size() == 1024  # it is found beside the shards
     assert " documents (" in capsys.readouterr().out
     make_sample.make_sample(tmp_path / "out", package)
     assert "nothing to do" in capsys.readouterr().out
