@@ -533,7 +533,8 @@ def check_bytes(folder: Path, tokenizer: sentencepiece.SentencePieceProcessor, n
         for number, (start, end) in enumerate(itertools.pairwise([*starts, len(tokens)]), 1):
             text = tokenizer.decode(tokens[start:end].tolist())
             text = lossless_case.decode(text) if transformed else text
-            true, counted = len(text.encode()), int(sizes[start:end].sum(dtype=np.int64))
+            true = len(text.encode())
+            counted = int(sizes[start:end].sum(dtype=np.int64))
             source = "its sidecar states" if transformed else "the tokenizer counts"
             what = f"{folder}: validation document {number:,} has {true:,} bytes of text"
             require(true == counted, f"{what}, {source} {counted:,}")
@@ -546,7 +547,7 @@ def check_bytes(folder: Path, tokenizer: sentencepiece.SentencePieceProcessor, n
 def verify(folder: Path, model_path: Path | None) -> None:
     """Check finished shards, of whatever tool, and print what there is. Raises ConfigError."""
     folder = folder.absolute()
-    output = folder.parent.parent
+    output = train_gpt.data_root(folder)
     path = output / "manifest.json"
     manifest = read_manifest(path)
     dataset = next((entry for entry in manifest["datasets"] if entry["name"] == folder.name), {})

@@ -38,7 +38,9 @@ def peak_bytes() -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-targets, threads, kind = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+targets = int(sys.argv[1])
+threads = int(sys.argv[2])
+kind = sys.argv[3]
 torch.set_num_threads(threads)
 if kind == "zipf":
     tokens = zipf_text(targets + 1, 8192)
