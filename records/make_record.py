@@ -358,8 +358,7 @@ def main() -> None:
     stated = f"made at commit {', '.join(sorted(commits))}: one that is clean repeats it"
     require(clean or args.allow_commit, f"{stated} (--allow-commit makes the folder all the same)")
     if baseline is not None:
-        same_text = baseline.same_text(runs[0])
-        require(same_text, f"{previous}: validated on another text")
+        require(baseline.same_text(runs[0]), f"{previous}: validated on another text")
 
     make(args, runs, baseline, script)
     print(headline(runs))

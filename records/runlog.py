@@ -268,9 +268,8 @@ class RunLog:
             rows = [row for row in rows if row is not None and math.isfinite(row.bpb)]
             return min(rows, key=lambda row: (row.partial, row.bpb), default=None)
         kind = "sliding" if own.get("ttt", "off") == "off" else "ttt"
-        mixed = own.get("ngram")
-        exact = mixed or own
-        row = self.final("ngram" if mixed else kind)
+        exact = own.get("ngram") or own
+        row = self.final(kind if exact is own else "ngram")
         if row is None:
             return None
         bpb = row.bpb if own["partial"] else exact["val_bpb"]
