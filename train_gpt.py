@@ -212,7 +212,7 @@ class Hyperparameters:
     target_bytes: int = knob(
         15_980_000, 0, MAX_SUBMISSION_BYTES - 1
     )  # code + model; 0 = k as given
-    gptq_batches: int = knob(64, 0, 1 << 20)  # micro-batches for Hessians; 0, or QAT = no GPTQ
+    gptq_batches: int = knob(64, 0, 1 << 20)  # micro-batches for Hessians; 0 = no GPTQ
 
     @classmethod
     def from_env(cls, environ: dict[str, str]) -> "Hyperparameters":
@@ -253,12 +253,20 @@ class Hyperparameters:
 
     @property
     def uses_qat(self) -> bool:
-        """Whether the training ends on rounded weights, which the artifact then holds."""
         return self.qat_from < 1
+
+    def trains_rounded(self, bits: int) -> bool:
+        """Tell whether tensors of so many bits end the training as the artifact will hold them.
+
+        From 5 bits on GPTQ does better after it, so that these wait for it unless it is off.
+        """
+        return self.uses_qat and (bits in CLIP_OF_FEW_LEVELS or self.gptq_batches == 0)
 
     @property
     def uses_gptq(self) -> bool:
-        return self.gptq_batches > 0 and not self.uses_qat
+        """Whether GPTQ rounds anything."""
+        bits = (self.matrix_bits, self.expert_bits, self.embed_bits)
+        return self.gptq_batches > 0 and not all(map(self.trains_rounded, bits))
 
     def loop_is_on(self, frac: float) -> bool:
         """Tell whether the depth recurrence runs at the fraction `frac` of the budget."""
@@ -1614,9 +1622,10 @@ UNIT_CODE = 192
 CODES_PER_OCTAVE = 8
 SCALES = torch.exp2((torch.arange(256, dtype=torch.float64) - UNIT_CODE) / CODES_PER_OCTAVE).float()
 COLUMN_CODES = (160, 216)  # factors on columns stay within 2^-4 to 2^3
-# With few levels larger weights are cut off. These k round a Gaussian with the least squared error
-# (Max, IRE Trans. Inf. Theory 6, 1960).
-CLIP_OF_FEW_LEVELS = {2: 1.224, 3: 1.954, 4: 2.468}  # by bits
+# With few levels larger weights are cut off. The k of 3 and 4 bits round a Gaussian with the least
+# squared error (Max, IRE Trans. Inf. Theory 6, 1960). A ternary scale is the mean of absolute
+# values: trained at it, a model loses less than at Max's 1.22 (study LowBitExperts).
+CLIP_OF_FEW_LEVELS = {2: 0.8, 3: 1.954, 4: 2.468}  # by bits
 GPTQ_DAMPING = 0.01  # added to the Hessian's diagonal, times its mean
 GPTQ_BLOCK = 128  # columns whose errors are moved together
 
@@ -1698,8 +1707,8 @@ def column_scale_codes(hessian: Tensor | None, weight: Tensor) -> Tensor:
     return codes.round().clamp(*COLUMN_CODES).to(torch.uint8)
 
 
-def round_to_nearest(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
-    limit = largest_symbol(bits)
+def round_to_nearest(weight: Tensor, scale: Tensor, limit: int) -> Tensor:
+    """Return the nearest symbols from -limit to limit, float32."""
     return (weight.float() / scale).round().clamp(-limit, limit)
 
 
@@ -1709,7 +1718,8 @@ def quantize_tensor(
     """Round to nearest, with a scale for every row and, given codes, a factor on every column."""
     balanced = weight if column_codes is None else weight / decode_scales(column_codes)
     row_codes = row_scale_codes(balanced, bits, clip)
-    symbols = round_to_nearest(weight, decode_scales(row_codes, column_codes), bits)
+    scale = decode_scales(row_codes, column_codes)
+    symbols = round_to_nearest(weight, scale, largest_symbol(bits))
     return QuantizedTensor(symbols.to(torch.int8), row_codes, column_codes)
 
 
@@ -1733,7 +1743,8 @@ def store_tensor(
     if precision:
         limit = SCALES[-1] * largest_symbol(precision[0])
     if rule == "embedding":
-        column_codes = column_scale_codes(hessian, weight)
+        of_training = hp.trains_rounded(precision[0])
+        column_codes = column_scale_codes(None if of_training else hessian, weight)
         limit = limit * decode_scales(column_codes)
     fits = bool((weight.float().abs() <= limit).all())
     require(fits, f"{name}: not finite or too large, nothing exported")
@@ -1741,7 +1752,9 @@ def store_tensor(
     if precision is None:
         return weight.half() if weight.is_floating_point() else weight
     bits, clip = precision
-    quantized = quantize_tensor(weight, bits, factor * clip, column_codes)
+    if not (hp.uses_gptq and hp.trains_rounded(bits)):
+        clip *= factor
+    quantized = quantize_tensor(weight, bits, clip, column_codes)
     if rule == "int8" and not is_close(quantized, weight):
         return weight.half()
     return quantized
@@ -1755,15 +1768,16 @@ def as_stored(hp: Hyperparameters, name: str, weight: Tensor) -> Tensor:
     quantized = quantize_tensor(weight, *precision)
     if find_role(name).rule == "int8":
         return torch.where(is_close(quantized, weight), quantized.dequantize(), weight.half())
-    return quantized.dequantize()
+    return quantized.dequantize() if hp.trains_rounded(precision[0]) else weight
 
 
 @contextlib.contextmanager
 def rounded(hp: Hyperparameters, model: GPT, on: bool = True) -> Iterator[None]:
-    """Give `model`, while the context lasts, the weights that its artifact holds without GPTQ.
+    """Give `model`, while the context lasts, the weights that its artifact will hold.
 
-    A gradient taken at these and applied to the others is the straight-through one (arXiv
-    1308.3432). The model does not know, so that there is nothing to compile again.
+    What GPTQ will round is left as it is. A gradient taken at these and applied to the others is
+    the straight-through one (arXiv 1308.3432). The model does not know, so that there is nothing to
+    compile again.
     """
     if not on:
         yield
@@ -1778,12 +1792,12 @@ def rounded(hp: Hyperparameters, model: GPT, on: bool = True) -> Iterator[None]:
         torch._foreach_copy_(weights, kept)
 
 
-def gptq(weight: Tensor, scale: Tensor, bits: int, hessian: Tensor) -> Tensor | None:
+def gptq(weight: Tensor, scale: Tensor, limits: Tensor, hessian: Tensor) -> Tensor | None:
     """Round by GPTQ (arXiv 2210.17323) with act-order, the most active input's column first.
 
     Each column's error moves to the columns still to come; an input that was never active takes
-    none. weight and scale (R, C), second moments of the input (C, C) -> symbols (R, C) float32, or
-    None if these are not finite or not positive definite.
+    none. weight and scale (R, C), largest symbols (C,), second moments of the input
+    (C, C) -> symbols (R, C) float32, or None if these are not finite or not positive definite.
     """
     hessian = hessian.double()
     diagonal = hessian.diagonal()
@@ -1799,12 +1813,13 @@ def gptq(weight: Tensor, scale: Tensor, bits: int, hessian: Tensor) -> Tensor | 
     upper = upper.float()
     weight = weight.float().T[order]
     scale = scale.T[order]
+    limits = limits[order.cpu()].tolist()
     symbols = torch.empty_like(weight)
     for start in range(0, len(order), GPTQ_BLOCK):
         end = start + GPTQ_BLOCK
         errors = torch.zeros_like(weight[start:end])
         for j in range(start, min(end, len(order))):
-            symbols[j] = round_to_nearest(weight[j], scale[j], bits)
+            symbols[j] = round_to_nearest(weight[j], scale[j], limits[j])
             error = (weight[j] - symbols[j] * scale[j]) / upper[j, j]
             errors[j - start] = error
             weight[j + 1 : end].addr_(upper[j, j + 1 : end], error, alpha=-1)
@@ -1812,25 +1827,52 @@ def gptq(weight: Tensor, scale: Tensor, bits: int, hessian: Tensor) -> Tensor | 
     return symbols[order.argsort()].T
 
 
-def matrices_of(tensors: dict[str, Tensor], name: str) -> list[list[Tensor]]:
-    """Return the matrices, each in parts side by side, whose inputs Hessians `name` describe.
+def parts_with_input(state: dict[str, Tensor], name: str) -> list[list[tuple[str, Any]]]:
+    """Return the matrices whose inputs Hessians `name` describe, each in parts side by side.
 
-    Of expert_up one for each expert; the down projections of the shared expert and of all others
-    are one, as they add up to one output.
+    A part is the name of a tensor and an index into it. Of expert_up there is one matrix for each
+    expert; the down projections of the shared expert and of all others are one, as they add up to
+    one output.
     """
     if name.endswith("expert_up"):
-        return [[matrix] for matrix in tensors[name]]
-    parts = [tensors[name]]
-    if name.endswith("mlp.down.weight"):
-        parts += tensors.get(name.replace("down.weight", "expert_down"), ())
+        return [[(name, expert)] for expert in range(len(state[name]))]
+    parts = [(name, ...)]
+    routed = name.replace("down.weight", "expert_down")
+    if name.endswith("mlp.down.weight") and routed in state:
+        parts += [(routed, expert) for expert in range(len(state[routed]))]
     return [parts]
 
 
 def round_by_gptq(
-    weights: list[Tensor], scales: list[Tensor], symbols: list[Tensor], hessian: Tensor, bits: int
+    hp: Hyperparameters, state: dict, quantized: dict, parts: list[tuple], hessian: Tensor
 ) -> bool:
-    """Replace, in place, the symbols of a matrix in parts. Returns False for a bad Hessian."""
-    result = gptq(torch.cat(weights, -1), torch.cat(scales, -1), bits, hessian)
+    """Replace, in place, the symbols of a matrix in parts, but for those trained rounded.
+
+    Returns False for a bad Hessian.
+    """
+    weights = []
+    scales = []
+    symbols = []
+    limits = []
+    columns = []  # of the Hessian
+    start = 0
+    for name, index in parts:
+        weight = state[name][index]
+        end = start + weight.size(-1)
+        bits, _ = bits_and_clip(hp, name)
+        if not hp.trains_rounded(bits):
+            weights.append(weight)
+            scales.append(quantized[name].scale().expand_as(state[name])[index])
+            symbols.append(quantized[name].symbols[index])
+            limits.append(torch.full((end - start,), largest_symbol(bits)))
+            columns.append(torch.arange(start, end))
+        start = end
+    if not columns:
+        return True
+
+    kept = torch.cat(columns)
+    matrix = torch.cat(weights, -1)
+    result = gptq(matrix, torch.cat(scales, -1), torch.cat(limits), hessian[kept][:, kept])
     if result is None:
         return False
     new_parts = result.split([part.size(-1) for part in weights], -1)
@@ -1850,23 +1892,14 @@ def quantize(
     """
     hessians = hessians or {}
     quantized = {}
-    symbols = {}
-    scales = {}
     for name, weight in state.items():
-        stored = store_tensor(hp, name, weight, factor, hessians.get(name))
-        quantized[name] = stored
-        if isinstance(stored, QuantizedTensor):
-            symbols[name] = stored.symbols
-            scales[name] = stored.scale().expand_as(weight)
+        quantized[name] = store_tensor(hp, name, weight, factor, hessians.get(name))
 
     unusable = []
     for name, hessian in hessians.items():
-        bits, _ = bits_and_clip(hp, name)
-        weight_parts = matrices_of(state, name)
-        scale_parts = matrices_of(scales, name)
-        symbol_parts = matrices_of(symbols, name)
-        for i, matrix in enumerate(hessian.view(-1, *hessian.shape[-2:])):
-            done = round_by_gptq(weight_parts[i], scale_parts[i], symbol_parts[i], matrix, bits)
+        matrices = parts_with_input(state, name)
+        for parts, matrix in zip(matrices, hessian.view(-1, *hessian.shape[-2:]), strict=True):
+            done = round_by_gptq(hp, state, quantized, parts, matrix)
             if not done and name not in unusable:
                 unusable.append(name)
     return quantized, unusable
@@ -2174,7 +2207,8 @@ def fit(
 
     The entropy of the symbols tells the size before compression; each try corrects the ratio of
     both by the size it came to, so that the result fills the target to ~0.1 %. What was trained
-    rounded keeps its k if it has room. Raises ConfigError if the coarsest k is not enough.
+    rounded keeps its k, unless nothing else is left to make coarser. Raises ConfigError if the
+    coarsest k is not enough.
     """
 
     def attempt(factor: float) -> Fitted:
@@ -2184,7 +2218,7 @@ def fit(
 
     code_bytes, _ = submission_bytes(hp, 0, "code")
     target = hp.target_bytes - code_bytes if hp.target_bytes else math.inf
-    if hp.target_bytes == 0 or hp.uses_qat:
+    if hp.target_bytes == 0 or (hp.uses_qat and not hp.uses_gptq):
         fitted = attempt(1.0)
         if len(fitted.artifact) <= target:
             return fitted
@@ -2887,7 +2921,8 @@ def main() -> None:
     done, checkpoints = train(hp, dist, log, model.to(dist.device), loader, val)
     hessians, gptq_seconds = {}, 0.0
     if hp.uses_gptq:
-        hessians, gptq_seconds = collect_hessians(hp, dist, log, model, loader)
+        with rounded(hp, model, hp.uses_qat):
+            hessians, gptq_seconds = collect_hessians(hp, dist, log, model, loader)
     seconds = done.elapsed + gptq_seconds
     log(f"peak memory allocated: {torch.cuda.max_memory_allocated() >> 20} MiB")
 

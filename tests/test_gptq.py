@@ -15,6 +15,7 @@ from helpers_cli import write_shard
 from helpers_hostile import SHA, refusal
 from torch import Tensor
 
+import train_gpt
 from train_gpt import (
     GPT,
     GPTQ_DAMPING,
@@ -32,9 +33,8 @@ from train_gpt import (
     decode_scales,
     export,
     fit,
-    gptq,
     load_artifact,
-    matrices_of,
+    parts_with_input,
     quantize,
     quantize_tensor,
     role_of,
@@ -69,6 +69,11 @@ def matrix(rows: int, columns: int) -> Tensor:
 
 def scale_for(weight: Tensor, bits: int = 6, clip: float = 12.85) -> Tensor:
     return quantize_tensor(weight, bits, clip).scale().expand_as(weight)
+
+
+def gptq(weight: Tensor, scale: Tensor, bits: int, hessian: Tensor) -> Tensor | None:
+    limits = torch.full(weight.shape[-1:], 2 ** (bits - 1) - 1)
+    return train_gpt.gptq(weight, scale, limits, hessian)
 
 
 def error_of(weight: Tensor, restored: Tensor, hessian: Tensor) -> float:
@@ -119,7 +124,7 @@ def test_inputs_that_are_independent_or_never_active_are_rounded_to_nearest(colu
     weight = matrix(16, columns)
     hessian = moments(columns)
     scale = scale_for(weight)
-    nearest = round_to_nearest(weight, scale, 6)
+    nearest = round_to_nearest(weight, scale, 31)
     assert torch.equal(gptq(weight, scale, 6, hessian.diagonal().diag()), nearest)
     assert torch.equal(gptq(weight, scale, 6, torch.zeros_like(hessian)), nearest)
 
@@ -394,10 +399,38 @@ def test_real_hessians_lower_the_output_error_of_every_matrix(folder, mode):
         quantized = {n: t for n, t in stored.items() if isinstance(t, QuantizedTensor)}
         tensors.append({name: t.dequantize() for name, t in quantized.items()})
     for name, hessian in hessians.items():
-        found = [matrices_of(of, name) for of in tensors]
-        for H, *parts in zip(hessian.view(-1, *hessian.shape[-2:]), *found, strict=True):
-            exact, nearest, by_gptq = (torch.cat(pieces, -1) for pieces in parts)
+        matrices = parts_with_input(state, name)
+        for H, parts in zip(hessian.view(-1, *hessian.shape[-2:]), matrices, strict=True):
+            exact, nearest, by_gptq = (
+                torch.cat([of[owner][index] for owner, index in parts], -1) for of in tensors
+            )
             assert error_of(exact, by_gptq, H) < 0.9 * error_of(exact, nearest, H), name
+
+
+FEW = {"expert_bits": 4}
+
+
+@pytest.mark.parametrize(
+    "mode", [FEW, FEW | {"qat_from": 0.0}, FEW | {"matrix_bits": 3}], ids=label
+)
+def test_each_part_of_a_down_projection_keeps_its_own_bits(mode):
+    """Of different bits they are still one matrix, but for those that were trained rounded."""
+    hp = tiny_hp(**mode)
+    state = make_model(hp).state_dict()
+    shared = "blocks.1.mlp.down.weight"
+    routed = "blocks.1.mlp.expert_down"
+    hessian = moments(64)
+    nearest, _ = quantize(hp, state)
+    stored, _ = quantize(hp, state, hessians={shared: hessian})
+    assert stored[shared].symbols.abs().max() <= 2 ** (hp.matrix_bits - 1) - 1
+    assert stored[routed].symbols.abs().max() == 7
+    if hp.uses_qat:
+        assert changed(stored, nearest) == {shared}
+        scale = stored[shared].scale().expand_as(state[shared])
+        alone = gptq(state[shared], scale, 6, hessian[:32, :32])
+        assert torch.equal(stored[shared].symbols.float(), alone)
+    else:
+        assert changed(stored, nearest) == {shared, routed}
 
 
 @pytest.mark.parametrize(("cap", "batches"), [(0.0, 9), (8.0, 1), (10.0, 2), (80.0, 3), (300.0, 5)])
