@@ -4,13 +4,10 @@
     NUM_EXPERTS=8 MU=off python records/bench.py     # any knob of train_gpt.py
     python records/bench.py --grid grid.txt          # every cell of a grid of ablate.py
     python records/bench.py mlp                      # the MLP alone at several widths and shares
-    python records/bench.py eval                     # targets per second of eval_sliding.py
     python records/bench.py --table logs/*.txt       # finished trainings side by side
 
-What is compared takes turns in one process. Steps are those of train_gpt.py, on random tokens that
-are as frequent as those of a text. Without a GPU, and without a knob of the model in the
-environment, the model is that of PROFILE=smoke. MFU is of the dense bfloat16 peak of an H100 or
-H200, 989 TFLOP/s.
+Steps are those of train_gpt.py, on random tokens that are as frequent as those of a text. Without a
+GPU, and without a knob of the model in the environment, the model is that of PROFILE=smoke.
 """
 
 import argparse
@@ -29,22 +26,17 @@ import torch
 from ablate import read_grid
 from common import ArgumentParser, markdown_table, profile
 from runlog import RunLog
+from tokenize_docs import write_shard
 
-from eval_sliding import EvalConfig, score_within_memory
 from train_gpt import (
     GPT,
-    SHARD_HEADER_INTS,
-    SHARD_MAGIC,
-    SHARD_VERSION,
     ConfigError,
     Dist,
     Gradients,
     Hyperparameters,
     ModelConfig,
     Progress,
-    Scorer,
     TokenLoader,
-    ValData,
     average_weight,
     build_expert_table,
     build_optimizers,
@@ -61,7 +53,6 @@ from train_gpt import (
 
 PEAK_FLOPS = 989e12  # per second, dense bfloat16, H100 and H200 (SXM) by their data sheet
 RECORD_RANKS = 8
-CHALLENGE_TARGETS = 40_540_160  # of the challenge's validation split in sp8192
 BLOCKS = 10  # of steps; the table has their median and extremes
 WARMUP_STEPS = 3
 
@@ -107,9 +98,7 @@ def text_like(vocab_size: int, count: int) -> np.ndarray:
 def write_tokens(folder: Path, hp: Hyperparameters) -> None:
     """Write a training shard of four batches."""
     tokens = text_like(hp.model.vocab_size, 4 * hp.train_batch_tokens)
-    header = np.zeros(SHARD_HEADER_INTS, "<i4")
-    header[:3] = SHARD_MAGIC, SHARD_VERSION, len(tokens)
-    (folder / "fineweb_train_0.bin").write_bytes(header.tobytes() + tokens.tobytes())
+    write_shard(folder / "fineweb_train_0.bin", tokens)
 
 
 class Trainer:
@@ -184,11 +173,6 @@ def variants(hp: Hyperparameters) -> dict[str, Hyperparameters]:
     return {name: replace(hp, model=replace(hp.model, **new)) for name, new in kinds.items()}
 
 
-def loops_of(hp: Hyperparameters) -> tuple[bool, ...]:
-    """Return whether the depth recurrence is on, for each graph that a training runs."""
-    return (False, True) if hp.model.loop_passes > 1 else (False,)
-
-
 def bench_steps(kinds: dict[str, Hyperparameters], dist: Dist, device: str, seconds: float) -> str:
     """Return the table of a training step of each model, with the depth recurrence off and on.
 
@@ -206,7 +190,7 @@ def bench_steps(kinds: dict[str, Hyperparameters], dist: Dist, device: str, seco
                 torch.cuda.reset_peak_memory_stats()
             try:
                 trainer = Trainer(hp, dist)
-                for looped in loops_of(hp):
+                for looped in (False, True) if hp.model.loop_passes > 1 else (False,):
                     for _ in range(WARMUP_STEPS):
                         loss = trainer.step(looped)
                     require(math.isfinite(loss.item()), f"{name}: the loss is {loss.item()}")
@@ -257,11 +241,7 @@ RECORD_MLPS = (
 )
 SMALL_MLPS = (
     (2048, 128, 384, 4, 32),
-    (2048, 128, 256, 4, 64),
     (2048, 128, 128, 4, 96),
-    (2048, 128, 64, 8, 56),
-    (4096, 256, 768, 4, 64),
-    (4096, 256, 256, 4, 192),
     (4096, 256, 256, 8, 96),
 )
 
@@ -312,12 +292,8 @@ def bench_mlp(hp: Hyperparameters, dist: Dist, seconds: float) -> str:
             times = time_blocks(works, dist, seconds)
 
             dense = times["dense"]
-            row = [
-                tokens,
-                dim,
-                f"{shared} + {experts} x {width}",
-                f"{(shared + width) / units:.2f}",
-            ]
+            row = [tokens, dim, f"{shared} + {experts} x {width}"]
+            row.append(f"{(shared + width) / units:.2f}")
             row += [f"{over(times[kind], dense):.3f}" for kind in ("masked", "grouped")]
             row.append(f"{1000 * statistics.median(dense):.2f}")
             flops = 2 * tokens * dim * units
@@ -325,39 +301,6 @@ def bench_mlp(hp: Hyperparameters, dist: Dist, seconds: float) -> str:
             row.append(f"{flops / statistics.median(times['gemm']) / 1e12:.3f}")
             rows.append(row)
     header = "tokens|D|shared + E x width|share used|masked|grouped|dense, ms|TFLOP/s|of its GEMM"
-    return markdown_table(header.split("|"), rows)
-
-
-# ---- Scoring -------------------------------------------------------------------------------------
-
-
-def bench_eval(hp: Hyperparameters, config: EvalConfig, dist: Dist, seconds: float) -> str:
-    """Return the table of the sliding window's targets per second, compiled and not."""
-    model = GPT(hp.model, hp.torch_dtype, config.eval_seq_len).to(dist.device)
-    choose_attention(hp.attention, model, dist.device, lambda text: None)
-    windowing = config.windowing(hp)
-    count = 4 * windowing.batch_size * windowing.stride + windowing.seq_len
-    tokens = torch.from_numpy(text_like(hp.model.vocab_size, count + 1).astype(np.int32))
-    bytes_of_one = torch.ones(count, dtype=torch.int32, device=dist.device)
-    val = ValData(tokens.to(dist.device), bytes_of_one, "", False)
-
-    forwards = {"eager": model}
-    if can_compile(hp, dist.device):
-        forwards["compiled"] = torch.compile(model, fullgraph=True, dynamic=False)
-    rows = []
-    for name, forward in forwards.items():
-        with Progress(f"bench eval, {name}", 1):
-            scorer = Scorer(forward, val, dist, windowing, name)
-            windows = scorer.windows[-2 * scorer.batch_size : -scorer.batch_size]  # full ones
-            score_within_memory(scorer, windows)
-            scored = windows[: scorer.batch_size]
-            work = partial(score_within_memory, scorer, scored)
-            (times,) = time_blocks({name: work}, dist, seconds).values()
-        rate = len(scored) * windowing.stride / statistics.median(times)
-        needed = f"{CHALLENGE_TARGETS / RECORD_RANKS / rate:,.0f}"
-        shape = [windowing.seq_len, windowing.stride, len(scored)]
-        rows.append([name, *shape, f"{rate:,.0f}", needed])
-    header = "scoring|window|stride|windows per pass|targets/s|s for the challenge on 8"
     return markdown_table(header.split("|"), rows)
 
 
@@ -371,7 +314,7 @@ def mfu_at_end(run: RunLog) -> float | None:
     booleans = {"True": "1", "False": "0"}
     texts = {name.upper(): booleans.get(text, text) for name, text in run.knobs.items()}
     hp = Hyperparameters.from_env(texts)
-    looped = hp.loop_is_on(0.0) or any(event.name == "recurrence on" for event in run.events)
+    looped = hp.loop_is_on(0.0) or run.recurs
     before, last = run.train[-2:]
     rate = (last.step - before.step) * hp.train_batch_tokens / (last.seconds - before.seconds)
     return rate * flops_per_token(hp.model, looped) / PEAK_FLOPS / (run.world_size or 1)
@@ -402,15 +345,13 @@ def table_of_logs(paths: list[Path]) -> str:
 def parse_arguments() -> argparse.Namespace:
     """Read the command line. Raises ConfigError; exits with 0 after --help."""
     parser = ArgumentParser(__doc__)
-    parser.add_argument("what", nargs="?", choices=("train", "mlp", "eval"), default="train")
-    parser.add_argument("--seconds", type=float, default=1.0, help=f"of each of {BLOCKS} blocks")
-    help_of_grid = "measure every cell of a grid of ablate.py, SOLVE aside"
-    parser.add_argument("--grid", type=Path, metavar="GRID", help=help_of_grid)
-    help_of_table = "of finished trainings; measures nothing"
-    parser.add_argument("--table", nargs="+", type=Path, metavar="LOG", help=help_of_table)
+    add = parser.add_argument
+    add("what", nargs="?", choices=("train", "mlp"), default="train")
+    add("--seconds", type=float, default=1.0, help=f"of each of {BLOCKS} blocks")
+    add("--grid", type=Path, metavar="GRID", help="every cell of a grid of ablate.py, SOLVE aside")
+    add("--table", nargs="+", type=Path, metavar="LOG", help="finished trainings; measures nothing")
     args = parser.parse_args()
-    in_range = 0 < args.seconds < math.inf
-    require(in_range, f"--seconds {args.seconds}: expected a positive number")
+    require(0 < args.seconds < math.inf, f"--seconds {args.seconds}: expected a positive number")
     return args
 
 
@@ -435,7 +376,6 @@ def main() -> None:
     if args.grid:
         kinds = {cell.name: cell.hyperparameters() for cell in read_grid(args.grid, "off")}
         hp = next(iter(kinds.values()))
-    config = EvalConfig.from_env(os.environ)
     dist = Dist.from_torchrun()
     torch.set_float32_matmul_precision("high")
     device = f"a CPU, {torch.get_num_threads()} threads"
@@ -443,9 +383,7 @@ def main() -> None:
         device = torch.cuda.get_device_name(dist.device)
     started = time.perf_counter()
     print(f"{device}, torch {torch.__version__}, {hp.dtype}", flush=True)
-    if args.what == "eval":
-        print(bench_eval(hp, config, dist, args.seconds))
-    elif args.what == "mlp":
+    if args.what == "mlp":
         print(f"forward and backward, {BLOCKS} blocks each; ratios to dense", flush=True)
         print(bench_mlp(hp, dist, args.seconds))
     else:

@@ -54,13 +54,6 @@ class Point(NamedTuple):
     bpb: float | None = None  # bits per byte, of validation
 
 
-class Event(NamedTuple):
-    """What happened at a step: "recurrence on"."""
-
-    step: int
-    name: str
-
-
 class Final(NamedTuple):
     """A score of the finished model."""
 
@@ -211,10 +204,9 @@ class RunLog:
         return rows
 
     @property
-    def events(self) -> list[Event]:
-        """What happened at a step, in order."""
-        steps = re.findall(r"layer_loop:enabled step:(\d+)", self.text)
-        return [Event(int(step), "recurrence on") for step in steps]
+    def recurs(self) -> bool:
+        """Whether the depth recurrence came on during the training."""
+        return "layer_loop:enabled " in self.text
 
     @property
     def steps(self) -> int | None:

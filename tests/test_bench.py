@@ -148,13 +148,6 @@ def test_a_variant_that_the_knobs_do_not_allow_is_left_out_by_name(tmp_path):
     assert "\ngrouped: ROUTING=learned DISPATCH=grouped: a router learns" in result.out
 
 
-def test_eval_scores_full_windows_of_the_small_model(tmp_path):
-    result = run_bench(TINY_ENV, tmp_path, "eval", "--seconds", 0.01)
-    assert (result.code, result.err) == (0, "")
-    windows = int(TINY_ENV["MICRO_BATCH_TOKENS"]) // int(TINY_ENV["TRAIN_SEQ_LEN"])
-    assert re.search(rf"\| eager \| 32 \| 8 \| {windows} \| [\d,]+ \| [\d,]+ \|\n", result.out)
-
-
 def test_knobs_default_to_an_eighth_of_the_record_and_to_the_smoke_model_without_a_gpu(monkeypatch):
     assert bench.knobs_from({"NUM_LAYERS": "12"}).train_batch_tokens == 98_304
     small = bench.knobs_from({"MATRIX_LR": "0.5"})

@@ -22,7 +22,7 @@ from helpers_logs import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from runlog import RULE, Event, Point, RunLog, main, one_line
+from runlog import RULE, Point, RunLog, main, one_line
 
 LOGS = {"ours": ours, "old": old, "new": new}
 
@@ -55,7 +55,7 @@ def test_curves_and_facts_of_our_dialect(read):
     assert (run.evaluation["window"], run.evaluation["ttt"]) == ("256", "off")
     assert (run.bytes_model, run.bytes_code, run.bytes_total) == (MODEL, CODE, MODEL + CODE)
     assert run.audit == AUDIT
-    assert run.events == [Event(150, "recurrence on")]
+    assert run.recurs
 
 
 def test_curves_and_facts_of_the_old_dialect(read):
@@ -77,7 +77,7 @@ def test_curves_and_facts_of_the_new_dialect_whose_clock_is_in_minutes(read):
     assert [(row.step, row.seconds) for row in run.val] == expected
     assert (run.steps, run.train_seconds) == (1100, 118.136)
     assert run.targets == 45_508_608
-    assert run.events == [Event(700, "recurrence on")]
+    assert run.recurs
 
 
 def test_seed_bytes_and_curve_of_logs_whose_lines_say_loss_alone(read):
@@ -192,7 +192,7 @@ def test_of_two_runs_in_one_file_the_last_counts(dialect, read):
     both, last = read(write(seed=1) + write(seed=2)), read(write(seed=2))
     assert (both.seed, both.source) == (last.seed, last.source)
     assert (both.train, both.val, both.finals) == (last.train, last.val, last.finals)
-    assert (both.events, both.bytes_total) == (last.events, last.bytes_total)
+    assert (both.recurs, both.bytes_total) == (last.recurs, last.bytes_total)
 
 
 def test_a_run_that_was_killed_has_what_it_wrote(read):
@@ -205,7 +205,7 @@ def test_a_run_that_was_killed_has_what_it_wrote(read):
 
 def test_of_a_foreign_text_nothing_is_guessed(read):
     run = read("Once upon a time\nthere were 3/4 of a cake.\n")
-    assert (run.train, run.val, run.finals, run.events, run.knobs) == ([], [], [], [], {})
+    assert (run.train, run.val, run.finals, run.recurs, run.knobs) == ([], [], [], False, {})
     assert {run.seed, run.steps, run.score, run.bytes_total, run.targets, run.params} == {None}
 
 
