@@ -7,16 +7,15 @@ One line of GRID is one cell; the first cell is the control:
     base     ITERATIONS=1000 MAX_WALLCLOCK_SECONDS=0           # for all cells, as often as needed
     dense    ROUTING=dense
     zipf     ROUTING=zipf
-    swiglu   ROUTING=zipf ACTIVATION=swiglu SOLVE=EXPERT_DIM   # SOLVE overrides --solve for a cell
+    swiglu   ROUTING=zipf ACTIVATION=swiglu SOLVE=off          # SOLVE overrides --solve for a cell
 
 Paths in GRID are relative to it. Knobs of the caller's environment do not count, except DATA_PATH
-and TOKENIZER_PATH. Every cell but the control gets the integer width (--solve) whose estimated
-artifact is nearest to the control's in bytes.
+and TOKENIZER_PATH. Every cell but the control gets the SHARED_DIM whose estimated artifact is
+nearest to the control's in bytes.
 
 The same command again runs what is missing or has failed, and nothing twice. --out gets the
 scripts, a finished log per run, logs/ (artifacts, and what unfinished runs wrote and printed) and
-table.md. With --jobs N, N runs at a time have N equal shares of the cores, and none computes on the
-cores of another.
+table.md.
 Exit status: 1 if a run has failed or model bytes differ by more than 1 % from the control's.
 """
 
@@ -60,11 +59,10 @@ from train_gpt import (
 )
 
 TOLERANCE = 0.01  # of the control's model bytes
-WIDTHS = ("SHARED_DIM", "EXPERT_DIM")
+SOLVES = ("SHARED_DIM", "off")  # what makes bytes equal, or nothing does
 MAX_WIDTH = 65_536
 PATHS = ("DATA_PATH", "TOKENIZER_PATH")
 KNOBS = {name.upper() for cls in (Hyperparameters, EvalConfig) for name in knob_fields(cls)}
-COLUMNS = ("val_bpb", "val_bpb_float", "bytes_model", "params", "tokens", "steps", "train_seconds")
 
 
 # ---- Grid ----------------------------------------------------------------------------------------
@@ -76,7 +74,7 @@ class Cell:
 
     name: str
     where: str  # file and line
-    solve: str  # the knob that makes bytes equal, or off
+    solve: str  # of SOLVES
     knobs: dict[str, str]
 
     def hyperparameters(self, **more: object) -> Hyperparameters:
@@ -131,8 +129,7 @@ def read_grid(path: Path, solve: str) -> list[Cell]:
     for name, (where, own) in rows.items():
         knobs = caller | base | own
         width = knobs.pop("SOLVE", solve)
-        expected = f"{where}: SOLVE={width}: expected {', '.join(WIDTHS)} or off"
-        require(width in (*WIDTHS, "off"), expected)
+        require(width in SOLVES, f"{where}: SOLVE={width}: expected {' or '.join(SOLVES)}")
         if not cells:
             message = f"{where}: SOLVE in the control, which sets the bytes"
             require(own.get("SOLVE", "off") == "off", message)
@@ -162,30 +159,26 @@ def estimate(cell: Cell, **more: object) -> int:
     return len(dry_run(hp, model).artifact)
 
 
-def nearest_width(size: Callable[[int], int], start: int, goal: int, step: int = 1) -> int:
-    """Return the multiple of `step` whose `size`, which grows with it, is nearest to `goal`."""
-    high = max(start // step, 1) * step
+def nearest_width(size: Callable[[int], int], start: int, goal: int) -> int:
+    """Return the width whose `size`, which grows with it, is nearest to `goal`."""
+    high = start
     while high < MAX_WIDTH and size(high) < goal:
         high *= 2
-    widths = range(step, min(high, MAX_WIDTH) + 1, step)
+    widths = range(1, min(high, MAX_WIDTH) + 1)
     above = bisect.bisect_left(widths, goal, key=size)
     neighbours = widths[max(above - 1, 0) : above + 1]
     return min(neighbours, key=lambda width: abs(size(width) - goal))
 
 
 def solve(cell: Cell, goal: int) -> int:
-    """Return the width of a cell for `goal` bytes. Raises ConfigError when none is near enough."""
+    """Return the SHARED_DIM for `goal` bytes. Raises ConfigError when none is near enough."""
 
     @functools.cache
     def size(width: int) -> int:
-        return estimate(cell, **{cell.solve: width})
+        return estimate(cell, SHARED_DIM=width)
 
-    model = cell.hyperparameters().model
-    start, step = model.shared_dim, 1
-    if cell.solve == "EXPERT_DIM":
-        start, step = model.expert_dim, 1 if model.has_router or model.dispatch == "masked" else 8
-    width = nearest_width(size, start, goal, step)
-    gives = f"{cell.solve}={width} gives {size(width):,} bytes, the control has {goal:,}"
+    width = nearest_width(size, cell.hyperparameters().model.shared_dim, goal)
+    gives = f"SHARED_DIM={width} gives {size(width):,} bytes, the control has {goal:,}"
     message = f"{cell.where}: cell {cell.name}: {gives}"
     require(abs(size(width) - goal) <= TOLERANCE * goal, message)
     return width
@@ -218,17 +211,14 @@ def events_of(log: Path) -> dict[str, dict]:
     return RunLog.read(log).json_events if log.exists() else {}
 
 
-def row_of(log: Path, score: str) -> dict[str, float]:
-    """Return a run's COLUMNS and tokens per second. Raises ConfigError when it has not ended."""
+def row_of(log: Path, score: str) -> dict:
+    """Return the figures of a run by their names. Raises ConfigError when it has not ended."""
     events = events_of(log)
     scored = "eval_summary" if score == "sliding" else "train_summary"
     for name in ("train_summary", scored):
         require(name in events, f"{log.name} has no {name}")
         require(not events[name].get("partial"), f"{name} is PARTIAL")
-    summary = events["train_summary"] | {"val_bpb": events[scored].get("val_bpb")}
-    missing = [name for name in COLUMNS if summary.get(name) is None]
-    require(not missing, f"{log.name} states no {', '.join(missing)}")
-    row = {name: summary[name] for name in COLUMNS}
+    row = events["train_summary"] | {"val_bpb": events[scored]["val_bpb"]}
     return row | {"tok_per_s": row["tokens"] / max(row["train_seconds"], 1e-9)}
 
 
@@ -267,9 +257,7 @@ def shares_of_cores(jobs: int) -> list[list[int]]:
     cores = list(range(os.cpu_count() or 1))
     if hasattr(os, "sched_getaffinity"):
         cores = sorted(os.sched_getaffinity(0))
-    threads = max(1, len(cores) // jobs)
-    firsts = range(0, jobs * threads, threads)
-    return [[cores[core % len(cores)] for core in range(i, i + threads)] for i in firsts]
+    return np.resize(cores, (jobs, max(1, len(cores) // jobs))).tolist()  # which repeats them
 
 
 class Run:
@@ -443,9 +431,7 @@ def resolution(rows: list[Row]) -> str:
 
 def table(rows: list[Row]) -> str:
     """Return the Markdown table with the study's resolution below it."""
-    header = (
-        "cell|solved width|params|model bytes|tok/s|n|float mean|mean|std|delta|95 % CI|Welch p"
-    )
+    head = "cell|solved width|params|model bytes|tok/s|n|float mean|mean|std|delta|95 % CI|Welch p"
     means = {"params": ",.0f", "bytes_model": ",.0f", "tok_per_s": ",.0f"}
     means |= {"val_bpb_float": ".4f", "val_bpb": ".4f"}
     lines = []
@@ -463,19 +449,9 @@ def table(rows: list[Row]) -> str:
         if row.p is not None:
             p = "<0.0001" if row.p < 1e-4 else f"{row.p:.4f}"
         delta = row.note or ("control" if row is rows[0] else delta)
-        line = [
-            row.cell.name,
-            width,
-            *shown[:3],
-            len(row.runs),
-            *shown[3:],
-            std,
-            delta,
-            interval,
-            p,
-        ]
-        lines.append(line)
-    return f"{markdown_table(header.split('|'), lines)}\n\n{resolution(rows)}\n"
+        line = [row.cell.name, width, *shown[:3], len(row.runs), *shown[3:]]
+        lines.append([*line, std, delta, interval, p])
+    return f"{markdown_table(head.split('|'), lines)}\n\n{resolution(rows)}\n"
 
 
 def write_table(out: Path, cells: list[Cell]) -> bool:
@@ -496,9 +472,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--out", type=Path, required=True, metavar="DIR", help="folder of the study")
     add("--seeds", type=int, nargs="+", required=True, metavar="SEED")
     add("--jobs", type=int, default=1, metavar="N", help="runs at a time, each on its own cores")
-    add(
-        "--solve", default="SHARED_DIM", metavar="KNOB", help="makes bytes equal; off: nothing does"
-    )
+    add("--solve", choices=SOLVES, default=SOLVES[0], help="what makes bytes equal")
     add("--model-bytes", type=int, metavar="N", help="TARGET_BYTES = N + the bytes of the code")
     add("--score", choices=("sliding", "artifact"), default="sliding", help="val_bpb that counts")
     args = parser.parse_args()
