@@ -4,10 +4,8 @@
     python records/check_record.py FOLDER --against 1394   # Welch's test against a public row
 
 Works on any folder, ours or a stranger's, in our dialect of logs or in either of upstream's. Runs
-nothing of the folder, and prints a table. A finding is FAIL where it disqualifies: numbers that
-contradict the logs, too many bytes or seconds, bytes of text that the validation split does not
-have, configurations that differ. It is a remark where reviewers accepted it: form, rounding, one
-seed or the score of one. Exit status 1 if anything fails, 2 for a folder that is none.
+nothing of the folder, and prints a table. A finding is FAIL where it disqualifies and a remark
+where reviewers accepted it. Exit status 1 if anything fails, 2 for a folder that is none.
 """
 
 import ast

@@ -3,12 +3,10 @@
     python records/diagnose.py logs/RUN_ID.ptz > diagnosis.md
     python records/diagnose.py logs/RUN_ID.ptz --targets 100000
 
-Prints tables in Markdown, line by line as they are measured. Needs the artifact, its tokenizer and
-validation shards; DATA_PATH, TOKENIZER_PATH, DTYPE and MICRO_BATCH_TOKENS are those of
-eval_sliding.py. DTYPE is float32 on a CPU unless it is set. The sample is the first 8,192 targets
-of the split, so that a small model takes a CPU less than two minutes; a larger one tells smaller
-costs from noise. Every cost is the change of the loss over whole windows when parameters are zero,
-or experts exchanged; weights come back bit for bit.
+Prints tables in Markdown, line by line as they are measured. DATA_PATH, TOKENIZER_PATH, DTYPE (on a
+CPU, float32 by default) and MICRO_BATCH_TOKENS are those of eval_sliding.py. A cost is the change
+of the loss when parameters are zero or experts exchanged. A small model takes a CPU less than two
+minutes for the first 8,192 targets; more tell smaller costs from noise.
 """
 
 import collections
@@ -198,7 +196,7 @@ def main() -> None:
     """Print the tables of an artifact. Raises ConfigError; exits with 0 after --help."""
     parser = ArgumentParser(__doc__)
     parser.add_argument("artifact", type=Path, metavar="ARTIFACT")
-    sample = f"the first N; 0 = the whole split; default: {TARGETS}"
+    sample = f"the first N; 0 = all; default: {TARGETS}"
     parser.add_argument("--targets", type=int, default=TARGETS, metavar="N", help=sample)
     args = parser.parse_args()
     require(args.targets >= 0, f"--targets {args.targets}: expected a number of targets, 0 for all")
@@ -229,9 +227,7 @@ def main() -> None:
     load += "per token. Cos: mean absolute cosine of two experts, 0 unrelated, 1 copies."
     print_table("Experts", load, experts)
     zeroing = f"Rise of the loss, nats per token (times {score.bpb / score.val_loss:.4f}: bits per "
-    zeroing += (
-        "byte), in all layers or one. Costs do not add up: the others were trained beside it."
-    )
+    zeroing += "byte), in all layers or one. Costs do not add up: others were trained beside it."
     print_table("Cost of zeroing a branch", zeroing, costs)
 
 

@@ -2,7 +2,6 @@
 
 import csv
 import statistics
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -78,7 +77,6 @@ class Baseline(NamedTuple):
         return f"{bars}: {'' if reached else 'not '}reached. {better}; {welch}.", reached
 
 
-@cache
 def read_rows() -> dict[str, Baseline]:
     """Return the rows of the leaderboard by PR, in the order of the file, best first."""
     rows = {}
@@ -97,8 +95,7 @@ def find_row(name: str) -> Baseline:
     """
     rows = read_rows()
     key = next(iter(rows)) if name == "best" else name.removeprefix("#")
-    known = " ".join(rows)
-    require(key in rows, f"{name}: no such row of the leaderboard, choose best or one of {known}")
+    require(key in rows, f"{name}: no such row of the leaderboard: best or {' '.join(rows)}")
     return rows[key]
 
 

@@ -7,13 +7,10 @@
 The folder records/track_<track>/<date>_<Name>/ gets README.md, submission.json, the logs,
 requirements.txt, a plot, and train_gpt.py: train_gpt.py and eval_sliding.py in one ASCII script, of
 which the logs state the source and the size. --previous names what to compare with: a row of
-leaderboard.csv by its PR, "best", or a log, or a records folder. Logs of other code, PARTIAL scores
-and, without --allow-commit, a commit that nobody can check out are refused; check_record.py says
-what else a reviewer would reject.
+leaderboard.csv by its PR, "best", or a log, or a records folder.
 """
 
 import argparse
-import datetime
 import hashlib
 import importlib.util
 import json
@@ -25,6 +22,7 @@ import string
 import subprocess
 import tempfile
 import textwrap
+from datetime import date
 from pathlib import Path
 
 from common import ROOT, ArgumentParser, markdown_table
@@ -183,9 +181,6 @@ def readme(
 ) -> str:
     """Fill in the template of README.md; every figure comes from the logs."""
     first = runs[0]
-    text = f"{first.targets:,} targets"
-    if first.scored_bytes:
-        text += f", {first.scored_bytes:,} bytes of text"
     audit = "Not audited: `python train_gpt.py eval_sliding.py --audit ARTIFACT` does it."
     for run in reversed(runs):
         if run.audit:
@@ -204,7 +199,7 @@ def readme(
         blurb=about.blurb,
         results=seed_table(runs),
         dataset=first.dataset,
-        text=text,
+        text=f"{first.targets:,} targets, {first.scored_bytes:,} bytes of text",
         bytes_code=f"{first.bytes_code:,}",
         picture="![training curves](training.png)\n\n" if has_picture else "",
         comparison=comparison(runs, baseline),
@@ -227,14 +222,6 @@ def submission(runs: list[RunLog]) -> dict:
     """Return the figures of submission.json, with the keys that accepted records use."""
     bpb, loss = [run.score.bpb for run in runs], [run.score.loss for run in runs]
     before = [run.final("float") for run in runs]
-    figures = {
-        "val_loss": statistics.fmean(loss),
-        "val_bpb": statistics.fmean(bpb),
-        "val_loss_std": deviation(loss),
-        "val_bpb_std": deviation(bpb),
-        "pre_quant_val_loss": statistics.fmean(row.loss for row in before),
-        "pre_quant_val_bpb": statistics.fmean(row.bpb for row in before),
-    }
     results = {}
     for run in runs:
         results[str(run.seed)] = {
@@ -246,7 +233,12 @@ def submission(runs: list[RunLog]) -> dict:
             "eval_time_s": run.eval_seconds,
         }
     return {
-        **figures,
+        "val_loss": statistics.fmean(loss),
+        "val_bpb": statistics.fmean(bpb),
+        "val_loss_std": deviation(loss),
+        "val_bpb_std": deviation(bpb),
+        "pre_quant_val_loss": statistics.fmean(row.loss for row in before),
+        "pre_quant_val_bpb": statistics.fmean(row.bpb for row in before),
         "seeds": [run.seed for run in runs],
         "seed_results": results,
         "bytes_total": max(run.bytes_total for run in runs),
@@ -264,9 +256,8 @@ def requirements(run: RunLog) -> str:
     """Return the requirements of this repository, torch and numpy as the log states them."""
     pinned = (ROOT / "requirements.txt").read_text(encoding="ascii")
     for name in ("torch", "numpy"):
-        if name in run.versions:
-            version = run.versions[name].split("+")[0]
-            pinned = re.sub(rf"^{name}==.*\n", "", pinned, flags=re.M) + f"{name}=={version}\n"
+        version = run.versions[name].split("+")[0]
+        pinned = re.sub(rf"^{name}==.*\n", "", pinned, flags=re.M) + f"{name}=={version}\n"
     return pinned
 
 
@@ -303,11 +294,8 @@ def make(
 
 def git_user() -> str:
     """Return git's user.name, "unknown" where there is none."""
-    try:
-        done = subprocess.run(["git", "config", "user.name"], capture_output=True, text=True)
-    except OSError:
-        return "unknown"
-    return done.stdout.strip() or "unknown"
+    status, name = subprocess.getstatusoutput("git config user.name")
+    return name if status == 0 and name else "unknown"
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -323,9 +311,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--github-id", help="default: the author")
     blurb = "Token-routed MoE with exact dispatch and mu-guidance."
     add("--blurb", default=blurb, help="one sentence")
-    today = datetime.date.today()
-    iso = datetime.date.fromisoformat
-    add("--date", type=iso, default=today, metavar="YYYY-MM-DD", help="default: today")
+    add("--date", type=date.fromisoformat, default=date.today(), help="YYYY-MM-DD; default: today")
     add("--output", type=Path, default=ROOT / "records", metavar="DIR", help="default: records/")
     add("--allow-commit", action="store_true", help="a commit that is dirty or unknown, or several")
     args = parser.parse_args()

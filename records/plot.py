@@ -102,8 +102,7 @@ def curves_of(runs: list[RunLog]) -> list[Curve]:
     looks = [(colour, style) for style in STYLES for colour in COLOURS]
     require(0 < len(runs) <= len(looks), f"{len(runs)} logs: expected 1 to {len(looks)}")
     for run in runs:
-        drawable = run.train or run.val
-        require(drawable, f"{run.path}: no training or validation curve in this log")
+        require(run.train or run.val, f"{run.path}: no training or validation curve in this log")
     ratios = [run.nats_per_bpb for run in runs]
     if not all(ratios):
         ratios = [1.0] * len(runs)
@@ -187,8 +186,7 @@ def main() -> None:
     add("--x", choices=list(AXES), default="steps", help="default: steps")
     add("--title", default="", metavar="T")
     args = parser.parse_args()
-    one = args.out is not None or len(args.logs) == 1
-    require(one, f"{len(args.logs)} logs: --out PNG is required")
+    require(args.out or len(args.logs) == 1, f"{len(args.logs)} logs: --out PNG is required")
     out = args.out or args.logs[0].with_suffix(".png")
     fresh = out.suffix == ".png" and out not in args.logs
     require(fresh, f"--out {out}: expected a .png that is none of the logs")
