@@ -84,9 +84,7 @@ class Destination:
         is_new = not self.folder.exists()
         require(is_new, f"{self.folder} is there already; delete it, or choose another --name")
         is_same = not self.model_path.exists() or self.model_path.read_bytes() == model
-        require(
-            is_same, f"{self.model_path} is another tokenizer; move it, or use another --output"
-        )
+        require(is_same, f"{self.model_path} is another tokenizer; move it, or change --output")
 
 
 def say(text: str) -> None:
@@ -96,16 +94,6 @@ def say(text: str) -> None:
     except BrokenPipeError:
         # Python flushes what is left once more when it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def summary(split: str, counts: collections.Counter) -> str:
-    """Return one line for people; text is counted before SentencePiece normalises it."""
-    return (
-        f"{split}: {counts['docs']:,} documents ({counts['empty']:,} empty ones skipped, "
-        f"{counts['held out']:,} left out that validation has), "
-        f"{counts['tokens']:,} tokens, {counts['bytes']:,} bytes of text, "
-        f"{counts['tokens'] / counts['bytes']:.4f} tokens/byte, {counts['files']:,} shard(s)"
-    )
 
 
 def expand_inputs(paths: Iterable[Path]) -> list[Path]:
@@ -165,7 +153,7 @@ def parse_line(line: bytes, where: str) -> str:
 
 
 def checked_text(text: object, where: str) -> str:
-    """Return `text` if it is one that UTF-8 can encode. Raises ConfigError naming `where`."""
+    """Return `text` if UTF-8 can encode it. Raises ConfigError naming `where`."""
     require(isinstance(text, str), f'{where}: "text" is a {type(text).__name__}, not a string')
     try:
         text.encode()
@@ -271,9 +259,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, transformed: bool = F
 def load_tokenizer(model: bytes, name: str) -> sentencepiece.SentencePieceProcessor:
     """Load a serialized model and check what shards and byte counts rely on. Raises ConfigError."""
     try:
-        tokenizer = sentencepiece.SentencePieceProcessor(
-            model_proto=model or b"?"
-        )  # b"" would pass
+        # b"" would pass for a model.
+        tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model or b"?")
     except RuntimeError as error:
         raise ConfigError(f"{name}: not a SentencePiece model") from error
 
@@ -314,57 +301,40 @@ def write_shard(path: Path, values: np.ndarray) -> None:
     write_atomically(path, b"".join((header, values)))
 
 
-class ShardWriter:
-    """Packs one split into shards, and counts; a document may continue in the next shard."""
+def encode(
+    texts: Iterable[str],
+    tokenizer: sentencepiece.SentencePieceProcessor | CaseTokenizer,
+    held_out: frozenset[bytes],
+    counts: collections.Counter,
+) -> Iterator[np.ndarray]:
+    """Yield BOS + tokens of every document with text that is not one of `held_out`; count all."""
+    texts = iter(texts)
+    while batch := list(itertools.islice(texts, BATCH_DOCS)):
+        encoded = tokenizer.encode(batch, add_bos=True, num_threads=-1)
+        for text, ids in zip(batch, encoded, strict=True):
+            tokens = np.array(ids, dtype="<u2")
+            if len(tokens) == 1:
+                counts["empty"] += 1
+            elif document_hash(tokens) in held_out:
+                counts["held out"] += 1
+            else:
+                counts["docs"] += 1
+                counts["tokens"] += len(tokens)
+                counts["bytes"] += len(text.encode())
+                yield tokens
 
-    def __init__(self, folder: Path, split: str, shard_tokens: int):
-        self.folder = folder
-        self.split = split
-        self.shard = np.zeros(shard_tokens, dtype="<u2")
-        self.end = 0
-        self.counts = collections.Counter()
 
-    def encode(
-        self,
-        texts: Iterable[str],
-        tokenizer: sentencepiece.SentencePieceProcessor | CaseTokenizer,
-        held_out: frozenset[bytes],
-    ) -> None:
-        """Write as BOS + tokens every document that has any text and is not one of `held_out`."""
-        texts = iter(texts)
-        while batch := list(itertools.islice(texts, BATCH_DOCS)):
-            encoded = tokenizer.encode(batch, add_bos=True, num_threads=-1)
-            for text, ids in zip(batch, encoded, strict=True):
-                tokens = np.array(ids, dtype="<u2")
-                if len(tokens) == 1:
-                    self.counts["empty"] += 1
-                elif document_hash(tokens) in held_out:
-                    self.counts["held out"] += 1
-                else:
-                    self.counts["docs"] += 1
-                    self.counts["bytes"] += len(text.encode())
-                    self.add(tokens)
-        self.flush()
-
-    def add(self, tokens: np.ndarray) -> None:
-        """Append (n,) token ids, writing every shard that becomes full."""
-        self.counts["tokens"] += len(tokens)
-        while len(tokens):
-            taken = tokens[: len(self.shard) - self.end]
-            self.shard[self.end : self.end + len(taken)] = taken
-            self.end += len(taken)
-            tokens = tokens[len(taken) :]
-            if self.end == len(self.shard):
-                self.flush()
-
-    def flush(self) -> None:
-        """Write the tokens held so far as one shard, if there are any."""
-        if not self.end:
-            return
-        name = f"fineweb_{self.split}_{self.counts['files']:06d}.bin"
-        write_shard(self.folder / name, self.shard[: self.end])
-        self.end = 0
-        self.counts["files"] += 1
+def shards_of(documents: Iterable[np.ndarray], shard_tokens: int) -> Iterator[np.ndarray]:
+    """Yield all tokens in shards; a document may go on in the next, and the last may be shorter."""
+    held = bytearray()
+    size = 2 * shard_tokens
+    for tokens in documents:
+        held += tokens.tobytes()
+        while len(held) >= size:
+            yield np.frombuffer(held[:size], "<u2")
+            del held[:size]
+    if held:
+        yield np.frombuffer(held, "<u2")
 
 
 def write_sidecars(folder: Path, tokenizer: sentencepiece.SentencePieceProcessor) -> None:
@@ -404,10 +374,13 @@ def write_dataset(
         staging.mkdir(parents=True)
         for split, documents in (("val", val), ("train", train)):
             held_out = frozenset(document_hashes(sorted(staging.iterdir())))
-            writer = ShardWriter(staging, split, destination.shard_tokens)
-            writer.encode(documents, tokenizer, held_out)
-            stats[split] = writer.counts
-            require(stats[split]["docs"] > 0, f"the {split} split has no document of its own")
+            counts = collections.Counter()
+            tokens = encode(documents, tokenizer, held_out, counts)
+            for shard in shards_of(tokens, destination.shard_tokens):
+                write_shard(staging / f"fineweb_{split}_{counts['files']:06d}.bin", shard)
+                counts["files"] += 1
+            stats[split] = counts
+            require(counts["docs"] > 0, f"the {split} split has no document of its own")
         if transformed:
             write_sidecars(staging, processor)
         write_atomically(destination.model_path, model)
@@ -415,7 +388,12 @@ def write_dataset(
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     for split, counts in stats.items():
-        say(summary(split, counts))
+        say(
+            f"{split}: {counts['docs']:,} documents ({counts['empty']:,} empty ones skipped, "
+            f"{counts['held out']:,} left out that validation has), "
+            f"{counts['tokens']:,} tokens, {counts['bytes']:,} bytes of text, "
+            f"{counts['tokens'] / counts['bytes']:.4f} tokens/byte, {counts['files']:,} shard(s)"
+        )
     say(f"wrote {destination.folder} and {destination.model_path}")
     return stats
 
@@ -430,8 +408,7 @@ def read_manifest(path: Path) -> dict:
     try:
         manifest = json.loads(path.read_bytes())
         names = [entry["name"] for key in ("datasets", "tokenizers") for entry in manifest[key]]
-        # What is nested too deeply to be written again is to fail before the work.
-        json.dumps(manifest, indent=2)
+        json.dumps(manifest, indent=2)  # what is too deep for it is to fail before the work
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(f"{what}: {error!r}") from error
     for name in names:
@@ -586,7 +563,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     tokenizer = parser.add_mutually_exclusive_group().add_argument
     tokenizer("--tokenizer", type=Path, metavar="MODEL", help="SentencePiece model to reuse")
     tokenizer("--train-tokenizer", type=positive_int, metavar="PIECES", help="instead: a new one")
-    add("--tokenizer-train-docs", type=positive_int, metavar="N", help="on the first N documents")
     add("--lossless-case", action="store_true", help="capitals as operators before lower case")
     output = Path(__file__).resolve().parent
     add("--output", type=Path, default=output, metavar="FOLDER", help="default: %(default)s")
@@ -622,14 +598,11 @@ def main(argv: list[str] | None = None) -> None:
     model = args.tokenizer.read_bytes() if args.tokenizer else None
     destination.check_free(model)
     read_manifest(args.output / "manifest.json")
-    limited = args.tokenizer_train_docs is not None
-    require(not limited or not args.tokenizer, "--tokenizer-train-docs needs --train-tokenizer")
 
     if model is None:
         pieces = args.train_tokenizer
         say(f"training a tokenizer of {pieces:,} pieces on the training documents")
         texts = itertools.islice(read_documents(train_files), args.num_val_docs or 0, None)
-        texts = itertools.islice(texts, args.tokenizer_train_docs)
         model = train_tokenizer(texts, pieces, args.lossless_case)
 
     # Validation is read first, because it may be the beginning of the training files.

@@ -197,10 +197,8 @@ def test_documents_straddle_shards_without_loss(train, model_path, tmp_path):
         assert 0 < counts[-1] <= 97
         assert any(load_data_shard(path)[0] != BOS_ID for path in shards)
         assert np.array_equal(tokens_of(tiny, split), tokens_of(whole, split))
-    writer = tokenize_docs.ShardWriter(tmp_path, "full", 10)
-    writer.add(np.arange(20, dtype="<u2"))
-    writer.flush()
-    assert len(list(tmp_path.glob("*full*"))) == 2, "no empty shard follows a full one"
+    full = tokenize_docs.shards_of([np.arange(20, dtype="<u2")], 10)
+    assert [len(shard) for shard in full] == [10, 10], "no empty shard follows a full one"
 
 
 @pytest.mark.parametrize("by_count", [False, True])
@@ -212,14 +210,12 @@ def test_a_trained_tokenizer_knows_the_training_split_only(documents, tmp_path, 
     if by_count:
         both = write_jsonl(tmp_path / "all.jsonl", val_texts + train_texts)
         inputs = ["--train", both, "--num-val-docs", 20]
-    limit = ["--tokenizer-train-docs", 60] if by_count else []
-    folder = run(*inputs, "--train-tokenizer", 400, *limit, "--output", tmp_path)
+    folder = run(*inputs, "--train-tokenizer", 400, "--output", tmp_path)
     path = tmp_path / "tokenizers" / "set_bpe.model"
     assert len(decoded(folder, "val", path)) == 20
     assert "\u0416".encode() not in path.read_bytes()
     assert "\u0416".encode() in tokenize_docs.train_tokenizer(train_texts + val_texts, 400)
-    read = train_texts[:60] if by_count else train_texts
-    assert path.read_bytes() == tokenize_docs.train_tokenizer(read, 400)
+    assert path.read_bytes() == tokenize_docs.train_tokenizer(train_texts, 400)
 
 
 def test_a_trained_tokenizer_has_the_challenge_settings(model):
@@ -285,7 +281,6 @@ def test_missing_empty_and_wrong_inputs_are_refused(train, model_path, tmp_path,
         "no document of its own": ("--train", train, "--val", train, *model),
         "Vocabulary size": ("--train", train, "--train-tokenizer", 30_000),
         "plain folder": ("--train", train, *model, "--name", "../up"),
-        "needs --train-tokenizer": ("--train", train, *model, "--tokenizer-train-docs", 3),
     }
     for expected, argv in cases.items():
         assert expected in refused(capsys, tmp_path / "out", *argv)
