@@ -7,11 +7,9 @@ document. Equal versions of the packages give byte-identical shards and tokenize
 there is kept.
 """
 
-import argparse
 import ast
 import hashlib
 import importlib.util
-import inspect
 import sys
 import warnings
 from collections.abc import Iterable
@@ -54,8 +52,8 @@ def read_docstrings(path: Path) -> list[str]:
     docstrings = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            text = ast.get_docstring(node, clean=False) or ""
-            docstrings.append(inspect.cleandoc(text).encode(errors="ignore").decode())
+            text = ast.get_docstring(node) or ""
+            docstrings.append(text.encode(errors="ignore").decode())
     return [text for text in docstrings if text]
 
 
@@ -152,15 +150,11 @@ def make_sample(output: Path, packages: dict[str, Path]) -> None:
     tokenize_docs.write_manifest(sample, stats, False)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run the command line; `argv` defaults to the process's own arguments. Raises ConfigError."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    output = Path(__file__).resolve().parent
-    parser.add_argument("--output", type=Path, default=output, metavar="FOLDER", help="%(default)s")
-    args = parser.parse_args(argv)
-    make_sample(args.output, installed_packages())
+def main() -> None:
+    """Make the sample in this folder. Raises ConfigError."""
+    arguments = " ".join(sys.argv[1:])
+    require(not arguments, f"{arguments}: no arguments; the sample is made beside this script")
+    make_sample(Path(__file__).resolve().parent, installed_packages())
 
 
 if __name__ == "__main__":
