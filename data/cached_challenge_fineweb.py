@@ -132,8 +132,6 @@ def download_file(hub: Hub, file: RemoteFile, local: Path) -> None:
     with open(partial, "ab") as out, refuse_hub_errors(f"{hub.repo_id} {file.path}"):
         if out.tell() < file.size:
             http_get(file.url, out, resume_size=out.tell(), headers=build_hf_headers())
-        out.flush()
-        os.fsync(out.fileno())
 
     flaw = file.flaw_of(partial)
     if flaw:
@@ -143,28 +141,19 @@ def download_file(hub: Hub, file: RemoteFile, local: Path) -> None:
     os.replace(partial, local)
 
 
-def size_of(path: Path) -> int:
-    """Return the bytes of a file, 0 if there is none."""
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:  # perhaps renamed by the thread that downloaded it
-        return 0
-
-
 def download_all(hub: Hub, files: list[RemoteFile], root: Path) -> None:
     """Download `files` with a few threads; the first failure ends all of them."""
+
+    def download(file: RemoteFile) -> int:
+        download_file(hub, file, root / file.path)
+        return file.size
+
     total = sum(file.size for file in files)
+    arrived = 0
     # The pool's threads are daemons: after a failure or Ctrl-C nobody waits for their files.
     with ThreadPool(THREADS) as pool, Progress("downloading", total) as progress:
-        jobs = [(hub, file, root / file.path) for file in files]
-        pending = [pool.apply_async(download_file, job) for job in jobs]
-        while pending:
-            pending[0].wait(timeout=0.5)
-            for result in pending:
-                if result.ready():
-                    result.get()
-            pending = [result for result in pending if not result.ready()]
-            arrived = sum(size_of(path) or size_of(file.partial(path)) for _, file, path in jobs)
+        for size in pool.imap_unordered(download, files):
+            arrived += size
             progress.update(arrived, f"{arrived / 1e9:.2f} of {total / 1e9:.2f} GB")
 
 
