@@ -332,32 +332,27 @@ def starts_of_runs(*keys: Tensor) -> Tensor:
 
 
 def count(
-    targets: Tensor, by_pair: Tensor, keys: list[Tensor], pair_keys: list[Tensor], delay: int
+    targets: Tensor, by_pair: Tensor, keys: list[Tensor], pair_keys: list[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return seen, hits, distinct and age of `Counts`.
 
     Places with equal `keys` are runs, in which targets ascend. Sorted by `by_pair`, those with
-    equal `pair_keys` are. A place's past is what its run has in earlier chunks of `delay` targets.
+    equal `pair_keys` are. A place's past is what its run has before it.
     """
     begin = starts_of_runs(*keys)
     pair_begin = starts_of_runs(*pair_keys)
     places = torch.arange(len(targets), dtype=torch.int32)
-    end = places
-    pair_end = places
-    if delay > 1:
-        end = starts_of_runs(*keys, targets // delay)
-        pair_end = starts_of_runs(*pair_keys, targets.index_select(0, by_pair) // delay)
-    hits = torch.empty_like(begin).scatter_(0, by_pair, pair_end - pair_begin)
+    hits = torch.empty_like(begin).scatter_(0, by_pair, places - pair_begin)
 
     first_times = (pair_begin == places).int()
     first_times = torch.empty_like(begin).scatter_(0, by_pair, first_times)
     before = first_times.cumsum(0, dtype=torch.int32).sub_(first_times)
-    distinct = before.index_select(0, end) - before.index_select(0, begin)
-    last = targets.index_select(0, (end - 1).clamp_(min=0))
-    return end - begin, hits, distinct, last.sub_(targets).neg_().int()
+    distinct = before - before.index_select(0, begin)
+    age = targets.diff(prepend=targets[:1]).int()
+    return places - begin, hits, distinct, age
 
 
-def count_contexts(tokens: Tensor, delay: int = 1) -> Iterator[Counts]:
+def count_contexts(tokens: Tensor) -> Iterator[Counts]:
     """Yield exact counts of contexts of 0 to NGRAM_ORDER tokens, from short to long.
 
     Target i is token i + 1; token 0 is in no context. Contexts are sorted, not hashed: in a run
@@ -375,9 +370,9 @@ def count_contexts(tokens: Tensor, delay: int = 1) -> Iterator[Counts]:
         if order <= NGRAM_LOCAL_ORDER:
             keys = [context, document.index_select(0, targets)]
             pair_keys = [pair, document.index_select(0, pair_targets)]
-            yield Counts(order, True, targets, *count(targets, by_pair, keys, pair_keys, delay))
+            yield Counts(order, True, targets, *count(targets, by_pair, keys, pair_keys))
         if order > 0:
-            yield Counts(order, False, targets, *count(targets, by_pair, [context], [pair], delay))
+            yield Counts(order, False, targets, *count(targets, by_pair, [context], [pair]))
 
         # Contexts that the text has but once have no past, and none that contain them has.
         goes_on = pair[1:] == pair[:-1]
@@ -392,14 +387,13 @@ def count_contexts(tokens: Tensor, delay: int = 1) -> Iterator[Counts]:
         targets = pair_targets.index_select(0, again).add_(1)
 
 
-def chunk_sizes(num_targets: int, delay: int) -> list[int]:
+def chunk_sizes(num_targets: int) -> list[int]:
     """Return how many targets are between two updates of the weights: few at first."""
     sizes = []
     done = 0
     while done < num_targets:
-        size = min(max(done, 16, delay), max(NGRAM_CHUNK, delay), num_targets - done)
-        sizes.append(size)
-        done += size
+        sizes.append(min(max(done, 16), NGRAM_CHUNK, num_targets - done))
+        done += sizes[-1]
     return sizes
 
 
@@ -422,7 +416,7 @@ def weigh(counts: Counts, num_targets: int) -> tuple[Tensor, Tensor]:
     return buckets, shares
 
 
-def mix_in(probs: Tensor, counts: Counts, delay: int) -> None:
+def mix_in(probs: Tensor, counts: Counts) -> None:
     """Make `probs` p (targets,) into (1 - w) p + w hits / seen, in place: distributions all.
 
     The weight w is that of the target's bucket. It is the mean of the counts' posterior
@@ -432,7 +426,7 @@ def mix_in(probs: Tensor, counts: Counts, delay: int) -> None:
     total = torch.full((NGRAM_BUCKETS,), NGRAM_PRIOR_TARGETS, dtype=torch.float64)
     explained = NGRAM_PRIOR * total
     explained[0] = 0.0  # the context is new
-    sizes = chunk_sizes(len(probs), delay)
+    sizes = chunk_sizes(len(probs))
     parts = [tensor.split(sizes) for tensor in (probs, buckets, shares)]
     for p, bucket, share in zip(*parts, strict=True):
         bucket = bucket.long()
@@ -443,9 +437,7 @@ def mix_in(probs: Tensor, counts: Counts, delay: int) -> None:
         total += torch.bincount(bucket, minlength=NGRAM_BUCKETS)
 
 
-def mix(
-    losses: Tensor, tokens: Tensor, delay: int = 1, deadline: float = math.inf
-) -> tuple[Tensor, int]:
+def mix(losses: Tensor, tokens: Tensor, deadline: float = math.inf) -> tuple[Tensor, int]:
     """Mix a model's distributions, of which `losses` (targets,) tells enough, with exact counts.
 
     Returns the mixture's losses, nats in float64, and the tokens of the longest context in it:
@@ -457,8 +449,8 @@ def mix(
     order = NGRAM_ORDER
     slowest = 0.0
     begun = time.perf_counter()
-    for counts in count_contexts(tokens.cpu(), delay):
-        mix_in(probs, counts, delay)
+    for counts in count_contexts(tokens.cpu()):
+        mix_in(probs, counts)
         now = time.perf_counter()
         slowest = max(slowest, now - begun)
         begun = now
@@ -589,10 +581,8 @@ def audit_bytes(val: ValData, sp, max_tokens: int = 1_000_000) -> Row:
         if val.sidecar:
             text = CASE_OPERATORS.sub(r"\1", text)
         decoded += len(text.encode())
-    case = "sidecar: " if val.sidecar else ""
-    test = (
-        f"{case}against the UTF-8 text that SentencePiece decodes, {len(documents)} whole documents"
-    )
+    test = "sidecar: " if val.sidecar else ""
+    test += f"against the UTF-8 text that SentencePiece decodes, {len(documents)} whole documents"
     return "bytes", test, f"{counted} against {decoded}", counted == decoded > 0
 
 

@@ -52,7 +52,7 @@ def make_losses(num_targets: int, seed: int = 0) -> torch.Tensor:
     return 4 * torch.rand(num_targets, generator=torch.Generator().manual_seed(seed))
 
 
-def dictionary_counts(tokens: list[int], delay: int) -> dict[tuple[int, bool], list]:
+def dictionary_counts(tokens: list[int]) -> dict[tuple[int, bool], list]:
     """Return seen, hits, distinct and age of every target, by expert, from lists of the past."""
     past = defaultdict(list)
     counts = defaultdict(list)
@@ -62,7 +62,7 @@ def dictionary_counts(tokens: list[int], delay: int) -> dict[tuple[int, bool], l
         for order, is_local in EXPERTS:
             context = tuple(tokens[target + 1 - order : target + 1])
             key = (order, document if is_local else None, context)
-            known = [(j, token) for j, token in past[key] if j // delay < target // delay]
+            known = past[key]
             if target < order or not known:
                 counts[order, is_local].append([0, 0, 0, 0])
             else:
@@ -75,10 +75,10 @@ def dictionary_counts(tokens: list[int], delay: int) -> dict[tuple[int, bool], l
     return dict(counts)
 
 
-def our_counts(tokens: torch.Tensor, delay: int) -> dict[tuple[int, bool], list]:
+def our_counts(tokens: torch.Tensor) -> dict[tuple[int, bool], list]:
     """Return the same by `count_contexts`; experts that it leaves out know nothing."""
     rows = {expert: torch.zeros(len(tokens) - 1, 4, dtype=torch.long) for expert in EXPERTS}
-    for counts in count_contexts(tokens, delay):
+    for counts in count_contexts(tokens):
         values = torch.stack([counts.seen, counts.hits, counts.distinct, counts.age], 1).long()
         values *= (counts.seen > 0)[:, None]
         rows[counts.order, counts.is_local][counts.targets] = values
@@ -90,21 +90,18 @@ def our_counts(tokens: torch.Tensor, delay: int) -> dict[tuple[int, bool], list]
 
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(
-    tokens=st.integers(2, 4).flatmap(
-        lambda n: st.lists(st.integers(1, n), min_size=1, max_size=80)
-    ),
-    delay=st.sampled_from([1, 3, 16]),
+    tokens=st.integers(2, 4).flatmap(lambda n: st.lists(st.integers(1, n), min_size=1, max_size=80))
 )
-def test_counts_are_those_of_a_dictionary(tokens, delay):
-    ours = our_counts(torch.tensor(tokens, dtype=torch.int32), delay)
-    assert ours == (dictionary_counts(tokens, delay) or {expert: [] for expert in EXPERTS})
+def test_counts_are_those_of_a_dictionary(tokens):
+    ours = our_counts(torch.tensor(tokens, dtype=torch.int32))
+    assert ours == (dictionary_counts(tokens) or {expert: [] for expert in EXPERTS})
 
 
 def test_contexts_of_the_largest_vocabulary_are_told_apart():
     """Pairs of 65,536 tokens do not fit into 32 bits."""
     tokens = [65_535, 0, 65_535, 1, 65_535, 0, 2, 65_535, 0, 65_535, 1]
-    ours = our_counts(torch.tensor(tokens, dtype=torch.int32), 1)
-    assert ours == dictionary_counts(tokens, 1)
+    ours = our_counts(torch.tensor(tokens, dtype=torch.int32))
+    assert ours == dictionary_counts(tokens)
 
 
 # ---- Mixture
@@ -123,7 +120,7 @@ def bucket_of(seen: int, distinct: int, age: int) -> tuple[int, int, int]:
 def slow_mixture(losses: list[float], tokens: list[int], updates: list[int]) -> list[float]:
     """Return the mixture's losses by loops; weights change before the targets in `updates`."""
     probs = [math.exp(-loss) for loss in losses]
-    for rows in dictionary_counts(tokens, 1).values():
+    for rows in dictionary_counts(tokens).values():
         mass, total, waiting = defaultdict(lambda: 0.4), defaultdict(lambda: 4.0), []
         for target, (seen, hits, distinct, age) in enumerate(rows):
             if target in updates:
@@ -228,9 +225,9 @@ def count_the_target_itself(*args):
     return seen + 1, hits + 1, distinct.clamp(min=1), age
 
 
-def count_ahead_by_one(targets, by_pair, keys, pair_keys, delay):
+def count_ahead_by_one(targets, by_pair, keys, pair_keys):
     """Return what the context's next occurrence knows of it."""
-    seen, hits, distinct, age = HONEST_COUNT(targets, by_pair, keys, pair_keys, delay)
+    seen, hits, distinct, age = HONEST_COUNT(targets, by_pair, keys, pair_keys)
     start = eval_sliding.starts_of_runs(*keys)
     goes_on = start[1:] == start[:-1]
     for known in (seen, distinct):
@@ -238,9 +235,9 @@ def count_ahead_by_one(targets, by_pair, keys, pair_keys, delay):
     return seen, hits, distinct, age
 
 
-def count_the_whole_text(targets, by_pair, keys, pair_keys, delay):
+def count_the_whole_text(targets, by_pair, keys, pair_keys):
     """Return counts as after a first pass."""
-    _, _, distinct, age = HONEST_COUNT(targets, by_pair, keys, pair_keys, delay)
+    _, _, distinct, age = HONEST_COUNT(targets, by_pair, keys, pair_keys)
     sizes = []
     for run_keys in (keys, pair_keys):
         start = eval_sliding.starts_of_runs(*run_keys).long()
@@ -249,22 +246,22 @@ def count_the_whole_text(targets, by_pair, keys, pair_keys, delay):
     return sizes[0], hits, distinct.clamp(min=1), age
 
 
-def weigh_by_the_target(probs, counts, delay) -> None:
+def weigh_by_the_target(probs, counts) -> None:
     """Let the bucket tell whether the counts hold the target."""
-    HONEST_MIX_IN(probs, replace(counts, age=1024 * (counts.hits == 0).int()), delay)
+    HONEST_MIX_IN(probs, replace(counts, age=1024 * (counts.hits == 0).int()))
 
 
-def divide_by_distinct(probs, counts, delay) -> None:
-    HONEST_MIX_IN(probs, replace(counts, seen=counts.distinct), delay)
+def divide_by_distinct(probs, counts) -> None:
+    HONEST_MIX_IN(probs, replace(counts, seen=counts.distinct))
 
 
-def learn_before_scoring(probs, counts, delay) -> None:
+def learn_before_scoring(probs, counts) -> None:
     """Score with weights that all of the text has taught."""
     twice = replace(counts, targets=torch.cat([counts.targets, counts.targets + len(probs)]))
     for name in ("seen", "hits", "distinct", "age"):
         setattr(twice, name, getattr(counts, name).repeat(2))
     both = probs.repeat(2)
-    HONEST_MIX_IN(both, twice, delay)
+    HONEST_MIX_IN(both, twice)
     probs.copy_(both[len(probs) :])
 
 
