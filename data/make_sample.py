@@ -146,8 +146,7 @@ def make_sample(output: Path, packages: dict[str, Path]) -> None:
     training, validation = split_documents(read_modules(packages))
     tokenize_docs.say(f"training a tokenizer of {VOCAB_SIZE:,} pieces on the training split")
     model = tokenize_docs.train_tokenizer(training.values(), VOCAB_SIZE)
-    stats = tokenize_docs.write_dataset(sample, model, validation.values(), training.values())
-    tokenize_docs.write_manifest(sample, stats, False)
+    tokenize_docs.write_dataset(sample, model, validation.values(), training.values())
 
 
 def main() -> None:

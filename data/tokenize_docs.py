@@ -356,8 +356,8 @@ def write_dataset(
     val: Iterable[str],
     train: Iterable[str],
     transformed: bool = False,
-) -> dict[str, collections.Counter]:
-    """Write tokenizer and shards; print and return the counts of each split. Raises ConfigError.
+) -> None:
+    """Write tokenizer, shards and manifest; print the counts of each split. Raises ConfigError.
 
     Training documents that validation has, too, are left out. The dataset's folder has its name
     when all is complete. `transformed` is for the lossless case transform and its sidecars.
@@ -395,7 +395,7 @@ def write_dataset(
             f"{counts['tokens'] / counts['bytes']:.4f} tokens/byte, {counts['files']:,} shard(s)"
         )
     say(f"wrote {destination.folder} and {destination.model_path}")
-    return stats
+    write_manifest(destination, stats, transformed)
 
 
 def read_manifest(path: Path) -> dict:
@@ -610,8 +610,7 @@ def main(argv: list[str] | None = None) -> None:
     val_texts = read_documents(val_files)
     if args.num_val_docs:
         val_texts = itertools.islice(train_texts, args.num_val_docs)
-    stats = write_dataset(destination, model, val_texts, train_texts, args.lossless_case)
-    write_manifest(destination, stats, args.lossless_case)
+    write_dataset(destination, model, val_texts, train_texts, args.lossless_case)
 
 
 if __name__ == "__main__":
