@@ -24,41 +24,29 @@ class Document(NamedTuple):
     on: float
 
 
-def tokens_of(document: Document, targets: int) -> int:
-    return document.tokens
-
-
-def place_of(document: Document, targets: int) -> float:
-    return document.start / targets
-
-
-def bpb_off(document: Document, targets: int) -> float:
-    return document.off
-
-
 KINDS = {  # of documents: what they are told apart by, its edges, and names between these
     "tokens": (
-        tokens_of,
+        lambda document, targets: document.tokens,
         (500, 1500, 5000),
         ("below 500", "500 to 1,500", "1,500 to 5,000", "5,000 and more"),
     ),
     "place in the split": (
-        place_of,
+        lambda document, targets: document.start / targets,
         (0.05, 0.25, 0.5, 0.75),
         ("first 5 %", "5 to 25 %", "25 to 50 %", "50 to 75 %", "last quarter"),
     ),
     "val_bpb off": (
-        bpb_off,
+        lambda document, targets: document.off,
         (2.2, 2.5, 2.8),
         ("below 2.2", "2.2 to 2.5", "2.5 to 2.8", "2.8 and more"),
     ),
 }
 
 
-def mixed_bpb(run: dict, **constants: int) -> float:
+def mixed_bpb(run: dict, delay: int = 1, **constants: int) -> float:
     """Return bits per byte with other constants of eval_sliding.py."""
     with mock.patch.multiple(eval_sliding, **{"NGRAM_ORDER": 8, **constants}):
-        losses, _ = mix(run["nll"], run["tokens"])
+        losses, _ = mix(run["nll"], run["tokens"], delay)
     return bits_per_byte(losses, run["bytes"])
 
 
@@ -86,6 +74,9 @@ def print_settings(runs: list[dict]) -> None:
     print_row("nothing by document", values, off)
     values = [mixed_bpb(run, NGRAM_LOCAL_ORDER=8) for run in runs]
     print_row("all orders by document too", values, off)
+    for delay in (64, 8192, 32768):
+        values = [mixed_bpb(run, delay) for run in runs]
+        print_row(f"counts {delay} targets late", values, off)
 
 
 def score_documents(run: dict) -> list[Document]:
