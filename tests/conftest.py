@@ -83,7 +83,7 @@ def make_val(num_targets: int) -> ValData:
     """A validation split of random tokens that stand for random numbers of bytes."""
     generator = torch.Generator().manual_seed(num_targets)
     tokens = torch.randint(64, (num_targets + 1,), generator=generator)
-    sizes = torch.randint(9, (num_targets,), generator=generator)
+    sizes = torch.randint(1, 9, (num_targets,), generator=generator)
     return ValData(tokens.int(), sizes.int(), "", False)
 
 
