@@ -6,7 +6,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from train_gpt import GPT, Dist, Hyperparameters, ValData, build_expert_table, role_of
+from train_gpt import (
+    GPT,
+    Checkpoints,
+    Dist,
+    Hyperparameters,
+    TokenLoader,
+    ValData,
+    build_expert_table,
+    build_optimizers,
+    role_of,
+)
 
 # More threads only slow models this small down.
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -77,6 +87,18 @@ def make_ids(hp: Hyperparameters, rows: int, length: int, seed: int = 0) -> torc
     """(rows, length) random token ids."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(hp.model.vocab_size, (rows, length), generator=generator)
+
+
+def make_checkpoints(hp: Hyperparameters) -> Checkpoints:
+    """Those of a model that has taken a step, and of a loader of DATA_PATH; the log is nobody's."""
+    model = make_model(hp)
+    optimizers = build_optimizers(hp, model, ALONE)
+    ids = make_ids(hp, 1, 4)
+    model(ids, ids).backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    average = [p.detach().clone() for p in model.parameters()]
+    return Checkpoints(lambda text: None, model, optimizers, average, TokenLoader(hp, ALONE))
 
 
 def make_val(num_targets: int) -> ValData:
