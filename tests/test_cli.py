@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ALONE, tiny_hp
 from helpers_cli import (
-    ALONE,
     ROOT,
     TINY_MODEL,
     VOCAB_SIZE,
@@ -53,22 +53,6 @@ END_OF_SOURCE = "=" * 100
 TRAIN_KEYS = """event run_id artifact_path val_bpb_float val_bpb bytes_code bytes_model bytes_total
     train_seconds steps tokens params"""
 EVAL_KEYS = "event val_bpb val_loss target_tokens scored_bytes eval_seconds stride partial"
-TRAIN_LINES = [
-    r"^step:\d+/\d+ train_loss:[\d.]+ train_time:\d+ms step_avg:[\d.]+ms",
-    r"^step:8/8 val_loss:[\d.]+ val_bpb:[\d.]+ train_time:\d+ms step_avg:[\d.]+ms$",
-    r"^pre-quantization post-ema val_loss:[\d.]+ val_bpb:[\d.]+ eval_time:\d+ms$",
-    r"^Serialized model quantized\+\w+: \d+ bytes",
-    r"^Total submission size quantized\+\w+: \d+ bytes$",
-    r"^quantized val_loss:[\d.]+ val_bpb:[\d.]+ eval_time:\d+ms$",
-    r"^final_roundtrip_exact val_loss:\d+\.\d{8} val_bpb:\d+\.\d{8}$",
-    r"^model_params:\d+ ",
-    r"^warmup_step:0/0 ",
-]
-EVAL_LINES = [
-    r"^quantized_sliding_window val_loss:[\d.]+ val_bpb:[\d.]+ eval_time:\d+ms$",
-    r"^final_sliding_window_exact val_loss:\d+\.\d{8} val_bpb:\d+\.\d{8}$",
-    r"^total_eval_time:[\d.]+s$",
-]
 
 
 @pytest.fixture(scope="module")
@@ -147,21 +131,6 @@ def test_the_log_holds_source_knobs_versions_overrides_data_and_the_misspelt_kno
     assert warnings == ["warning: NUM_LAYER is not a knob; did you mean NUM_LAYERS?"]
 
 
-def test_both_stages_write_the_lines_that_parsers_read(chain):
-    trained, scored = chain
-    for pattern in TRAIN_LINES:
-        found(pattern, trained.result.out)
-        found(pattern, trained.log.split(END_OF_SOURCE)[-1])
-    for pattern in EVAL_LINES:
-        found(pattern, scored.out)
-        assert not re.search(pattern, trained.result.out, re.MULTILINE)
-    assert trained.log.endswith(scored.out)
-    rates = re.findall(r"^step:\d+/8 .* step_avg:(\S+)ms .*tok/s: (\d+)$", trained.log, re.M)
-    assert len(rates) == 8
-    for step_avg, rate in rates:
-        assert float(rate) * float(step_avg) / 1000 == pytest.approx(128, rel=0.01)
-
-
 def test_each_stage_ends_with_one_json_line_of_the_logged_scores_and_the_bytes_on_disk(chain):
     log, trained, scored = chain[0].log, chain[0].result.summary, chain[1].summary
     assert set(TRAIN_KEYS.split()) <= trained.keys()
@@ -175,6 +144,10 @@ def test_each_stage_ends_with_one_json_line_of_the_logged_scores_and_the_bytes_o
     for kind, summary in (("roundtrip", trained), ("sliding_window", scored)):
         logged = found(rf"^final_{kind}_exact {scores}", log)
         assert logged == (f"{summary['val_loss']:.8f}", f"{summary['val_bpb']:.8f}")
+    rates = re.findall(r"^step:\d+/8 .* step_avg:(\S+)ms .*tok/s: (\d+)$", log, re.MULTILINE)
+    assert len(rates) == 8
+    for step_avg, rate in rates:
+        assert float(rate) * float(step_avg) / 1000 == pytest.approx(128, rel=0.01)
 
     code = len(pack_script(train_gpt.submission_source()))
     model = chain[0].artifact.stat().st_size
@@ -368,11 +341,8 @@ def test_training_stops_inside_the_wall_clock_cap_at_a_low_learning_rate(dataset
 # ---- Knobs
 
 BAD_KNOBS = [  # the message has to name the last variable of each, with its value
-    {"COMPILE": "yes"},
-    {"SEED": ""},
     {"ITERATIONS": "1" + "0" * 400},
     {"TRAIN_BATCH_TOKENS": "32" + "0" * 400},
-    {"MATRIX_LR": "0,02"},
     {"DISPATCH": "grouped", "ROUTING": "learned"},
     {"DISPATCH": "grouped", "EXPERT_DIM": "12"},
     {"MODEL_DIM": "32", "NUM_HEADS": "3"},
@@ -387,13 +357,6 @@ BAD_KNOBS = [  # the message has to name the last variable of each, with its val
     {"CHECKPOINT_EVERY": "0"},
     {"CHECKPOINT_EVERY": "5m"},
 ]
-GOOD_KNOBS = [
-    {"ROUTING": "dense", "DISPATCH": "grouped", "EXPERT_DIM": "12"},
-    {"ROPE_DIMS": "8"},
-    {"LOOP_PASSES": "1", "LOOP_END": "7", "LOOP_START": "9"},
-    {"RUN_ID": "a.b_c-1+2", "CHECKPOINT_EVERY": "300s"},
-    {"MATRIX_LR": "2.2e-2", "SEED": str(2**63 - 1)},
-]
 
 
 @pytest.mark.parametrize("knobs", BAD_KNOBS, ids=lambda knobs: f"{list(knobs)[-1]}")
@@ -403,14 +366,6 @@ def test_a_bad_knob_is_refused_with_its_name_and_value(knobs, dataset):
         Hyperparameters.from_env(cli_env(dataset, **knobs))
     assert f"{name}=" in str(refusal.value)
     assert value in str(refusal.value)
-
-
-@pytest.mark.parametrize("knobs", GOOD_KNOBS, ids=lambda knobs: f"{list(knobs)[-1]}")
-def test_a_knob_inside_its_limits_is_accepted(knobs, dataset):
-    values = Hyperparameters.from_env(cli_env(dataset, **knobs)).values()
-    for name, text in knobs.items():
-        value = values[name.lower()]
-        assert value == type(value)(text)
 
 
 @pytest.mark.parametrize("cls", [Hyperparameters, EvalConfig])
@@ -440,18 +395,6 @@ def test_refusals_end_the_command_with_one_line_before_anything_is_written(datas
     argument = run_in_process(train_gpt.main, cli_env(dataset), tmp_path, "--seed=3")
     assert_refused(argument, "--seed=3: no arguments; knobs are environment variables")
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"DATA_PATH": "nowhere"}, "nowhere: no such data folder (DATA_PATH)"),
-        ({"TRAIN_SEQ_LEN": "8192", "TRAIN_BATCH_TOKENS": "8192"}, "no training shard holds"),
-        ({"ATTENTION": "fa3"}, "ATTENTION=fa3: not fa3: "),
-    ],
-)
-def test_unusable_data_and_kernels_are_refused_before_training(changes, said, dataset, tmp_path):
-    refused(cli_env(dataset, **changes), tmp_path, said)
 
 
 @pytest.mark.parametrize("script", [train_gpt, eval_sliding], ids=lambda s: s.__name__)
@@ -583,29 +526,6 @@ def test_a_faster_way_that_scores_otherwise_fails_its_self_check(artifact, datas
 
 # ---- Golden losses
 
-GOLDEN_KNOBS = {
-    "vocab_size": 101,
-    "train_seq_len": 32,
-    "num_layers": 3,
-    "model_dim": 32,
-    "num_heads": 4,
-    "num_kv_heads": 2,
-    "rope_dims": 4,
-    "expert_dim": 8,
-    "shared_dim": 32,
-    "iterations": 25,
-    "dtype": "float32",
-    "compile": False,
-    "max_wallclock_seconds": 0.0,
-    "train_batch_tokens": 256,
-    "micro_batch_tokens": 128,
-    "schedule": "sgdr",
-    "loop_start": 1,
-    "loop_end": 1,
-    "loop_passes": 2,
-    "parallel_start_layer": 2,
-}
-
 
 def golden_losses(dispatch: str = "masked") -> list[float]:
     """Return the losses of 25 steps on generated tokens: float32, eager, zipf."""
@@ -621,7 +541,10 @@ def golden_losses(dispatch: str = "masked") -> list[float]:
         rng = np.random.default_rng(0)
         steps = (rng.zipf(1.6, 6000) % 97 + rng.integers(0, 3, 6000)).cumsum()
         write_shard(Path(folder) / "fineweb_train_000000.bin", steps % 101)
-        hp = Hyperparameters().override(**GOLDEN_KNOBS, data_path=folder, dispatch=dispatch)
+        sizes = {"vocab_size": 101, "train_seq_len": 32, "num_layers": 3, "iterations": 25}
+        sizes |= {"train_batch_tokens": 256, "micro_batch_tokens": 128}
+        layers = {"loop_end": 1, "parallel_start_layer": 2}
+        hp = tiny_hp(**sizes, **layers, data_path=folder, dispatch=dispatch)
         precision = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")
         patch.setattr(train_gpt, "train_step", observed)
@@ -661,7 +584,6 @@ def slower_schedule(hp, frac, original=train_gpt.lr_scale):
     ("name", "changed"),
     [
         ("activate", other_slope),
-        ("POLAR_EXPRESS", train_gpt.POLAR_EXPRESS[:4]),
         ("lr_scale", slower_schedule),
     ],
 )
