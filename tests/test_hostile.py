@@ -18,14 +18,7 @@ import tokenize_docs
 import torch
 import zstandard
 from conftest import ALONE, make_checkpoints, tiny_hp
-from helpers_cli import (
-    CPU,
-    VOCAB_SIZE,
-    make_sentences,
-    tiny_tokenizer,
-    write_dataset,
-    write_shard,
-)
+from helpers_cli import CPU, VOCAB_SIZE, make_sentences, tiny_tokenizer, write_dataset, write_shard
 from helpers_hostile import SHA, Pieces, good_artifact, refusal, shapes_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -79,11 +72,9 @@ ARTIFACTS = [
     ("header_beyond_the_file", lambda p: p.seal(length=2**32 - 1), "a header of 4,294,967,295"),
     ("not_utf8", lambda p: p.seal(text=b"\xff\xfe\xfd"), "bad header"),
     ("nested", lambda p: p.seal(text=b"[" * 60_000), "bad header"),
-    ("digits", lambda p: p.seal(text=b'{"model":' + b"9" * 5000 + b"}"), "bad header"),
     ("no_model", lambda p: p.header.pop("model"), "bad header"),
     ("no_knob", lambda p: p.header["model"].pop("xsa"), "bad header"),
     ("model_is_a_list", lambda p: p.header.update(model=[1]), "bad header"),
-    ("word_for_int", lambda p: p.header["model"].update(num_layers="2"), "expected int"),
     ("unknown_word", lambda p: p.header["model"].update(routing="no"), "ROUTING='no': expected"),
     ("line_break", lambda p: p.header["model"].update(routing="zipf\n"), r"ROUTING='zipf\n'"),
     ("nan", lambda p: p.header["model"].update(qk_gain_init=math.nan), "QK_GAIN_INIT=nan"),
@@ -98,7 +89,6 @@ ARTIFACTS = [
     ("one_more", lambda p: p.header["streams"].append([1, 0]), "its streams do not fill it"),
     ("body_cut", lambda p: p.seal(body=b"".join(p.streams.values())[:-1]), "do not fill it"),
     ("codec_unknown", lambda p: p.put("table", 9, b""), "no codec 9"),
-    ("stream_empty", lambda p: p.put("table", ZSTD, b""), "does not unpack"),
     ("stream_not_brotli", lambda p: p.put("table", BROTLI, b"not packed"), "does not unpack"),
     ("absurd_frame", lambda p: p.put("table", ZSTD, ABSURD_FRAME), "does not unpack"),
     ("payload_short", lambda p: p.change("vector", lambda x: x[:-1]), "does not unpack to"),
@@ -120,7 +110,6 @@ ARTIFACTS += [  # bombs
     ("lists", lambda p: p.seal(text=repeated(NESTED_LISTS, MAX_HEADER_BYTES - 20)), "bad header"),
 ]
 INTACT = [
-    ("resealed", lambda p: p.seal()),
     ("packed_by_brotli", lambda p: p.change("tok_emb.weight", bytes, BROTLI)),
     ("last_expert", lambda p: p.change("table", lambda x: bytes([EXPERTS - 1]) + x[1:])),
     ("longest_window", lambda p: p.header["model"].update(train_seq_len=65_536)),
@@ -291,7 +280,6 @@ SHARDS = [  # the 50 tokens, what else is said of them, the line
     ("too_few", {"count": 51}, "51 tokens do not make"),
     ("too_many", {"count": 49}, "49 tokens do not make"),
     ("none", {"count": 0}, "0 tokens do not make"),
-    ("negative", {"count": -1}, "-1 tokens do not make"),
     ("odd_tail", {"tail": b"\0"}, "50 tokens do not make"),
 ]
 

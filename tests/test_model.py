@@ -336,7 +336,7 @@ def test_execution_order_of_the_record_is_that_of_upstream():
     assert config.execution_order(False) == list(range(11))
 
 
-# ---- Gates, scales and residuals -----------------------------------------------------------------
+# ---- Smearing ------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -351,24 +351,6 @@ def test_the_previous_token_never_reaches_across_the_start_of_a_document():
     starts[:, 0] = True
     assert (added[starts] == 0).all()
     assert (added[~starts] > 1e-5).all()  # the token after BOS may see BOS
-
-
-@pytest.mark.parametrize(
-    ("knobs", "is_parallel", "scale"),
-    [({}, True, 0.5), ({"parallel_start_layer": 99, "ln_scale": False}, False, 1.0)],
-)
-@torch.no_grad()
-def test_layer_scale_and_parallel_residual_change_what_the_branches_read(knobs, is_parallel, scale):
-    hp = tiny_hp(**knobs)
-    model = make_model(hp)
-    reads = {}
-    block = model.blocks[3]
-    block.attn.register_forward_pre_hook(lambda module, args: reads.update(attn=args[0]))
-    block.mlp.register_forward_pre_hook(lambda module, args: reads.update(mlp=args[0]))
-    model(make_ids(hp, 2, 16))
-    assert torch.equal(reads["attn"], reads["mlp"]) == is_parallel
-    rms = reads["attn"].square().mean(-1).sqrt()
-    torch.testing.assert_close(rms, torch.full_like(rms, scale), rtol=1e-3, atol=0)
 
 
 # ---- Experts -------------------------------------------------------------------------------------
