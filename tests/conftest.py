@@ -1,11 +1,22 @@
-"""The one definition of the tests' tiny model, and models, ids and token counts for it."""
+"""The one definition of the tests' tiny model, and models, ids, counts and a leak for it."""
 
 import os
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-from train_gpt import GPT, Dist, Hyperparameters, build_expert_table, role_of
+from train_gpt import (
+    GPT,
+    Checkpoints,
+    Dist,
+    Hyperparameters,
+    TokenLoader,
+    ValData,
+    build_expert_table,
+    build_optimizers,
+    role_of,
+)
 
 # More threads only slow models this small down.
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -76,3 +87,29 @@ def make_ids(hp: Hyperparameters, rows: int, length: int, seed: int = 0) -> torc
     """(rows, length) random token ids."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(hp.model.vocab_size, (rows, length), generator=generator)
+
+
+def make_checkpoints(hp: Hyperparameters) -> Checkpoints:
+    """Those of a model that has taken a step, and of a loader of DATA_PATH; the log is nobody's."""
+    model = make_model(hp)
+    optimizers = build_optimizers(hp, model, ALONE)
+    ids = make_ids(hp, 1, 4)
+    model(ids, ids).backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    average = [p.detach().clone() for p in model.parameters()]
+    return Checkpoints(lambda text: None, model, optimizers, average, TokenLoader(hp, ALONE))
+
+
+def make_val(num_targets: int) -> ValData:
+    """A validation split of random tokens that stand for random numbers of bytes."""
+    generator = torch.Generator().manual_seed(num_targets)
+    tokens = torch.randint(64, (num_targets + 1,), generator=generator)
+    sizes = torch.randint(1, 9, (num_targets,), generator=generator)
+    return ValData(tokens.int(), sizes.int(), "", False)
+
+
+def attend_both_ways(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Attend to later tokens too, in place of `train_gpt.sdpa_attention`: a leak to plant."""
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2)

@@ -214,6 +214,13 @@ def train(folder: Path, dataset: Dataset, **knobs: object) -> Run:
     return Run(folder, run_in_process(train_gpt.main, cli_env(dataset, **knobs), folder))
 
 
+def score(artifact: Path, dataset: Dataset, *argv: object, **knobs: object) -> Result:
+    """Score an artifact in this process, from the folder above its own."""
+    folder = artifact.parents[1]
+    name = artifact.relative_to(folder)
+    return run_in_process(eval_sliding.main, eval_env(dataset, **knobs), folder, *argv, name)
+
+
 def run_command(
     script: str, env: dict[str, str], cwd: Path, *argv: object, nproc: int = 1
 ) -> Result:

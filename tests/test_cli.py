@@ -14,14 +14,12 @@ import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import ALONE, tiny_hp
 from helpers_cli import (
-    ALONE,
-    BOS,
     ROOT,
     TINY_MODEL,
     VOCAB_SIZE,
@@ -35,6 +33,7 @@ from helpers_cli import (
     full_environment,
     run_command,
     run_in_process,
+    score,
     tiny_tokenizer,
     train,
     train_losses,
@@ -54,22 +53,6 @@ END_OF_SOURCE = "=" * 100
 TRAIN_KEYS = """event run_id artifact_path val_bpb_float val_bpb bytes_code bytes_model bytes_total
     train_seconds steps tokens params"""
 EVAL_KEYS = "event val_bpb val_loss target_tokens scored_bytes eval_seconds stride partial"
-TRAIN_LINES = [
-    r"^step:\d+/\d+ train_loss:[\d.]+ train_time:\d+ms step_avg:[\d.]+ms",
-    r"^step:8/8 val_loss:[\d.]+ val_bpb:[\d.]+ train_time:\d+ms step_avg:[\d.]+ms$",
-    r"^pre-quantization post-ema val_loss:[\d.]+ val_bpb:[\d.]+ eval_time:\d+ms$",
-    r"^Serialized model quantized\+\w+: \d+ bytes",
-    r"^Total submission size quantized\+\w+: \d+ bytes$",
-    r"^quantized val_loss:[\d.]+ val_bpb:[\d.]+ eval_time:\d+ms$",
-    r"^final_roundtrip_exact val_loss:\d+\.\d{8} val_bpb:\d+\.\d{8}$",
-    r"^model_params:\d+ ",
-    r"^warmup_step:0/0 ",
-]
-EVAL_LINES = [
-    r"^quantized_sliding_window val_loss:[\d.]+ val_bpb:[\d.]+ eval_time:\d+ms$",
-    r"^final_sliding_window_exact val_loss:\d+\.\d{8} val_bpb:\d+\.\d{8}$",
-    r"^total_eval_time:[\d.]+s$",
-]
 
 
 @pytest.fixture(scope="module")
@@ -91,13 +74,6 @@ def artifact(chain, tmp_path) -> Path:
     path = tmp_path / "model.ptz"
     path.write_bytes(chain[0].artifact.read_bytes())
     return path
-
-
-def score(path: Path, dataset: Dataset, *argv: object, **knobs: object) -> Result:
-    """Score an artifact from the folder above its own."""
-    folder = path.parents[1]
-    name = path.relative_to(folder)
-    return run_in_process(eval_sliding.main, eval_env(dataset, **knobs), folder, *argv, name)
 
 
 def refused(env: dict[str, str], cwd: Path, *fragments: str) -> None:
@@ -135,7 +111,7 @@ def test_real_command_lines_do_what_runs_in_this_process_do(chain, dataset, tmp_
     assert_refused(run_command("eval_sliding.py", env, tmp_path), "usage: eval_sliding.py")
 
 
-def test_the_log_holds_source_knobs_versions_overrides_and_data(chain, dataset):
+def test_the_log_holds_source_knobs_versions_overrides_data_and_the_misspelt_knob(chain, dataset):
     trained, _ = chain
     assert trained.result.err == ""
     assert sorted(path.name for path in trained.artifact.parent.iterdir()) == ["run.ptz", "run.txt"]
@@ -151,24 +127,11 @@ def test_the_log_holds_source_knobs_versions_overrides_and_data(chain, dataset):
     assert "SEED=" not in overrides
     assert f"train_loader:dataset:{dataset.folder.name} train_shards:2" in log
     assert f"val_loader:shards pattern={dataset.folder}/fineweb_val_*.bin tokens:" in log
+    warnings = re.findall(r"^warning: .*$", log, re.MULTILINE)
+    assert warnings == ["warning: NUM_LAYER is not a knob; did you mean NUM_LAYERS?"]
 
 
-def test_both_stages_write_the_lines_that_parsers_read(chain):
-    trained, scored = chain
-    for pattern in TRAIN_LINES:
-        found(pattern, trained.result.out)
-        found(pattern, trained.log.split(END_OF_SOURCE)[-1])
-    for pattern in EVAL_LINES:
-        found(pattern, scored.out)
-        assert not re.search(pattern, trained.result.out, re.MULTILINE)
-    assert trained.log.endswith(scored.out)
-    rates = re.findall(r"^step:\d+/8 .* step_avg:(\S+)ms .*tok/s: (\d+)$", trained.log, re.M)
-    assert len(rates) == 8
-    for step_avg, rate in rates:
-        assert float(rate) * float(step_avg) / 1000 == pytest.approx(128, rel=0.01)
-
-
-def test_each_stage_ends_with_one_json_line_that_repeats_the_logged_scores(chain):
+def test_each_stage_ends_with_one_json_line_of_the_logged_scores_and_the_bytes_on_disk(chain):
     log, trained, scored = chain[0].log, chain[0].result.summary, chain[1].summary
     assert set(TRAIN_KEYS.split()) <= trained.keys()
     assert set(EVAL_KEYS.split()) <= scored.keys()
@@ -181,17 +144,18 @@ def test_each_stage_ends_with_one_json_line_that_repeats_the_logged_scores(chain
     for kind, summary in (("roundtrip", trained), ("sliding_window", scored)):
         logged = found(rf"^final_{kind}_exact {scores}", log)
         assert logged == (f"{summary['val_loss']:.8f}", f"{summary['val_bpb']:.8f}")
+    rates = re.findall(r"^step:\d+/8 .* step_avg:(\S+)ms .*tok/s: (\d+)$", log, re.MULTILINE)
+    assert len(rates) == 8
+    for step_avg, rate in rates:
+        assert float(rate) * float(step_avg) / 1000 == pytest.approx(128, rel=0.01)
 
-
-def test_reported_bytes_are_those_on_disk_and_add_up(chain):
-    trained, summary = chain[0], chain[0].result.summary
     code = len(pack_script(train_gpt.submission_source()))
-    model = trained.artifact.stat().st_size
-    reported = (summary["bytes_code"], summary["bytes_model"], summary["bytes_total"])
+    model = chain[0].artifact.stat().st_size
+    reported = (trained["bytes_code"], trained["bytes_model"], trained["bytes_total"])
     assert reported == (code, model, code + model)
-    found(rf"^Total submission size quantized\+\w+: {code + model} bytes$", trained.log)
-    found(rf"^Serialized model quantized\+\w+: {model} bytes$", trained.log)
-    found(rf"^Code size: {code} bytes$", trained.log)
+    found(rf"^Code size: {code} bytes$", log)
+    found(rf"^Serialized model quantized\+\w+: {model} bytes$", log)
+    found(rf"^Total submission size quantized\+\w+: {code + model} bytes$", log)
 
 
 def test_a_whole_windows_stride_repeats_the_training_stages_score_and_a_small_one_does_not(
@@ -213,11 +177,6 @@ def test_scoring_takes_the_model_from_the_artifact_and_not_from_the_environment(
     other = {"NUM_LAYERS": 7, "VOCAB_SIZE": 999, "ACTIVATION": "swiglu", "MU": "off", "XSA": 0}
     again = score(artifact, dataset, EVAL_STRIDE=32, **other)
     assert again.summary["val_bpb"] == chain[1].summary["val_bpb"]
-
-
-def test_a_misspelt_knob_is_named_with_its_nearest_and_the_run_goes_on(chain):
-    warnings = re.findall(r"^warning: .*$", chain[0].result.out, re.MULTILINE)
-    assert warnings == ["warning: NUM_LAYER is not a knob; did you mean NUM_LAYERS?"]
 
 
 # ---- Modes in pairs
@@ -311,27 +270,9 @@ def test_modes_in_every_pair_train_export_reload_and_score(row, short_dataset, t
 # ---- What a result may depend on
 
 
-LEARNED = pytest.param({"ROUTING": "learned", "MU": "pid"}, marks=pytest.mark.slow)
-
-
-@pytest.mark.parametrize("knobs", [{}, LEARNED], ids=str)
-def test_the_same_seed_repeats_losses_and_artifact_and_another_does_not(knobs, dataset, tmp_path):
-    first, again = (train(tmp_path / name, dataset, **knobs) for name in "ab")
-    other = train(tmp_path / "c", dataset, **knobs, SEED=1)
-    assert first.same_as(again)
-    assert first.losses != other.losses
-    assert first.artifact.read_bytes() != other.artifact.read_bytes()
-
-
-@pytest.mark.slow
-def test_averaging_changes_the_artifact_and_accumulation_hardly_the_losses(
-    chain, dataset, tmp_path
-):
-    unaveraged = train(tmp_path / "a", dataset, AVERAGE="off")
-    assert unaveraged.losses == chain[0].losses
-    assert unaveraged.artifact.read_bytes() != chain[0].artifact.read_bytes()
-    accumulated = train(tmp_path / "b", dataset, MICRO_BATCH_TOKENS=32)
-    assert accumulated.losses == pytest.approx(chain[0].losses, abs=2e-4)
+def test_the_same_seed_repeats_losses_and_artifact_and_another_does_not(chain, dataset, tmp_path):
+    assert train(tmp_path / "again", dataset).same_as(chain[0])
+    assert not train(tmp_path / "other", dataset, SEED=1).same_as(chain[0])
 
 
 def test_validation_text_never_reaches_the_artifact_and_training_text_does(chain, tmp_path):
@@ -342,52 +283,6 @@ def test_validation_text_never_reaches_the_artifact_and_training_text_does(chain
     assert run.same_as(chain[0])
     other_train = write_dataset(tmp_path / "other_train", train_seed=78)
     assert not train(tmp_path / "b", other_train).same_as(chain[0])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("peeks", [False, True])
-def test_before_the_artifact_exists_only_the_validation_loader_reads_validation_files(
-    peeks, dataset, tmp_path, monkeypatch
-):
-    """Readers of files are told by an audit hook of the interpreter; the control reads early."""
-    callers, watching = [], [True]
-
-    def hook(event: str, args: tuple) -> None:
-        if not watching or event != "open" or "fineweb_val_" not in str(args[0]):
-            return
-        frame, names = sys._getframe(), []
-        while frame:
-            names.append(frame.f_code.co_name)
-            frame = frame.f_back
-        if not list(tmp_path.rglob("*.ptz")):
-            callers.append("load" in names and "sample" not in names)
-
-    honest = train_gpt.TokenLoader.sample
-
-    def peek(loader):
-        open(dataset.folder / "fineweb_val_0.bin", "rb").close()
-        return honest(loader)
-
-    if peeks:
-        monkeypatch.setattr(train_gpt.TokenLoader, "sample", peek)
-    sys.addaudithook(hook)
-    train(tmp_path / "run", dataset, VAL_LOSS_EVERY=3)
-    watching.clear()
-    assert callers
-    assert all(callers) == (not peeks)
-
-
-@pytest.mark.slow
-def test_one_and_two_processes_agree_on_losses_and_score(chain, dataset, tmp_path):
-    two = Run(tmp_path, run_command("train_gpt.py", cli_env(dataset), tmp_path, nproc=2))
-    assert "world_size:2" in two.log
-    assert two.losses[:4] == pytest.approx(chain[0].losses[:4], abs=1e-5)
-    assert two.losses == pytest.approx(chain[0].losses, abs=1e-2)
-    assert two.result.summary["tokens"] == 8 * 128
-    alone = score(two.artifact, dataset).summary
-    both = run_command("eval_sliding.py", eval_env(dataset), tmp_path, "logs/run.ptz", nproc=2)
-    assert both.summary["val_bpb"] == pytest.approx(alone["val_bpb"], abs=1e-9)
-    assert both.summary["scored_bytes"] == alone["scored_bytes"]
 
 
 def test_worlds_and_batches_that_do_not_divide_are_refused(dataset, tmp_path):
@@ -402,11 +297,9 @@ def test_worlds_and_batches_that_do_not_divide_are_refused(dataset, tmp_path):
     for message, env in left_over.items():
         refused(cli_env(dataset) | env, tmp_path, message)
     assert not list(tmp_path.iterdir())
-    assert [Hyperparameters().grad_accum_steps(n) for n in (1, 2, 4, 8)] == [8, 4, 2, 1]
-    # Six sequences, of which four fit in a pass, are two passes; where one fits, they are six.
-    six = Hyperparameters().override(train_seq_len=64, train_batch_tokens=6 * 64)
-    assert six.override(micro_batch_tokens=4 * 64).grad_accum_steps(1) == 2
-    assert six.override(micro_batch_tokens=96).grad_accum_steps(1) == 6
+    # Six sequences, of which four fit in a pass, are two passes.
+    six = tiny_hp(train_batch_tokens=6 * 16, micro_batch_tokens=4 * 16)
+    assert six.grad_accum_steps(1) == 2
     hp = Hyperparameters().override(train_seq_len=32, train_batch_tokens=128)
     with pytest.raises(ConfigError, match="not a whole number of sequences on each of 8 ranks"):
         hp.grad_accum_steps(8)
@@ -425,26 +318,16 @@ def test_training_stops_inside_the_wall_clock_cap_at_a_low_learning_rate(dataset
     assert summary["train_seconds"] < 1.6
     scales = [float(x) for x in re.findall(r"lr_scale:(\S+)", run.result.out)]
     assert scales[0] == 1.0
-    assert scales[-1] < 0.25
+    assert scales[-1] < 0.4
     assert len(scales) < 70, "about fifty lines beside the first ten"
 
 
 # ---- Knobs
 
 BAD_KNOBS = [  # the message has to name the last variable of each, with its value
-    {"COMPILE": "yes"},
-    {"XSA": ""},
-    {"SEED": ""},
-    {"ITERATIONS": "1.5"},
     {"ITERATIONS": "1" + "0" * 400},
     {"TRAIN_BATCH_TOKENS": "32" + "0" * 400},
-    {"MATRIX_LR": "0,02"},
-    {"MATRIX_LR": "nan"},
-    {"MAX_WALLCLOCK_SECONDS": "inf"},
-    {"EMBED_LR": "-inf"},
     {"DISPATCH": "grouped", "ROUTING": "learned"},
-    {"DISPATCH": "grouped", "ROUTING": "hybrid"},
-    {"DISPATCH": "grouped", "ROUTING": "soft"},
     {"DISPATCH": "grouped", "EXPERT_DIM": "12"},
     {"MODEL_DIM": "32", "NUM_HEADS": "3"},
     {"NUM_HEADS": "4", "NUM_KV_HEADS": "3"},
@@ -455,20 +338,8 @@ BAD_KNOBS = [  # the message has to name the last variable of each, with its val
     {"LOOP_START": "1", "NUM_LAYERS": "2", "LOOP_END": "2"},
     {"LOOP_START": "1", "LOOP_END": "0"},
     {"RUN_ID": "../run"},
-    {"RUN_ID": "a b"},
     {"CHECKPOINT_EVERY": "0"},
     {"CHECKPOINT_EVERY": "5m"},
-    {"CHECKPOINT_EVERY": "-3"},
-]
-GOOD_KNOBS = [
-    {"ROUTING": "dense", "DISPATCH": "grouped", "EXPERT_DIM": "12"},
-    {"DISPATCH": "grouped", "EXPERT_DIM": "16"},
-    {"ROUTING": "soft", "NUM_EXPERTS": "1"},
-    {"ROPE_DIMS": "8"},
-    {"LOOP_PASSES": "1", "LOOP_END": "7", "LOOP_START": "9"},
-    {"LOOP_PASSES": "4", "LOOP_START": "0", "LOOP_END": "1"},
-    {"RUN_ID": "a.b_c-1+2", "CHECKPOINT_EVERY": "300s"},
-    {"MATRIX_LR": "2.2e-2", "SEED": str(2**63 - 1)},
 ]
 
 
@@ -479,14 +350,6 @@ def test_a_bad_knob_is_refused_with_its_name_and_value(knobs, dataset):
         Hyperparameters.from_env(cli_env(dataset, **knobs))
     assert f"{name}=" in str(refusal.value)
     assert value in str(refusal.value)
-
-
-@pytest.mark.parametrize("knobs", GOOD_KNOBS, ids=lambda knobs: f"{list(knobs)[-1]}")
-def test_a_knob_inside_its_limits_is_accepted(knobs, dataset):
-    values = Hyperparameters.from_env(cli_env(dataset, **knobs)).values()
-    for name, text in knobs.items():
-        value = values[name.lower()]
-        assert value == type(value)(text)
 
 
 @pytest.mark.parametrize("cls", [Hyperparameters, EvalConfig])
@@ -518,27 +381,9 @@ def test_refusals_end_the_command_with_one_line_before_anything_is_written(datas
     assert not list(tmp_path.iterdir())
 
 
-BAD_SURROUNDINGS = [
-    ({"DATA_PATH": "nowhere"}, "nowhere: no such data folder (DATA_PATH)"),
-    ({"TOKENIZER_PATH": "nowhere.model"}, "nowhere.model: no such tokenizer (TOKENIZER_PATH)"),
-    ({"VOCAB_SIZE": "341"}, "has 340 pieces, but VOCAB_SIZE=341"),
-    ({"TRAIN_SEQ_LEN": "8192", "TRAIN_BATCH_TOKENS": "8192"}, "no training shard holds"),
-    ({"ATTENTION": "fa3"}, "flash_attn_interface"),
-]
-
-
-@pytest.mark.parametrize(("changes", "said"), BAD_SURROUNDINGS)
-def test_unusable_data_and_kernels_are_refused_before_training(
-    changes, said, dataset, tmp_path, monkeypatch
-):
-    monkeypatch.setitem(sys.modules, "flash_attn_interface", None)
-    refused(cli_env(dataset, **changes), tmp_path, said)
-
-
 @pytest.mark.parametrize("script", [train_gpt, eval_sliding], ids=lambda s: s.__name__)
-@pytest.mark.parametrize("package", ["sentencepiece", "torch"])
-def test_a_package_that_is_missing_is_named_in_one_line(script, package, tmp_path):
-    (tmp_path / f"{package}.py").write_text("raise ImportError('not here')")
+def test_a_package_that_is_missing_is_named_in_one_line(script, tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('not here')")
     command = [sys.executable, script.__file__]
     env = full_environment({"PYTHONPATH": str(tmp_path)})
     result = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
@@ -555,12 +400,6 @@ def test_an_output_that_cannot_be_written_is_refused(place, dataset, tmp_path):
     refused(cli_env(dataset), tmp_path, place)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_at_its_step(dataset, tmp_path):
-    env = cli_env(dataset, MATRIX_LR="1e30", EMBED_LR="1e30")
-    refused(env, tmp_path, "training loss is nan at step ", "stopped")
-    assert len(train_losses((tmp_path / "logs" / "run.txt").read_text())) in range(1, 8)
-
-
 def test_a_model_over_the_cap_is_refused_before_training(dataset, tmp_path, monkeypatch):
     code = len(pack_script(train_gpt.submission_source()))
     monkeypatch.setattr(train_gpt, "MAX_SUBMISSION_BYTES", code + 1000)
@@ -569,19 +408,15 @@ def test_a_model_over_the_cap_is_refused_before_training(dataset, tmp_path, monk
     assert train_losses((tmp_path / "logs" / "run.txt").read_text()) == []
 
 
-@pytest.mark.slow
-def test_an_artifact_over_the_cap_is_never_written(chain, dataset, tmp_path, monkeypatch):
-    nothing = SimpleNamespace(artifact=b"")
-    table = train_gpt.budget_table
-    monkeypatch.setattr(train_gpt, "dry_run", lambda hp, model: nothing)
-    monkeypatch.setattr(train_gpt, "budget_table", lambda x: "" if x is nothing else table(x))
-    total = chain[0].result.summary["bytes_total"]
-    monkeypatch.setattr(train_gpt, "MAX_SUBMISSION_BYTES", total)
-    refused(cli_env(dataset), tmp_path, "artifact: ", f"the cap is {total:,}")
-    assert len(train_losses((tmp_path / "logs" / "run.txt").read_text())) == 8
-    monkeypatch.setattr(train_gpt, "MAX_SUBMISSION_BYTES", total + 1)
-    (tmp_path / "logs" / "run.step00000008.pt").unlink()  # the weights that were kept
-    train(tmp_path, dataset)
+@pytest.mark.parametrize("room", [0, 1])
+def test_an_artifact_over_the_cap_is_never_written(room, chain, dataset, tmp_path, monkeypatch):
+    cap = chain[0].result.summary["bytes_total"] + room
+    monkeypatch.setattr(train_gpt, "estimate", lambda hp, model, log: None)
+    monkeypatch.setattr(train_gpt, "MAX_SUBMISSION_BYTES", cap)
+    if room:
+        train(tmp_path, dataset)
+    else:
+        refused(cli_env(dataset), tmp_path, "artifact: ", f"the cap is {cap:,}")
 
 
 # ---- Scoring
@@ -606,7 +441,6 @@ def test_missing_and_damaged_artifacts_are_refused(artifact, dataset):
         score_refused(artifact, dataset, "model.ptz", "artifact")
 
 
-@pytest.mark.slow
 def test_another_tokenizer_or_text_is_refused_by_scoring(artifact, dataset, tmp_path):
     other = tmp_path / "other.model"
     other.write_bytes(tiny_tokenizer(seed=50))
@@ -617,25 +451,6 @@ def test_another_tokenizer_or_text_is_refused_by_scoring(artifact, dataset, tmp_
     score_refused(artifact, foreign, f"{foreign.folder}: ", "were made by another tokenizer")
     write_shard(foreign.folder / "fineweb_val_0.bin", encoded(2, 8, tiny_tokenizer()))
     assert score(artifact, foreign).code == 0, "control"
-    artifact.with_suffix(".txt").unlink()
-    other.write_bytes(tiny_tokenizer(pieces=350))
-    said = "has 350 pieces, but VOCAB_SIZE=340"
-    score_refused(artifact, replace(dataset, tokenizer=other), said)
-    write_shard(foreign.folder / "fineweb_val_0.bin", [BOS])
-    score_refused(artifact, foreign, "the validation split has no target to score")
-
-
-def test_a_sidecar_of_another_length_is_refused_and_a_fitting_one_counts(
-    artifact, dataset, tmp_path
-):
-    tokens = encoded(2, 8, tiny_tokenizer())
-    data = replace(dataset, folder=tmp_path / "val")
-    write_shard(data.folder / "fineweb_val_0.bin", tokens)
-    sidecar = write_shard(data.folder / "fineweb_val_bytes_0.bin", [7] * (len(tokens) + 1))
-    said = f"{sidecar}: bytes of {len(tokens) + 1} tokens, but"
-    score_refused(artifact, data, said, str(len(tokens)))
-    write_shard(sidecar, [7] * len(tokens))
-    assert score(artifact, data).summary["scored_bytes"] == 7 * (len(tokens) - 1)
 
 
 @pytest.mark.parametrize(
@@ -643,12 +458,9 @@ def test_a_sidecar_of_another_length_is_refused_and_a_fitting_one_counts(
     [
         ([], {"EVAL_STRIDE": 33}, "EVAL_STRIDE=33: above the window of 32 tokens"),
         ([], {"EVAL_STRIDE": 8, "EVAL_SEQ_LEN": 7}, "EVAL_STRIDE=8: above the window of 7"),
-        ([], {"TTT": "adam"}, "TTT='adam': expected one of off sgd"),
         (["--self-check", 5], {"TTT": "sgd"}, "TTT=sgd: --self-check is for TTT=off"),
         (["--self-check", 5, "--audit"], {}, "usage: "),
-        (["--self-check", "many"], {}, "usage: "),
         (["--self-check", -1], {}, "--self-check -1: expected a number of windows"),
-        (["--selfcheck"], {}, "usage: "),
         (["b.ptz"], {}, "usage: "),
     ],
     ids=str,
@@ -665,9 +477,7 @@ def test_help_prints_the_description_and_succeeds(dataset, tmp_path):
         assert option in result.out
 
 
-@pytest.mark.parametrize(
-    ("window", "stride", "base"), [(32, 8, 10_000), (64, 48, 40_000), (16, 16, 10_000)]
-)
+@pytest.mark.parametrize(("window", "stride", "base"), [(32, 8, 10_000), (64, 48, 40_000)])
 def test_a_window_of_any_length_scores_as_its_windows_do_one_at_a_time(
     artifact, dataset, window, stride, base
 ):
@@ -677,13 +487,10 @@ def test_a_window_of_any_length_scores_as_its_windows_do_one_at_a_time(
     assert result.code == 0, result.err
     found(rf"^sliding evaluation of \S+ window:{window} stride:{stride} ", result.out)
     found(rf"^trained_window:32 rope_base:{base} sidecar:False ttt:off$", result.out)
-    numbers = r"plain_bpb:(\S+) fast_bpb:(\S+) largest_difference:(\S+) nats"
-    line = rf"^self_check: (\d+) of (\d+) windows one at a time: {numbers}"
-    checked, windows, plain, fast, apart = found(line, result.out)
+    line = r"^self_check: (\d+) of (\d+) windows one at a time: plain_bpb:(\S+) fast_bpb:(\S+) "
+    checked, windows, *both = found(line, result.out)
     assert checked == windows
-    assert float(fast) == pytest.approx(result.summary["val_bpb"], abs=1e-7)
-    assert float(plain) == pytest.approx(result.summary["val_bpb"], abs=1e-6)
-    assert float(apart) < 1e-4
+    assert list(map(float, both)) == pytest.approx([result.summary["val_bpb"]] * 2, abs=1e-6)
     assert result.summary["seq_len"] == window
 
 
@@ -701,29 +508,6 @@ def test_a_faster_way_that_scores_otherwise_fails_its_self_check(artifact, datas
 
 # ---- Golden losses
 
-GOLDEN_KNOBS = {
-    "vocab_size": 101,
-    "train_seq_len": 32,
-    "num_layers": 3,
-    "model_dim": 32,
-    "num_heads": 4,
-    "num_kv_heads": 2,
-    "rope_dims": 4,
-    "expert_dim": 8,
-    "shared_dim": 32,
-    "iterations": 25,
-    "dtype": "float32",
-    "compile": False,
-    "max_wallclock_seconds": 0.0,
-    "train_batch_tokens": 256,
-    "micro_batch_tokens": 128,
-    "schedule": "sgdr",
-    "loop_start": 1,
-    "loop_end": 1,
-    "loop_passes": 2,
-    "parallel_start_layer": 2,
-}
-
 
 def golden_losses(dispatch: str = "masked") -> list[float]:
     """Return the losses of 25 steps on generated tokens: float32, eager, zipf."""
@@ -739,7 +523,10 @@ def golden_losses(dispatch: str = "masked") -> list[float]:
         rng = np.random.default_rng(0)
         steps = (rng.zipf(1.6, 6000) % 97 + rng.integers(0, 3, 6000)).cumsum()
         write_shard(Path(folder) / "fineweb_train_000000.bin", steps % 101)
-        hp = Hyperparameters().override(**GOLDEN_KNOBS, data_path=folder, dispatch=dispatch)
+        sizes = {"vocab_size": 101, "train_seq_len": 32, "num_layers": 3, "iterations": 25}
+        sizes |= {"train_batch_tokens": 256, "micro_batch_tokens": 128}
+        layers = {"loop_end": 1, "parallel_start_layer": 2}
+        hp = tiny_hp(**sizes, **layers, data_path=folder, dispatch=dispatch)
         precision = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")
         patch.setattr(train_gpt, "train_step", observed)
@@ -766,18 +553,8 @@ def test_losses_of_the_fixed_run_are_the_golden_ones(dispatch):
     assert deviation(losses) < GOLDEN_TOLERANCE
 
 
-def other_rotary_base(seq_len, base, dims, device):
-    angles = torch.arange(seq_len)[:, None, None] * 5_000.0 ** (-torch.arange(0, dims, 2) / dims)
-    return angles.cos(), angles.sin()
-
-
 def other_slope(h, kind):
     return torch.nn.functional.leaky_relu(h, 0.29).square()
-
-
-def other_table(config, token_counts):
-    experts = torch.arange(config.vocab_size).remainder(config.num_experts)
-    return experts.expand(config.num_layers, -1)
 
 
 def slower_schedule(hp, frac, original=train_gpt.lr_scale):
@@ -786,14 +563,7 @@ def slower_schedule(hp, frac, original=train_gpt.lr_scale):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "changed"),
-    [
-        ("activate", other_slope),
-        ("rotary_tables", other_rotary_base),
-        ("build_expert_table", other_table),
-        ("POLAR_EXPRESS", train_gpt.POLAR_EXPRESS[:4]),
-        ("lr_scale", slower_schedule),
-    ],
+    ("name", "changed"), [("activate", other_slope), ("lr_scale", slower_schedule)]
 )
 def test_a_changed_constant_moves_the_golden_losses(name, changed, monkeypatch):
     monkeypatch.setattr(train_gpt, name, changed)

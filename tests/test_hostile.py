@@ -6,7 +6,6 @@ FUZZ_CASES=100000 pytest tests/test_hostile.py -k any_edit    searches longer, f
 import json
 import math
 import os
-import pickle
 import re
 import struct
 import time
@@ -18,29 +17,12 @@ import pytest
 import tokenize_docs
 import torch
 import zstandard
-from conftest import ALONE, make_model, tiny_hp
-from helpers_cli import (
-    CPU,
-    VOCAB_SIZE,
-    assert_refused,
-    eval_env,
-    make_sentences,
-    run_in_process,
-    tiny_tokenizer,
-    write_dataset,
-    write_shard,
-)
-from helpers_hostile import (
-    SHA,
-    Pieces,
-    good_artifact,
-    refusal,
-    shapes_of,
-)
+from conftest import ALONE, make_checkpoints, tiny_hp
+from helpers_cli import CPU, VOCAB_SIZE, make_sentences, tiny_tokenizer, write_dataset, write_shard
+from helpers_hostile import SHA, Pieces, good_artifact, refusal, shapes_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import eval_sliding
 import train_gpt
 from train_gpt import (
     BROTLI,
@@ -57,8 +39,7 @@ MIB = 1 << 20
 FUZZ_CASES = int(os.environ.get("FUZZ_CASES", "200"))
 
 # ---- Damaged artifacts ---------------------------------------------------------------------------
-# A damage changes the pieces of a good artifact in place, or returns the bytes of a file. The
-# checksum is right in all but the first few.
+# A damage changes the pieces of a good artifact in place, or returns the bytes of a file.
 
 
 def damaged(damage: Callable[[Pieces], object]) -> bytes:
@@ -84,56 +65,30 @@ NOT_FINITE = struct.pack("<e", math.nan)
 ABSURD_FRAME = b"\x28\xb5\x2f\xfd" + b"\xe0" + struct.pack("<Q", 1 << 55) + b"\x01\x00\x00"
 ARTIFACTS = [
     ("empty", lambda p: b"", "too short or too long"),
-    ("cut_in_half", lambda p: p.seal()[:2000], "the checksum does not match"),
     ("one_byte_long", lambda p: p.seal() + b"\0", "the checksum does not match"),
-    ("bit_of_the_magic", lambda p: flipped(p.seal(), 0), "not an artifact"),
     ("bit_of_a_stream", lambda p: flipped(p.seal(), 2000), "the checksum does not match"),
     ("zip_file", lambda p: p.seal(magic=b"PK\3\4\0\0\0\0"), "not an artifact"),
-    (
-        "older",
-        lambda p: p.seal(version=3),
-        f"version 3, this trainer reads {train_gpt.ARTIFACT_VERSION}",
-    ),
-    ("no_header", lambda p: p.seal(length=0), "bad header"),
+    ("older", lambda p: p.seal(version=3), "version 3, this trainer reads "),
     ("header_beyond_the_file", lambda p: p.seal(length=2**32 - 1), "a header of 4,294,967,295"),
-    ("header_into_the_streams", lambda p: p.seal(length=MAX_HEADER_BYTES), "bad header"),
-    ("not_json", lambda p: p.seal(text=b"{"), "bad header"),
     ("not_utf8", lambda p: p.seal(text=b"\xff\xfe\xfd"), "bad header"),
     ("nested", lambda p: p.seal(text=b"[" * 60_000), "bad header"),
-    ("digits", lambda p: p.seal(text=b'{"model":' + b"9" * 5000 + b"}"), "bad header"),
     ("no_model", lambda p: p.header.pop("model"), "bad header"),
-    ("no_streams", lambda p: p.header.pop("streams"), "bad header"),
     ("no_knob", lambda p: p.header["model"].pop("xsa"), "bad header"),
     ("model_is_a_list", lambda p: p.header.update(model=[1]), "bad header"),
-    ("word_for_int", lambda p: p.header["model"].update(num_layers="2"), "expected int"),
-    ("null", lambda p: p.header["model"].update(model_dim=None), "MODEL_DIM=None"),
     ("unknown_word", lambda p: p.header["model"].update(routing="no"), "ROUTING='no': expected"),
     ("line_break", lambda p: p.header["model"].update(routing="zipf\n"), r"ROUTING='zipf\n'"),
     ("nan", lambda p: p.header["model"].update(qk_gain_init=math.nan), "QK_GAIN_INIT=nan"),
     ("heads", lambda p: p.header["model"].update(num_heads=5), "NUM_HEADS=5"),
-    ("grouped", lambda p: p.header["model"].update(dispatch="grouped"), "DISPATCH=grouped"),
-    ("window", lambda p: p.header["model"].update(train_seq_len=65_537), "TRAIN_SEQ_LEN=65537"),
     ("too_large", lambda p: p.header["model"].update(LARGEST), "too large a model"),
     ("other_mu", lambda p: p.header["model"].update(mu="pid"), "storage of"),
-    ("fewer_layers", lambda p: p.header["model"].update(num_layers=1, loop_passes=1), "storage of"),
     ("other_width", lambda p: p.header["model"].update(shared_dim=40), "does not unpack to"),
-    ("fewer_experts", lambda p: p.header["model"].update(num_experts=3), "does not unpack to"),
-    ("storage_empty", lambda p: p.header.update(storage=""), "storage of 0 tensors"),
     ("storage_unknown", lambda p: p.store("tok_emb.weight", "x"), "cannot be stored as 'x'"),
     ("matrix_as_float16", lambda p: p.store("blocks.0.attn.c_k.weight", "h"), "cannot be stored"),
-    ("table_as_symbols", lambda p: p.store("expert_table", "q"), "cannot be stored as 'q'"),
     ("vector_as_float16", lambda p: p.store("skip_weights", "h"), "does not unpack to"),
-    ("float16_as_vector", lambda p: p.store("mu_init", "q"), "does not unpack to"),
-    ("streams_number", lambda p: p.header.update(streams=5), "bad header"),
-    ("entry_of_three", lambda p: p.header["streams"].insert(0, [1, 2, 3]), "bad header"),
     ("size_infinite", lambda p: p.header["streams"].insert(0, [1, math.inf]), "bad header"),
-    ("size_word", lambda p: p.header["streams"].insert(0, [1, "x\ny"]), "bad header"),
     ("one_more", lambda p: p.header["streams"].append([1, 0]), "its streams do not fill it"),
     ("body_cut", lambda p: p.seal(body=b"".join(p.streams.values())[:-1]), "do not fill it"),
-    ("body_long", lambda p: p.seal(body=b"".join(p.streams.values()) + b"x"), "do not fill it"),
     ("codec_unknown", lambda p: p.put("table", 9, b""), "no codec 9"),
-    ("codec_other", lambda p: p.put("table", BROTLI, p.streams["table"]), "does not unpack"),
-    ("stream_empty", lambda p: p.put("table", ZSTD, b""), "does not unpack"),
     ("stream_not_brotli", lambda p: p.put("table", BROTLI, b"not packed"), "does not unpack"),
     ("absurd_frame", lambda p: p.put("table", ZSTD, ABSURD_FRAME), "does not unpack"),
     ("payload_short", lambda p: p.change("vector", lambda x: x[:-1]), "does not unpack to"),
@@ -141,11 +96,22 @@ ARTIFACTS = [
     ("no_expert", lambda p: p.change("table", lambda x: bytes([EXPERTS]) + x[1:]), "not exist"),
     ("not_finite", lambda p: p.change("float16", lambda x: NOT_FINITE + x[2:]), "not finite"),
 ]
+ZEROS = bytes(200 * MIB)
+ZSTD_EMPTY_BLOCKS = b"\x28\xb5\x2f\xfd\x00\x58" + b"\0\0\0" * 5_000_000
+BROTLI_EMPTY_BLOCKS = b"\x0c" + b"\x06" * 15_000_000 + b"\3"
+NESTED_LISTS = b"[" * 900 + b"]" * 900 + b","
+ARTIFACTS += [  # bombs
+    ("zstd", lambda p: p.put("table", ZSTD, zstandard.compress(ZEROS)), "unpack to"),
+    ("brotli", lambda p: p.put("table", BROTLI, brotli.compress(ZEROS, quality=1)), "unpack to"),
+    ("zstd_window", lambda p: p.put("table", ZSTD, b"\x28\xb5\x2f\xfd\x00\xa8\1\0\0"), "unpack"),
+    ("zstd_empty_blocks", lambda p: p.put("table", ZSTD, ZSTD_EMPTY_BLOCKS), "unpack to"),
+    ("brotli_empty_blocks", lambda p: p.put("table", BROTLI, BROTLI_EMPTY_BLOCKS), "unpack"),
+    ("long_header", lambda p: p.seal(text=repeated(b"[],", 15_000_000)), "a header of"),
+    ("lists", lambda p: p.seal(text=repeated(NESTED_LISTS, MAX_HEADER_BYTES - 20)), "bad header"),
+]
 INTACT = [
-    ("resealed", lambda p: p.seal()),
     ("packed_by_brotli", lambda p: p.change("tok_emb.weight", bytes, BROTLI)),
     ("last_expert", lambda p: p.change("table", lambda x: bytes([EXPERTS - 1]) + x[1:])),
-    ("other_scales", lambda p: p.change("scales", lambda x: bytes(len(x)))),
     ("longest_window", lambda p: p.header["model"].update(train_seq_len=65_536)),
 ]
 
@@ -171,37 +137,43 @@ def test_an_artifact_that_is_put_together_again_is_read(tmp_path, name, damage):
     assert sha == SHA
 
 
+def growth_of(action: Callable) -> int:
+    """Return the bytes by which an action raises the peak of this process's memory; 0 off Linux."""
+    if not Path("/proc/self/clear_refs").exists():
+        action()
+        return 0
+    peaks = []
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    for act in (lambda: None, action):
+        act()
+        status = Path("/proc/self/status").read_text()
+        peaks.append(int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) << 10)
+    return peaks[1] - peaks[0]
+
+
 @pytest.mark.parametrize(("name", "damage", "line"), ARTIFACTS, ids=[case[0] for case in ARTIFACTS])
-def test_a_damaged_artifact_is_refused_in_one_line(tmp_path, name, damage, line):
+def test_a_damaged_artifact_is_refused_in_one_line_in_seconds_and_little_memory(
+    tmp_path, name, damage, line
+):
     path = tmp_path / "a.ptz"
     path.write_bytes(damaged(damage))
-    message = refusal(load_artifact, path, tiny_hp(), CPU)
-    assert str(path) in message
-    assert line in message
+    messages = []
+    started = time.perf_counter()
+    growth = growth_of(lambda: messages.append(refusal(load_artifact, path, tiny_hp(), CPU)))
+    assert str(path) in messages[0]
+    assert line in messages[0]
+    assert growth < 100 * MIB
+    assert time.perf_counter() - started < 20
 
 
-def test_scoring_a_damaged_artifact_is_one_line(tmp_path):
-    dataset = write_dataset(tmp_path / "data")
-    path = tmp_path / "a.ptz"
-    path.write_bytes(damaged(lambda p: p.put("table", ZSTD, ABSURD_FRAME)))
-    result = run_in_process(eval_sliding.main, eval_env(dataset), tmp_path, path)
-    assert_refused(result, "a.ptz: damaged artifact")
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells")
+def test_the_measurement_sees_what_was_taken_and_given_back():
+    assert 190 * MIB < growth_of(lambda: bytearray(200 * MIB)) < 220 * MIB
 
 
 # ---- Any edits ---------------------------------------------------------------------------------
 
-WORDS = [
-    "zipf",
-    "dense",
-    "soft",
-    "full",
-    "pid",
-    "off",
-    "grouped",
-    "swiglu",
-    "line\nbreak",
-    "\ud800",
-]
+WORDS = ["zipf", "dense", "full", "pid", "off", "grouped", "swiglu", "line\nbreak", "\ud800"]
 VALUES = st.one_of(
     st.sampled_from([None, True, False, math.nan, math.inf, 2**63, 10**400, [], {}, [[]], *WORDS]),
     st.integers(-1, 70),
@@ -259,60 +231,10 @@ def test_any_edit_of_an_artifact_is_refused_or_makes_a_valid_model(tmp_path, con
     assert "\n" not in message
 
 
-# ---- Bombs ---------------------------------------------------------------------------------------
-
-ZSTD_EMPTY_BLOCKS = b"\x28\xb5\x2f\xfd\x00\x58" + b"\0\0\0" * 5_000_000
-BROTLI_EMPTY_BLOCKS = b"\x0c" + b"\x06" * 15_000_000 + b"\3"
-NESTED_LISTS = b"[" * 900 + b"]" * 900 + b","
-BOMBS = [
-    ("zstd", lambda p: p.put("table", ZSTD, zstandard.compress(bytes(1 << 28)))),
-    ("brotli", lambda p: p.put("table", BROTLI, brotli.compress(bytes(1 << 28), quality=1))),
-    ("zstd_window", lambda p: p.put("table", ZSTD, b"\x28\xb5\x2f\xfd\x00\xa8" + b"\1\0\0")),
-    ("zstd_empty_blocks", lambda p: p.put("table", ZSTD, ZSTD_EMPTY_BLOCKS)),
-    ("zstd_skippable", lambda p: p.put("table", ZSTD, b"\x50\x2a\x4d\x18\0\0\0\0" * 1_500_000)),
-    ("brotli_empty_blocks", lambda p: p.put("table", BROTLI, BROTLI_EMPTY_BLOCKS)),
-    ("long_header", lambda p: p.seal(text=repeated(b"[],", 15_000_000))),
-    ("nested_header", lambda p: p.seal(text=repeated(NESTED_LISTS, MAX_HEADER_BYTES - 20))),
-    ("largest_knobs", lambda p: p.header["model"].update(LARGEST)),
-]
-
-
-def growth_of(action: Callable) -> int:
-    """Return the bytes by which an action raises the peak of this process's memory."""
-    peaks = []
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
-    for act in (lambda: None, action):
-        act()
-        status = Path("/proc/self/status").read_text()
-        peaks.append(int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) << 10)
-    return peaks[1] - peaks[0]
-
-
-on_linux = pytest.mark.skipif(
-    not Path("/proc/self/clear_refs").exists(), reason="only Linux says how much memory was taken"
-)
-
-
-@on_linux
-def test_the_measurement_sees_what_was_taken_and_given_back():
-    assert 190 * MIB < growth_of(lambda: bytearray(200 * MIB)) < 220 * MIB
-
-
-@on_linux
-@pytest.mark.parametrize(("name", "damage"), BOMBS, ids=[bomb[0] for bomb in BOMBS])
-def test_a_bomb_is_refused_in_seconds_and_little_memory(tmp_path, name, damage):
-    path = tmp_path / "a.ptz"
-    path.write_bytes(damaged(damage))
-    started = time.perf_counter()
-    growth = growth_of(lambda: refusal(load_artifact, path, tiny_hp(), CPU))
-    assert growth < 100 * MIB
-    assert time.perf_counter() - started < 20
-
-
 # ---- What is no file, or too large a file --------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["folder", "absent", "fifo", "zeros", "loop"])
+@pytest.mark.parametrize("kind", ["folder", "fifo", "device"])
 def test_nobody_waits_for_what_is_no_file(tmp_path, kind):
     dataset = write_dataset(tmp_path / "data")
     path = tmp_path / kind
@@ -320,15 +242,14 @@ def test_nobody_waits_for_what_is_no_file(tmp_path, kind):
         path.mkdir()
     elif kind == "fifo":
         os.mkfifo(path)
-    elif kind != "absent":
-        path.symlink_to("/dev/zero" if kind == "zeros" else path)
+    else:
+        path.symlink_to("/dev/zero")
 
     knobs = {"data_path": str(dataset.folder), "vocab_size": VOCAB_SIZE}
     hp = tiny_hp(**knobs, tokenizer_path=str(dataset.tokenizer))
     assert "no such artifact" in refusal(load_artifact, path, hp, CPU)
     assert "no such tokenizer" in refusal(load_tokenizer, hp.override(tokenizer_path=str(path)))
-    if path.exists():
-        assert "not a file of at most" in refusal(tokenize_docs.read_manifest, path)
+    assert "not a file of at most" in refusal(tokenize_docs.read_manifest, path)
     for name, read, place in (
         ("train_9", TokenLoader, ALONE),
         ("val_9", ValData.load, CPU),
@@ -359,9 +280,7 @@ SHARDS = [  # the 50 tokens, what else is said of them, the line
     ("too_few", {"count": 51}, "51 tokens do not make"),
     ("too_many", {"count": 49}, "49 tokens do not make"),
     ("none", {"count": 0}, "0 tokens do not make"),
-    ("negative", {"count": -1}, "-1 tokens do not make"),
     ("odd_tail", {"tail": b"\0"}, "50 tokens do not make"),
-    ("outside", {"tokens": [VOCAB_SIZE] * 50}, f"token id {VOCAB_SIZE} is outside VOCAB_SIZE"),
 ]
 
 
@@ -391,20 +310,16 @@ def test_a_damaged_shard_is_refused_in_one_line(tmp_path, split_hp, name, change
         intact = path.read_bytes()
         assert read_split(split_hp, split) == list(range(1, 51))
         write_shard(path, **{"tokens": range(1, 51), **changes})
-        if split == "val_bytes" and name == "outside":
-            assert read_split(split_hp, split)[1:] == [VOCAB_SIZE] * 49  # bytes, not ids
-        else:
-            message = refusal(read_split, split_hp, split)
-            assert message.startswith(f"{path}: ")
-            assert fragment in message
+        message = refusal(read_split, split_hp, split)
+        assert message.startswith(f"{path}: ")
+        assert fragment in message
         path.write_bytes(intact)
 
 
-@pytest.mark.parametrize("size", [0, 11, 1023])
-def test_a_shard_shorter_than_its_header_is_refused(tmp_path, split_hp, size):
+def test_a_shard_shorter_than_its_header_is_refused(tmp_path, split_hp):
     path = tmp_path / "fineweb_train_0.bin"
-    path.write_bytes(path.read_bytes()[:size])
-    assert f"{path}: {size} bytes is shorter" in refusal(read_split, split_hp, "train")
+    path.write_bytes(path.read_bytes()[:1023])
+    assert f"{path}: 1023 bytes is shorter" in refusal(read_split, split_hp, "train")
 
 
 SIDECARS = [  # files by split and number, and the line that names the one at fault
@@ -444,8 +359,12 @@ def test_missing_or_short_data_is_refused_by_name(tmp_path, split_hp):
     assert len(read_split(hp, "train")) == 2 * seq_len
 
 
-def test_a_token_outside_the_vocabulary_is_refused_mid_stream_beyond_the_sample(tmp_path, split_hp):
-    path = write_shard(tmp_path / "fineweb_train_0.bin", [1] * 90 + [VOCAB_SIZE] + [1] * 9)
+def test_a_token_outside_the_vocabulary_is_refused_also_beyond_the_sample(tmp_path, split_hp):
+    tokens = [1] * 90 + [VOCAB_SIZE] + [1] * 9
+    outside = f": token id {VOCAB_SIZE} is outside"
+    for split in ("train", "val"):
+        write_shard(tmp_path / f"fineweb_{split}_0.bin", tokens)
+    assert outside in refusal(read_split, split_hp, "val")
     loader = TokenLoader(split_hp, ALONE)
     assert len(loader.sample(max_tokens=80)) == 80
 
@@ -453,7 +372,7 @@ def test_a_token_outside_the_vocabulary_is_refused_mid_stream_beyond_the_sample(
         for _ in range(loader.num_windows):
             loader.next_batch()
 
-    assert f"{path}: token id {VOCAB_SIZE} is outside" in refusal(read_an_epoch)
+    assert outside in refusal(read_an_epoch)
 
 
 # ---- Manifests -----------------------------------------------------------------------------------
@@ -461,9 +380,7 @@ def test_a_token_outside_the_vocabulary_is_refused_mid_stream_beyond_the_sample(
 NAMED = {"name": "x"}
 MANIFESTS = [
     ("empty", b"", "not a manifest"),
-    ("no_tokenizers", json.dumps({"datasets": [NAMED]}).encode(), "not a manifest"),
     ("nameless", json.dumps({"datasets": [{}], "tokenizers": []}).encode(), "not a manifest"),
-    ("number", json.dumps({"datasets": [{"name": 1}], "tokenizers": []}).encode(), "the name 1"),
     ("nested", b"[" * (tokenize_docs.MAX_JSON_BYTES - 1), "not a manifest"),
     ("objects", repeated(b'{"":{}},', tokenize_docs.MAX_JSON_BYTES - 20), "not a manifest"),
     ("too_long", bytes(tokenize_docs.MAX_JSON_BYTES + 1), "not a file of at most"),
@@ -491,11 +408,8 @@ def glued_tokenizer() -> bytes:
     return tokenize_docs.train_tokenizer(texts, VOCAB_SIZE)
 
 
-NOT_SENTENCEPIECE = "is not a SentencePiece model (TOKENIZER_PATH)"
 TOKENIZERS = [
-    ("empty", lambda: b"", NOT_SENTENCEPIECE),
-    ("text", lambda: b"garbage" * 100, NOT_SENTENCEPIECE),
-    ("truncated", lambda: tiny_tokenizer()[:1000], NOT_SENTENCEPIECE),
+    ("empty", lambda: b"", "is not a SentencePiece model (TOKENIZER_PATH)"),
     ("without_lone_space", glued_tokenizer, "has no U+2581 piece"),
 ]
 
@@ -526,14 +440,11 @@ def test_a_tokenizer_that_is_missing_or_of_another_size_is_refused(tmp_path, spl
     assert load_tokenizer(unnamed)[0].vocab_size() == VOCAB_SIZE
 
 
-def test_the_tokenizer_that_the_data_s_manifest_names_is_found_beside_the_shards(
-    tmp_path, split_hp
-):
+def test_the_tokenizer_that_the_manifest_names_is_found_beside_the_shards(tmp_path, split_hp):
     shards = tmp_path / "datasets" / "words"
-    beside = tmp_path / "tokenizers" / "word_pieces.model"
+    (tmp_path / "tokenizers").mkdir()
+    (tmp_path / "tokenizers" / "word_pieces.model").write_bytes(tiny_tokenizer())
     unnamed = split_hp.override(data_path=str(shards), tokenizer_path="")
-    beside.parent.mkdir()
-    beside.write_bytes(tiny_tokenizer())
     assert "no such tokenizer" in refusal(load_tokenizer, unnamed)  # not by its place alone
     entry = {"name": "words", "tokenizer_name": "word_pieces"}
     (tmp_path / "manifest.json").write_text(json.dumps({"datasets": [entry]}))
@@ -567,9 +478,7 @@ def changed_checkpoint(change: Callable[[dict], object]) -> Callable[[Path], Non
 
 
 CHECKPOINTS = [
-    ("empty", lambda path: path.write_bytes(b"")),
-    ("truncated", lambda path: path.write_bytes(path.read_bytes()[:-500])),
-    ("pickle", lambda path: path.write_bytes(pickle.dumps(Intruder()))),
+    ("cut", lambda path: path.write_bytes(path.read_bytes()[:-500])),
     ("intruder", lambda path: torch.save({"fixed": Intruder()}, path)),
     ("no_model", changed_checkpoint(lambda saved: saved.pop("model"))),
     ("other_clock", changed_checkpoint(lambda saved: saved["now"].update(hours=1))),
@@ -578,27 +487,13 @@ CHECKPOINTS = [
 ]
 
 
-@pytest.fixture
-def checkpoints(split_hp, tmp_path, monkeypatch):
-    """Return a run's Checkpoints, with one saved in a folder of its own."""
-    monkeypatch.chdir(tmp_path)
-    hp = split_hp.override(checkpoint_every="1", run_id="run")
-    model = make_model(hp)
-    ids = torch.ones(1, 4, dtype=torch.long)
-    model(ids, ids).backward()
-    optimizers = train_gpt.build_optimizers(hp, model, ALONE)
-    for optimizer in optimizers:
-        optimizer.step()
-    log = train_gpt.Log(ALONE, tmp_path / "log.txt")
-    average = [p.detach().clone() for p in model.parameters()]
-    loader = TokenLoader(hp, ALONE)
-    kept = train_gpt.Checkpoints(log, model, optimizers, average, loader)
-    kept.save(train_gpt.Progression(step=3), at_once=True)
-    return kept
-
-
 @pytest.mark.parametrize(("name", "damage"), CHECKPOINTS, ids=[c[0] for c in CHECKPOINTS])
-def test_a_damaged_checkpoint_is_refused_in_one_line_and_runs_nothing(checkpoints, name, damage):
+def test_a_damaged_checkpoint_is_refused_in_one_line_and_runs_nothing(
+    tmp_path, split_hp, monkeypatch, name, damage
+):
+    monkeypatch.chdir(tmp_path)
+    checkpoints = make_checkpoints(split_hp.override(checkpoint_every="1", run_id="run"))
+    checkpoints.save(train_gpt.Progression(step=3), at_once=True)
     (path,) = checkpoints.found()
     assert checkpoints.resume().step == 3
     damage(path)

@@ -1,10 +1,8 @@
 """The model: causality, attention, recurrence, experts, routers, mu, initial weights, loss."""
 
-import importlib.util
 import math
-import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -12,7 +10,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
-from conftest import ALONE, make_ids, make_model, tiny_hp
+from conftest import ALONE, attend_both_ways, make_ids, make_model, tiny_hp
 from helpers_cli import allow_every_attention_kernel
 from torch import Tensor
 
@@ -29,8 +27,6 @@ from train_gpt import (
     build_optimizers,
     can_compile,
     choose_attention,
-    expert_linear,
-    group_tokens,
     role_of,
     rotary_tables,
     sdpa_attention,
@@ -44,9 +40,7 @@ MODES = {
     "grouped_full": {"dispatch": "grouped", "mu": "full", "activation": "swiglu"},
     "grouped_pid": {"dispatch": "grouped", "mu": "pid", "routing": "hash", "loop_end": 3},
     "grouped_off": {"dispatch": "grouped", "mu": "off", "routing": "modulo", "loop_passes": 1},
-    "hash_off": {"routing": "hash", "mu": "off", "activation": "swiglu", "ln_scale": False},
     "modulo_pid": {"routing": "modulo", "mu": "pid", "loop_start": 0, "parallel_start_layer": 0},
-    "zipf_full": {"mu": "full", "loop_passes": 1, "xsa": False, "smear_gate": False},
     "learned": {"routing": "learned", "routing_per_pass": False, "attn_gate": False},
     "learned_pid": {"routing": "learned", "mu": "pid", "loop_end": 3, "activation": "swiglu"},
     "hybrid": {"routing": "hybrid", "loop_passes": 3, "parallel_start_layer": 99},
@@ -58,8 +52,6 @@ OFF = ("routing_per_pass", "xsa", "ln_scale", "skip_gates", "attn_gate", "smear_
 MODES["all_off"] = dict.fromkeys(OFF, False)
 MODES["all_off"] |= {"routing": "dense", "mu": "off", "loop_passes": 1, "parallel_start_layer": 99}
 ROUTERS = ("learned", "hybrid", "soft")
-ROUTING = ("zipf", "hash", "modulo", *ROUTERS, "dense")
-MU = ("vector", "full", "pid", "off")
 
 # Of 16 positions, in any order, with repeats and both ends.
 SCORED = torch.tensor([[15, 0, 7, 7, 3], [0, 15, 2, 1, 14], [4, 9, 4, 0, 12]])
@@ -114,11 +106,6 @@ def test_logits_depend_on_no_later_token_and_on_no_other_row(mode):
     check_causality(model, make_ids(hp, 1, 16), tolerance(hp))
     check_causality(model, make_ids(hp, 3, 16), tolerance(hp))
     check_batch_independence(model, make_ids(hp, 3, 16), tolerance(hp))
-
-
-def attend_both_ways(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    return F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2)
 
 
 def share_over_time(x: Tensor, table_BTE: Tensor) -> tuple[Tensor, float]:
@@ -183,31 +170,6 @@ def test_losses_are_cross_entropies_and_scored_positions_get_those_of_the_full_f
         torch.testing.assert_close(few, at(SCORED, losses), rtol=0, atol=1e-5)
         mean = model(inputs, there, looped=looped, scored=SCORED)
         torch.testing.assert_close(mean, few.mean(), rtol=1e-5, atol=0)
-    fresh = make_model(hp, noise=0.0).eval()
-    assert fresh(inputs, targets).item() == pytest.approx(math.log(64), abs=0.05)
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_scored_positions_send_the_gradients_of_the_full_forward(mode):
-    hp = tiny_hp(**MODES[mode])
-    ids = make_ids(hp, 3, 17)
-    inputs, targets = ids[:, :-1], ids[:, 1:]
-    weights = torch.arange(1.0, 16.0).view(3, 5)
-
-    def gradients(positions: Tensor | None) -> dict[str, Tensor]:
-        model = make_model(hp)
-        if positions is None:
-            losses = at(SCORED, model(inputs, targets, reduction="none"))
-        else:
-            losses = model(inputs, at(positions, targets), reduction="none", scored=positions)
-        (losses * weights).sum().backward()
-        return {name: p.grad for name, p in model.named_parameters()}
-
-    few = gradients(SCORED)
-    elsewhere = gradients((SCORED + 1) % 16)
-    for name, full in gradients(None).items():
-        assert (few[name] - full).norm() <= 1e-4 * full.norm() + 1e-6, name
-        assert (elsewhere[name] - full).norm() > 1e-2 * full.norm(), name
 
 
 # ---- Attention and position ----------------------------------------------------------------------
@@ -234,16 +196,6 @@ def test_beyond_the_trained_length_the_slowest_rotation_turns_as_far_as_it_did_t
     slowed = ratio ** torch.linspace(0, 1, dims // 2, dtype=torch.float64)
     torch.testing.assert_close(longer[1] * slowed, frequencies, rtol=1e-4, atol=0)
     torch.testing.assert_close(longer[::ratio, -1], trained[:, -1], rtol=1e-4, atol=0)
-
-
-@pytest.mark.parametrize(("dims", "is_stretched"), [(0, False), (2, False), (4, True), (8, True)])
-@torch.no_grad()
-def test_a_longer_context_changes_every_input_alike_however_short(dims, is_stretched):
-    """A padded window and a bare one must agree. The fastest of two rotations is not slowed."""
-    hp = tiny_hp(rope_dims=dims)
-    ids = make_ids(hp, 2, 16)
-    change = (make_model(hp)(ids) - make_model(hp, context=32)(ids)).abs().amax()
-    assert (change > 1e-4) if is_stretched else (change == 0)
 
 
 def reference_attention(attn: CausalSelfAttention, x: Tensor, mu: Tensor, angles: Tensor) -> Tensor:
@@ -289,62 +241,54 @@ def test_attention_is_its_definition(parts):
 
 
 @pytest.fixture
-def sdpa_flags():
-    """Turns PyTorch's attention kernels on again in the end."""
-    yield
-    allow_every_attention_kernel()
+def choose() -> Iterator[Callable]:
+    """Function that gives a model a kernel: which one, and the line that says so."""
 
-
-def test_attention_ladder_takes_the_first_kernel_that_runs_and_says_so(sdpa_flags, monkeypatch):
-    hp = tiny_hp()
-    ids = make_ids(hp, 2, 16)
-    logits = make_model(hp)(ids)
-
-    def choose(kernel: str) -> tuple[str, str]:
+    def run(kernel: str) -> tuple[str, str]:
+        hp = tiny_hp()
+        ids = make_ids(hp, 2, 16)
         model = make_model(hp)
         lines = []
         chosen = choose_attention(kernel, model, ALONE.device, lines.append)
-        torch.testing.assert_close(model(ids), logits, rtol=0, atol=1e-5)
+        torch.testing.assert_close(model(ids), make_model(hp)(ids), rtol=0, atol=1e-5)
         return chosen, lines[0]
 
-    assert choose("flash") == ("flash", "attention:flash")
+    yield run
+    allow_every_attention_kernel()
+
+
+def test_attention_ladder_takes_the_first_kernel_that_runs_and_says_so(choose, monkeypatch):
     assert choose("math") == ("math", "attention:math")
     kernel, line = choose("auto")
     assert kernel == "flash"
     assert line.startswith("attention:flash (not fa3: ")
     assert "(not cudnn: " in line
-    for kernel in ("fa3", "cudnn"):
-        with pytest.raises(ConfigError, match=f"^ATTENTION={kernel}: not {kernel}: "):
-            choose(kernel)
-
-    def unfit(*inputs: Tensor, causal: bool) -> None:
-        raise SystemExit("this kernel needs another GPU")
-
-    monkeypatch.setitem(sys.modules, "flash_attn_interface", SimpleNamespace(flash_attn_func=unfit))
-    assert "not fa3: this kernel needs another GPU" in choose("auto")[1]
+    with pytest.raises(ConfigError, match=r"^ATTENTION=fa3: not fa3: "):
+        choose("fa3")
 
     calls = []
 
     def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-        calls.append(q.shape)
-        assert causal
+        calls.append(causal)
         return sdpa_attention(q, k, v)
 
     package = SimpleNamespace(flash_attn_func=flash_attn_func)
     monkeypatch.setitem(sys.modules, "flash_attn_interface", package)
     assert choose("auto") == ("fa3", "attention:fa3")
-    assert calls == [(1, 128, 4, 8)] + [(2, 16, 4, 8)] * 6
+    assert calls == [True] * 7  # a trial, and the six layers that are run
 
 
 # ---- Recurrence ----------------------------------------------------------------------------------
 
 
-def unrolled(model: GPT) -> GPT:
+def unrolled(model: GPT, looped: bool) -> GPT:
     """A model without recurrence that has a layer of its own for every layer that `model` runs."""
     config = model.config
-    order = config.execution_order(True)
+    order = config.execution_order(looped)
     state = model.state_dict()
     new = {name: tensor for name, tensor in state.items() if not name.startswith("blocks.")}
+    for name in new.keys() & {"skip_weights", "skip_gates"}:
+        new[name] = state[name][: len(order) // 2]
     table = []
     for step, layer in enumerate(order):
         prefix = f"blocks.{layer}."
@@ -367,36 +311,22 @@ def unrolled(model: GPT) -> GPT:
         ("record", (1, 2, 2)),
         ("grouped", (0, 3, 3)),
         ("grouped_full", (1, 2, 3)),
-        ("hash_off", (0, 0, 2)),
         ("modulo_pid", (3, 3, 4)),
-        ("learned_pid", (0, 3, 2)),
         ("hybrid", (2, 3, 3)),
-        ("soft_full", (1, 1, 3)),
+        ("soft_off", (0, 0, 2)),
     ],
 )
 @torch.no_grad()
-def test_recurrence_is_the_unrolled_network(mode, loop):
+def test_with_and_before_the_recurrence_the_model_is_the_unrolled_network(mode, loop):
     start, end, passes = loop
     knobs = MODES[mode] | {"loop_start": start, "loop_end": end, "loop_passes": passes}
     hp = tiny_hp(**knobs | {"ln_scale": False, "parallel_start_layer": 99})
     model = make_model(hp)
     ids = make_ids(hp, 2, 16)
-    torch.testing.assert_close(unrolled(model)(ids), model(ids), rtol=0, atol=1e-5)
+    for looped in (True, False):
+        deep = unrolled(model, looped)
+        torch.testing.assert_close(deep(ids), model(ids, looped=looped), rtol=0, atol=1e-5)
     assert (model(ids, looped=False) - model(ids)).abs().max() > 1e-2
-
-
-@pytest.mark.parametrize("mu", MU)
-@torch.no_grad()
-def test_before_the_recurrence_the_model_is_one_without(mu):
-    once = make_model(tiny_hp(loop_passes=1, mu=mu))
-    thrice = make_model(tiny_hp(loop_passes=3, mu=mu))
-    ids = make_ids(tiny_hp(), 2, 16)
-    assert torch.equal(once(ids), once(ids, looped=False))
-    state = thrice.state_dict()
-    for name in ("skip_weights", "skip_gates"):
-        state[name] = state[name][: len(once.skip_weights)]
-    once.load_state_dict(state)
-    assert torch.equal(once(ids), thrice(ids, looped=False))
 
 
 def test_execution_order_of_the_record_is_that_of_upstream():
@@ -406,26 +336,7 @@ def test_execution_order_of_the_record_is_that_of_upstream():
     assert config.execution_order(False) == list(range(11))
 
 
-# ---- Gates, scales and residuals -----------------------------------------------------------------
-
-
-@pytest.mark.parametrize("switch", ["attn_gate", "smear_gate"])
-@torch.no_grad()
-def test_gates_are_neutral_at_the_start_and_matter_later(switch):
-    hp = tiny_hp()
-    on = make_model(hp)
-    off = make_model(tiny_hp(**{switch: False}))
-    state = on.state_dict()
-    off.load_state_dict({name: state[name] for name in off.state_dict()})
-    gates = [on.get_parameter(name) for name in state if name not in off.state_dict()]
-    assert gates
-    for gate in gates:
-        gate.zero_()
-    ids = make_ids(hp, 2, 16)
-    torch.testing.assert_close(on(ids), off(ids), rtol=0, atol=1e-5)
-    for gate in gates:
-        gate.fill_(0.5)
-    assert (on(ids) - off(ids)).abs().max() > 1e-3
+# ---- Smearing ------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -433,37 +344,13 @@ def test_the_previous_token_never_reaches_across_the_start_of_a_document():
     hp = tiny_hp()
     model = make_model(hp)
     ids = make_ids(hp, 2, 16).clamp(min=2)
-    ids[:, 6] = BOS_ID
-    ids[1, 9] = BOS_ID
-
-    def added(ids: Tensor) -> Tensor:
-        """What SmearGate adds to the embeddings."""
-        x = model.tok_emb(ids)
-        return model.smear(x, ids) - x
-
-    amount = added(ids).abs().amax(-1)
+    ids[1, [6, 9]] = BOS_ID
+    x = model.tok_emb(ids)
+    added = (model.smear(x, ids) - x).abs().amax(-1)
     starts = ids == BOS_ID
     starts[:, 0] = True
-    assert (amount[starts] == 0).all()
-    assert (amount[~starts] > 1e-5).all()  # the token after BOS may see BOS
-
-
-@pytest.mark.parametrize(
-    ("knobs", "is_parallel", "scale"),
-    [({}, True, 0.5), ({"parallel_start_layer": 99, "ln_scale": False}, False, 1.0)],
-)
-@torch.no_grad()
-def test_layer_scale_and_parallel_residual_change_what_the_branches_read(knobs, is_parallel, scale):
-    hp = tiny_hp(**knobs)
-    model = make_model(hp)
-    reads = {}
-    block = model.blocks[3]
-    block.attn.register_forward_pre_hook(lambda module, args: reads.update(attn=args[0]))
-    block.mlp.register_forward_pre_hook(lambda module, args: reads.update(mlp=args[0]))
-    model(make_ids(hp, 2, 16))
-    assert torch.equal(reads["attn"], reads["mlp"]) == is_parallel
-    rms = reads["attn"].square().mean(-1).sqrt()
-    torch.testing.assert_close(rms, torch.full_like(rms, scale), rtol=1e-3, atol=0)
+    assert (added[starts] == 0).all()
+    assert (added[~starts] > 1e-5).all()  # the token after BOS may see BOS
 
 
 # ---- Experts -------------------------------------------------------------------------------------
@@ -524,37 +411,6 @@ def test_every_dispatch_computes_the_per_token_loop(table, shape, activation, di
             assert used == [expert in TABLES[table][ids] for expert in range(4)], name
 
 
-@pytest.mark.parametrize("shape", [(3, 40, 4), (1, 1, 1), (2, 7, 16)], ids=str)
-def test_groups_are_a_stable_sort_and_its_inverse(shape):
-    layers, tokens, experts = shape
-    chosen = torch.randint(experts, (layers, tokens), generator=torch.Generator().manual_seed(2))
-    for row, groups in zip(chosen, group_tokens(chosen, experts), strict=True):
-        assert torch.equal(groups.order, row.argsort(stable=True))
-        assert torch.equal(groups.order[groups.place], torch.arange(tokens))
-        assert torch.equal(groups.ends, row.bincount(minlength=experts).cumsum(0).int())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("ends", [[3, 7, 9], [0, 9, 9], [0, 0, 9]], ids=str)
-def test_operator_keeps_what_it_promises_the_compiler(dtype, ends):
-    generator = torch.Generator().manual_seed(4)
-    x = torch.randn(9, 8, generator=generator).to(dtype).requires_grad_()
-    weight = torch.randn(3, 5, 8, generator=generator).to(dtype).requires_grad_()
-    torch.library.opcheck(expert_linear, (x, weight, torch.tensor(ends, dtype=torch.int32)))
-
-
-def test_a_copy_of_the_file_leaves_the_operators_of_the_first(monkeypatch):
-    hp = tiny_hp(dispatch="grouped")
-    model, ids = make_model(hp), make_ids(hp, 2, 16)
-    expected = model(ids)
-    spec = importlib.util.spec_from_file_location("copied", train_gpt.__file__)
-    copied = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "copied", copied)
-    spec.loader.exec_module(copied)
-    assert copied.expert_linear._qualname == "copied::expert_linear"
-    assert torch.equal(model(ids), expected)
-
-
 @pytest.mark.parametrize(
     ("knobs", "is_grouped"),
     [
@@ -562,26 +418,11 @@ def test_a_copy_of_the_file_leaves_the_operators_of_the_first(monkeypatch):
         ({"shared_dim": 72, "expert_dim": 8}, False),
         ({"shared_dim": 8, "expert_dim": 12}, False),
         ({"shared_dim": 8, "expert_dim": 16, "routing": "soft"}, False),
-        ({"shared_dim": 8, "expert_dim": 16, "routing": "dense"}, False),
     ],
     ids=str,
 )
 def test_auto_groups_where_a_token_skips_a_quarter_of_the_width(knobs, is_grouped):
     assert tiny_hp(dispatch="auto", **knobs).model.is_grouped == is_grouped
-
-
-@pytest.mark.parametrize("mode", ["record", "grouped", "hybrid"])
-@torch.no_grad()
-def test_every_layer_follows_its_row_of_the_table(mode):
-    hp = tiny_hp(**MODES[mode])
-    model = make_model(hp)
-    ids = make_ids(hp, 2, 16)
-    logits = model(ids)
-    table = model.expert_table.clone()
-    for layer in range(4):
-        model.expert_table.copy_(table)
-        model.expert_table[layer] = (table[layer] + 1) % 4
-        assert (model(ids) - logits).abs().max() > 1e-3, f"layer {layer}"
 
 
 # ---- Routers that read the stream ----------------------------------------------------------------
@@ -633,32 +474,6 @@ def test_factors_have_the_gradient_of_the_softmax(routing, bonus):
     assert all(gradient.abs().max() > 1e-2 for gradient in theirs)
 
 
-def choose_by(scores: Tensor, routing: str) -> tuple[Tensor, Tensor]:
-    """Factors and Switch loss of a lone MLP whose router takes its inputs (N, E) for scores."""
-    experts = scores.size(-1)
-    hp = tiny_hp(routing=routing, num_experts=experts)
-    mlp = make_model(hp).blocks[0].mlp
-    with torch.no_grad():
-        mlp.router.copy_(torch.eye(experts, 32))
-    x = F.pad(scores, (0, 32 - experts))[None]
-    return mlp.choose(x, torch.zeros(1, *scores.shape))
-
-
-@pytest.mark.parametrize(("routing", "experts"), [("learned", 2), ("hybrid", 8)])
-def test_switch_loss_is_1_in_balance_and_rises_to_the_number_of_experts(routing, experts):
-    each = torch.eye(experts).repeat(6, 1)
-    assert choose_by(1e-6 * each, routing)[1].item() == pytest.approx(1.0, abs=1e-5)
-    assert choose_by(100 * each, routing)[1].item() == pytest.approx(1.0, abs=1e-5)
-    collapsed = each[:1].expand(12, -1)
-    assert choose_by(100 * collapsed, routing)[1].item() == pytest.approx(experts, rel=1e-5)
-
-    # Descent takes from the expert that has too much, and gives to the others.
-    leaning = collapsed.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(choose_by(leaning, routing)[1], leaning)
-    assert (gradient[:, 0] > 0).all()
-    assert (gradient[:, 1:] < 0).all()
-
-
 @pytest.mark.parametrize("mode", ["record", "grouped", "learned", "hybrid", "soft_full"])
 def test_only_the_mean_loss_of_training_has_the_switch_loss(mode):
     hp = tiny_hp(**MODES[mode])
@@ -695,129 +510,54 @@ def test_routers_work_in_float32_whatever_the_dtype(routing):
 # ---- Mu ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mu", MU)
+@pytest.mark.parametrize("mu", ["pid", "vector", "full"])
 @torch.no_grad()
-def test_mu_exists_only_where_a_layer_reads_it_and_every_reader_reaches_the_output(mu):
-    hp = tiny_hp(mu=mu)
-    model = make_model(hp)
-    writing_layers = set()
-    readers = []
-    for name in model.state_dict():
-        if re.search("mu_(mix|write|base)", name):
-            writing_layers.add(int(name.split(".")[1]))
-        elif re.search("mu_(gain|read)", name):
-            readers.append(model.get_parameter(name))
-    assert writing_layers == (set() if mu == "off" else {0, 1, 2})
-    assert len(readers) == (0 if mu == "off" else 4)
-
-    ids = make_ids(hp, 2, 16)
-    logits = model(ids)
-    for parameter in readers:
-        kept = parameter.clone()
-        parameter.zero_()
-        assert (model(ids) - logits).abs().max() > 1e-3
-        parameter.copy_(kept)
-
-
-@pytest.mark.parametrize(
-    ("mu", "scale", "gains"),
-    [
-        ("pid", 1.0, (4.0, 3.0)),
-        ("pid", 1e4, (2.2, -2.2)),
-        ("vector", 1e4, None),
-        ("full", 1e4, None),
-    ],
-)
-@torch.no_grad()
-def test_mu_and_velocity_are_bounded_over_many_passes_whatever_the_weights(mu, scale, gains):
+def test_mu_is_bounded_over_many_passes_whatever_the_weights(mu):
     hp = tiny_hp(mu=mu, loop_passes=16)
     model = make_model(hp, noise=0.0)
     guides = []
     for block in model.blocks:
         for weight in (block.attn.proj.weight, block.mlp.down.weight):
-            weight.normal_(std=scale, generator=torch.Generator().manual_seed(weight.numel()))
-        if gains:
-            block.pid_gains[:2] = torch.tensor(gains)[:, None]
+            weight.normal_(std=1e4, generator=torch.Generator().manual_seed(weight.numel()))
         block.register_forward_hook(lambda block, args, out: guides.append(out[1]))
     assert torch.isfinite(model(make_ids(hp, 3, 16))).all()
     assert len(guides) == 34
     for guide in guides[:-1]:
         rms = guide.mu.square().mean(-1).sqrt()
         torch.testing.assert_close(rms, torch.ones_like(rms), rtol=1e-3, atol=0)
-    if gains:
-        decay, pull = torch.tensor(gains).sigmoid()
-        bound = 2 * pull / (1 - decay)
-        fastest = max(guide.velocity.square().mean(-1).sqrt().max() for guide in guides)
-        assert 0.1 * bound < fastest < bound
 
 
-def test_velocity_of_pid_pulls_towards_mu_and_all_its_gains_learn_from_the_true_start():
+def test_the_velocity_of_pid_decays_and_pulls_towards_mu():
     hp = tiny_hp(mu="pid")
     model = make_model(hp, noise=0.0)
     guides = []
     model.blocks[0].register_forward_hook(
         lambda block, args, out: guides.append((args[1], out[1].velocity))
     )
-    ids = make_ids(hp, 4, 17)
-    model(ids[:, :-1], ids[:, 1:]).backward()
+    model(make_ids(hp, 4, 16))
     before, velocity = guides[0]
     decay, pull = torch.tensor([2.2, -2.2]).sigmoid()
     # At the start attention gives nothing, so the error is minus mu.
     torch.testing.assert_close(velocity, decay * before.velocity + pull * before.mu)
-    for block in model.blocks:
-        assert (block.pid_gains.grad != 0).all()
 
 
 # ---- Initial weights and learning ----------------------------------------------------------------
 
 
 @torch.no_grad()
-def test_initial_matrices_are_orthogonal_and_outputs_of_branches_zero():
-    for mode in ("record", "soft_full"):
-        model = make_model(tiny_hp(**MODES[mode]), noise=0.0)
-        for name, p in model.named_parameters():
-            if role_of(name) not in ("matrix", "expert", "mu_matrix"):
-                continue
-            if any(part in name for part in ("proj", "down", "mu_read")):
-                assert not p.any(), name
-            else:
-                values = torch.linalg.svdvals(p)
-                expected = torch.ones_like(values)
-                torch.testing.assert_close(values, expected, rtol=0, atol=1e-4, msg=name)
-        up = model.blocks[0].mlp.expert_up
-        assert all((up[0] - up[e]).abs().max() > 0.05 for e in range(1, 4))
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [{"routing": "dense"}, {"routing": "hybrid", "mu": "pid"}, {"mu": "off"}, {"num_experts": 8}],
-    ids=str,
-)
-@torch.no_grad()
-def test_models_that_differ_elsewhere_start_with_equal_tensors(changes):
+def test_models_that_differ_elsewhere_start_with_equal_tensors_and_other_seeds_do_not():
     hp = tiny_hp()
     ours = dict(make_model(hp, noise=0.0).named_parameters())
-    theirs = dict(make_model(hp.override(**changes), noise=0.0).named_parameters())
+    other = hp.override(routing="hybrid", mu="pid", num_experts=8)
+    theirs = dict(make_model(other, noise=0.0).named_parameters())
     of_another_seed = dict(make_model(hp.override(seed=2), noise=0.0).named_parameters())
     common = [name for name in ours if name in theirs and ours[name].shape == theirs[name].shape]
     assert len(common) > 40
     for name in common:
         assert torch.equal(ours[name], theirs[name]), name
-        is_drawn = role_of(name) in ("embedding", "matrix", "expert") and bool(ours[name].any())
+        is_drawn = role_of(name) in ("embedding", "matrix") and bool(ours[name].any())
         assert torch.equal(ours[name], of_another_seed[name]) != is_drawn, name
-    q = "blocks.{}.attn.c_q.weight"
-    assert not torch.equal(ours[q.format(0)], ours[q.format(1)])
-
-
-@pytest.mark.parametrize("activation", ["leaky_relu2", "swiglu"])
-def test_dense_and_routed_models_have_equally_many_parameters(activation):
-    """But for the routers, of one vector per expert and layer."""
-    sizes = {}
-    for routing in ROUTING:
-        model = GPT(tiny_hp(routing=routing, activation=activation).model)
-        routers = 4 * 4 * 32 if routing in ROUTERS else 0
-        sizes[routing] = sum(p.numel() for p in model.parameters()) - routers
-    assert len(set(sizes.values())) == 1, sizes
+    assert not torch.equal(ours["blocks.0.attn.c_q.weight"], ours["blocks.1.attn.c_q.weight"])
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -905,8 +645,7 @@ def test_compiler_sees_one_graph_whatever_the_token_values_are(mode):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dispatch", ["masked", "grouped"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("dispatch", "dtype"), [("masked", "float32"), ("grouped", "bfloat16")])
 def test_generated_code_agrees_with_eager(dispatch, dtype):
     hp = tiny_hp(num_layers=1, compile=True, dispatch=dispatch, dtype=dtype)
     if not can_compile(hp, ALONE.device):
