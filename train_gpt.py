@@ -2438,10 +2438,7 @@ def train_step(
     looped: bool = True,
     weights: contextlib.AbstractContextManager | None = None,
 ) -> Tensor:
-    """Take one optimizer step over micro-batches. Returns the mean loss of all ranks, a tensor.
-
-    The loss and its gradients are those at the weights in the context `weights`.
-    """
+    """Take a step on gradients of micro-batches inside `weights`. Returns all ranks' mean loss."""
     gradients.flat.zero_()
     with weights or contextlib.nullcontext():
         for input_ids, target_ids in batches:
@@ -2455,11 +2452,7 @@ def train_step(
 
 
 def warm_up(
-    forward: Callable,
-    model: GPT,
-    optimizers: list[torch.optim.Optimizer],
-    gradients: Gradients,
-    loader: TokenLoader,
+    forward: Callable, model: GPT, optimizers: list, gradients: Gradients, loader: TokenLoader
 ) -> None:
     """Compile both graphs on random tokens; weights and optimizer states are restored."""
     hp = loader.hp
@@ -2482,15 +2475,24 @@ def timing(seconds: float, steps: int) -> str:
     return f"train_time:{1000 * seconds:.0f}ms step_avg:{1000 * seconds / max(steps, 1):.2f}ms"
 
 
+@dataclass
+class Progression:
+    """Where a training stands; goes into checkpoints."""
+
+    step: int = 0  # optimizer steps done
+    elapsed: float = 0.0  # s of training
+    averaged: int = 0  # steps that the average holds
+
+
 class Clock:
     """Training time, s, the same on all ranks; stops for validation, and says when to end."""
 
-    def __init__(self, hp: Hyperparameters, dist: Dist, elapsed: float):
+    def __init__(self, hp: Hyperparameters, dist: Dist, now: Progression):
         self.hp = hp
         self.dist = dist
-        self.cap = hp.training_seconds
-        self.elapsed = elapsed  # at the last tick
-        self.started = dist.synchronize() - elapsed
+        self.now = now
+        self.cap = hp.max_wallclock_seconds - hp.gptq_seconds  # 0 = none
+        self.started = dist.synchronize() - now.elapsed
         self.signalled = 0  # number of a signal that any rank has received
         self.caught = 0  # by this one
         self.handlers = [signal.signal(number, self.catch) for number in SIGNALS]
@@ -2508,48 +2510,36 @@ class Clock:
         """Give the signals back to their handlers, and end the time of training."""
         for number, handler in zip(SIGNALS, self.handlers, strict=True):
             signal.signal(number, handler)
-        (self.elapsed,) = self.dist.all_max(self.dist.synchronize() - self.started)
+        (self.now.elapsed,) = self.dist.all_max(self.dist.synchronize() - self.started)
 
-    def tick(self, step: int) -> None:
+    def tick(self) -> None:
         """Agree with all ranks on time and signals. Raises ConfigError if the time went back."""
-        before = self.elapsed
-        now = time.perf_counter() - self.started
-        self.elapsed, self.signalled = self.dist.all_max(now, self.caught)
-        back = before - self.elapsed
-        require(back <= 0, f"the clock went back by {back:.1f} s at step {step}: stopped")
+        before = self.now.elapsed
+        here = time.perf_counter() - self.started
+        self.now.elapsed, self.signalled = self.dist.all_max(here, self.caught)
+        back = before - self.now.elapsed
+        require(back <= 0, f"the clock went back by {back:.1f} s at step {self.now.step}: stopped")
 
-    def is_over(self, step: int) -> bool:
+    def is_over(self) -> bool:
         """Tell whether another step might not end inside the cap."""
-        return self.cap > 0 and step > 0 and self.elapsed * (1 + self.ahead / step) > self.cap
+        step = self.now.step
+        return self.cap > 0 and step > 0 and self.now.elapsed * (1 + self.ahead / step) > self.cap
 
-    def frac(self, step: int) -> float:
+    def frac(self) -> float:
         """Return the fraction of the budget that is used."""
-        of_time = self.elapsed / self.cap if self.cap else 0.0
-        return max(of_time, step / self.hp.iterations)
+        of_time = self.now.elapsed / self.cap if self.cap else 0.0
+        return max(of_time, self.now.step / self.hp.iterations)
 
-    def pause(self) -> None:
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
         """Stop for what does not count as training."""
-        self.paused = self.dist.synchronize()
-
-    def go_on(self) -> None:
-        """Count again."""
-        self.started += self.dist.synchronize() - self.paused
-
-
-@dataclass
-class Progression:
-    """Where a training stands; goes into checkpoints."""
-
-    step: int = 0  # optimizer steps done
-    elapsed: float = 0.0  # s of training
-    averaged: int = 0  # steps that the average holds
+        since = self.dist.synchronize()
+        yield
+        self.started += self.dist.synchronize() - since
 
 
 class Checkpoints:
-    """logs/<RUN_ID>.step<N>.pt: all that the next step depends on, at any world size.
-
-    No step draws from an RNG, and the order of the data follows from SEED and the step.
-    """
+    """logs/<RUN_ID>.step<N>.pt: all that the next step depends on, at any world size."""
 
     def __init__(
         self, log: Log, model: GPT, optimizers: list, average: list[Tensor], loader: TokenLoader
@@ -2590,6 +2580,7 @@ class Checkpoints:
             is_finite = all(bool(tensor.isfinite().all()) for tensor in tensors)
             where = f"at step {now.step}: stopped, {path} not written"
             require(is_finite, f"weights or moments are not finite {where}")
+            # No step draws from an RNG, and the order of the data follows from SEED and the step.
             saved = {"fixed": self.fixed, "now": vars(now), "model": self.model.state_dict()}
             saved["average"] = self.average
             saved["optimizers"] = [o.state_dict()["state"] for o in self.optimizers]
@@ -2601,17 +2592,11 @@ class Checkpoints:
                     old.unlink()
         self.last = replace(now)
         every = self.hp.checkpoint_every or 1
-        again = (
-            f"(to go on: the same command with RUN_ID={self.hp.run_id} CHECKPOINT_EVERY={every})"
-        )
-        self.log(f"checkpoint:{path} train_time:{1000 * now.elapsed:.0f}ms {again}")
+        again = f"the same command with RUN_ID={self.hp.run_id} CHECKPOINT_EVERY={every}"
+        self.log(f"checkpoint:{path} train_time:{1000 * now.elapsed:.0f}ms (to go on: {again})")
 
     def resume(self) -> Progression:
-        """Load the newest intact checkpoint of RUN_ID, if there is any.
-
-        Raises ConfigError if it is of another run, if all are damaged, or, without
-        CHECKPOINT_EVERY, if there is one at all.
-        """
+        """Load RUN_ID's newest intact checkpoint, if there is one. Raises ConfigError."""
         found = self.found()
         if not found:
             return Progression()
@@ -2626,7 +2611,10 @@ class Checkpoints:
                 if damaged:
                     raise ValueError(f"{damaged} does not match its checksum")
                 saved = torch.load(path, map_location="cpu", weights_only=True)
-                self.refuse_other_run(path, saved["fixed"])
+                fixed = saved["fixed"]
+                other = [name for name in self.fixed if fixed[name] != self.fixed[name]]
+                stated = [f"{name.upper()}={fixed[name]}, now {self.fixed[name]}" for name in other]
+                require(not other, f"{path} is of another run: {'; '.join(stated)}")
                 self.last = Progression(**saved["now"])
                 self.model.load_state_dict(saved["model"])
                 for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
@@ -2643,14 +2631,6 @@ class Checkpoints:
             self.log(f"resumed:{path} step:{self.last.step} train_time:{spent:.0f}ms")
             return replace(self.last)
         raise ConfigError("; ".join(flaws))
-
-    def refuse_other_run(self, path: Path, fixed: dict[str, object]) -> None:
-        """Raise ConfigError naming what differs from the run that saved `path`."""
-        other = []
-        for name, value in self.fixed.items():
-            if fixed[name] != value:
-                other.append(f"{name.upper()}={fixed[name]}, now {value}")
-        require(not other, f"{path} is of another run: {'; '.join(other)}")
 
 
 def train(
@@ -2685,16 +2665,14 @@ def train(
         f"grad_accum_steps:{accum_steps}"
     )
 
-    progress = Progress("train", 1.0, dist.rank)
-    clock = Clock(hp, dist, now.elapsed)
+    clock = Clock(hp, dist, now)
     looped = hp.loop_is_on(0.0)
     rounds = False
     fiftieths = 0  # of the budget, when a line was last logged
-    with progress:
+    with Progress("train", 1.0, dist.rank) as progress:
         while True:
-            clock.tick(now.step)
-            now.elapsed = clock.elapsed
-            ended = clock.is_over(now.step) or now.step == hp.iterations
+            clock.tick()
+            ended = clock.is_over() or now.step == hp.iterations
             checkpoints.save(now, at_once=ended or clock.signalled > 0)
             if clock.signalled:
                 saved = f"CHECKPOINT_EVERY={hp.checkpoint_every or 'off: nothing saved'}"
@@ -2704,13 +2682,11 @@ def train(
                 break
 
             if hp.val_loss_every and now.step and now.step % hp.val_loss_every == 0:
-                clock.pause()
-                with rounded(hp, model, rounds):
+                with clock.paused(), rounded(hp, model, rounds):
                     score = evaluate(partial(model, looped=looped), val, hp, dist, "validate")
-                log(f"step:{now.step}/{hp.iterations} {score} {timing(now.elapsed, now.step)}")
-                clock.go_on()
+                    log(f"step:{now.step}/{hp.iterations} {score} {timing(now.elapsed, now.step)}")
 
-            frac = clock.frac(now.step)
+            frac = clock.frac()
             if hp.loop_is_on(frac) and not looped:
                 looped = True
                 order = hp.model.execution_order(True)
@@ -2745,7 +2721,6 @@ def train(
             progress.update(frac, f"step {now.step} {speed}")
 
     clock.release()
-    now.elapsed = clock.elapsed
     if now.step < hp.iterations:
         milliseconds = f"train_time:{1000 * now.elapsed:.0f}ms"
         log(f"stopping_early: wallclock_cap {milliseconds} step:{now.step}/{hp.iterations}")
@@ -2758,12 +2733,7 @@ def train(
 def collect_hessians(
     hp: Hyperparameters, dist: Dist, log: Log, model: GPT, loader: TokenLoader
 ) -> tuple[dict[str, Tensor], float]:
-    """Return second moments X^T X of every matrix's input over the tokens that reach it, and s.
-
-    (C, C) each; (E, C, C) for expert_up; of shared and routed hidden units together for a routed
-    down projection. Stops after GPTQ_BATCHES training micro-batches or, under a wall-clock cap,
-    when their time is over.
-    """
+    """Return second moments X^T X of each matrix's input, (C, C), or (E, C, C) by expert, and s."""
     sums: dict[str, Tensor] = {}
 
     def add(name: str, x: Tensor) -> None:
@@ -2793,6 +2763,7 @@ def collect_hessians(
     started = dist.synchronize()
     batches = 0
     elapsed = 0.0
+    # Stops after GPTQ_BATCHES training micro-batches or, under a cap, when their time is over.
     reserve = hp.gptq_seconds if hp.max_wallclock_seconds else math.inf
     with Progress("collect Hessians", hp.gptq_batches, dist.rank) as progress:
         while batches * dist.world_size < hp.gptq_batches:
@@ -2929,8 +2900,7 @@ def main() -> None:
     with rounded(hp, model, hp.uses_qat):
         before = evaluate(model, val, hp, dist, "validate")
     log(f"step:{done.step}/{hp.iterations} {before} {timing(seconds, done.step)}")
-    milliseconds = f"eval_time:{1000 * before.seconds:.0f}ms"
-    log(f"pre-quantization post-{hp.average} {before} {milliseconds}")
+    log(f"pre-quantization post-{hp.average} {before} eval_time:{1000 * before.seconds:.0f}ms")
     try:
         path = export(hp, dist, log, model.state_dict(), hessians, val.tokenizer_sha256)
     except Exception:
