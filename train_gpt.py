@@ -57,7 +57,7 @@ LOG_FOLDER = Path("logs")  # of logs, artifacts and checkpoints, below the worki
 SIGNALS = (signal.SIGINT, signal.SIGTERM)  # end a run in good order
 BOS_ID = 1  # starts every document of a shard
 GATE_CHANNELS = 12  # input channels that attention gates and SmearGate read
-GROUPED_FROM = 0.25  # share of an MLP's hidden units that a token has no part in
+GROUPED_FROM = 0.25  # share of idle hidden units; twice that from which sorting pays, on paper
 
 
 # ---- Model config and knobs ----------------------------------------------------------------------
@@ -127,10 +127,7 @@ class ModelConfig:
 
     @property
     def is_grouped(self) -> bool:
-        """Tell whether a token is multiplied with its own expert alone.
-
-        Under DISPATCH=auto it is from GROUPED_FROM on: twice where sorting pays, on paper.
-        """
+        """Tell whether a token is multiplied with its own expert alone; auto: from GROUPED_FROM."""
         if not self.is_routed or self.dispatch != "auto":
             return self.is_routed and self.dispatch == "grouped"
         if self.has_router or self.expert_dim % 8 or self.model_dim % 8:
@@ -141,7 +138,7 @@ class ModelConfig:
     def execution_order(self, looped: bool) -> list[int]:
         """Layers in the order in which they run, with the depth recurrence or without."""
         layers = list(range(self.num_layers))
-        if not looped or self.loop_passes == 1:
+        if not looped:
             return layers
         end = self.loop_end + 1
         return layers[:end] + layers[self.loop_start : end] * (self.loop_passes - 1) + layers[end:]
@@ -150,8 +147,7 @@ class ModelConfig:
         """Return this config after all checks of it. Raises ConfigError naming the variables."""
         check_values(self)
         D, H, L = self.model_dim, self.num_heads, self.num_layers
-        heads = f"NUM_HEADS={H} MODEL_DIM={D}: the heads must divide the width"
-        require(D % H == 0, heads)
+        require(D % H == 0, f"NUM_HEADS={H} MODEL_DIM={D}: the heads must divide the width")
         kv_heads = f"NUM_KV_HEADS={self.num_kv_heads} NUM_HEADS={H}: kv heads must divide the heads"
         require(H % self.num_kv_heads == 0, kv_heads)
         rope = f"ROPE_DIMS={self.rope_dims}: must be even, at most {self.head_dim}"
@@ -209,9 +205,7 @@ class Hyperparameters:
     embed_bits: int = knob(7, 2, 8)  # of the tied embedding
     matrix_clip: float = knob(12.85, 0)  # k: scale = k * std(row) / (2^(bits-1) - 1), from 5 bits
     embed_clip: float = knob(15.0, 0)  # k of the embedding; larger = smaller file
-    target_bytes: int = knob(
-        15_980_000, 0, MAX_SUBMISSION_BYTES - 1
-    )  # code + model; 0 = k as given
+    target_bytes: int = knob(15_980_000, 0, MAX_SUBMISSION_BYTES - 1)  # with code; 0 = k as given
     gptq_batches: int = knob(64, 0, 1 << 20)  # micro-batches for Hessians; 0 = no GPTQ
 
     @classmethod
@@ -247,19 +241,12 @@ class Hyperparameters:
         return min(max(4.0, 0.02 * cap), 0.25 * cap)
 
     @property
-    def training_seconds(self) -> float:
-        """What the Hessians leave of the cap, s; 0 = no cap."""
-        return self.max_wallclock_seconds - self.gptq_seconds
-
-    @property
     def uses_qat(self) -> bool:
         return self.qat_from < 1
 
     def trains_rounded(self, bits: int) -> bool:
-        """Tell whether tensors of so many bits end the training as the artifact will hold them.
-
-        From 5 bits on GPTQ does better after it, so that these wait for it unless it is off.
-        """
+        """Tell whether tensors of so many bits end the training as the artifact will hold them."""
+        # From 5 bits on GPTQ after the training does better.
         return self.uses_qat and (bits in CLIP_OF_FEW_LEVELS or self.gptq_batches == 0)
 
     @property
@@ -288,26 +275,20 @@ class Hyperparameters:
         """Return these knobs after all checks of them. Raises ConfigError naming the variable."""
         self.model.validate()
         check_values(self)
-        require(
-            re.fullmatch(r"[\w.+-]*", self.run_id) is not None,
-            f"RUN_ID={self.run_id}: letters, digits and . _ + - only",
-        )
-        require(
-            re.fullmatch(r"([1-9]\d*s?)?", self.checkpoint_every) is not None,
-            f"CHECKPOINT_EVERY={self.checkpoint_every}: expected steps as in 500, or s as in 300s",
-        )
+        is_name = re.fullmatch(r"[\w.+-]*", self.run_id) is not None
+        require(is_name, f"RUN_ID={self.run_id}: letters, digits and . _ + - only")
+        every = self.checkpoint_every
+        is_interval = re.fullmatch(r"([1-9]\d*s?)?", every) is not None
+        require(is_interval, f"CHECKPOINT_EVERY={every}: expected steps as in 500, or s as in 300s")
         self.grad_accum_steps(1)
         return self
 
 
 def knob_fields(cls: type) -> dict[str, Field]:
     """Return the fields of a class of knobs by name; a model's are knobs like the others."""
-    knobs = {}
-    for f in fields(cls):
-        if f.type is ModelConfig:
-            knobs |= knob_fields(ModelConfig)
-        else:
-            knobs[f.name] = f
+    knobs = {f.name: f for f in fields(cls)}
+    if knobs.pop("model", None):
+        knobs = knob_fields(ModelConfig) | knobs
     return knobs
 
 
@@ -341,8 +322,7 @@ def check_values(knobs: object) -> None:
         if "low" in f.metadata:
             low = f.metadata["low"]
             high = min(f.metadata["high"], 2**63 - 1) if f.type is int else f.metadata["high"]
-            is_finite = f.type is int or math.isfinite(value)
-            in_range = is_finite and low <= value <= high
+            in_range = low <= value <= high and value != math.inf
             require(in_range, f"{stated}: expected a finite number from {low} to {high}")
 
 
@@ -428,8 +408,7 @@ class Log:
             try:
                 fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                message = f"{path}: another run writes it; choose another RUN_ID"
-                raise ConfigError(message) from None
+                raise ConfigError(f"{path}: another run writes it; choose another RUN_ID") from None
             except OSError:
                 pass  # some network file systems have no locks
 
@@ -447,24 +426,21 @@ class Log:
             print(text, flush=True)
 
 
+@dataclass
 class Progress:
-    """Says on stderr every 5 s what a long stage is doing.
+    """Says on stderr every 5 s what a stage is doing, even one that cannot call `update`."""
 
-    A thread does, so that a stage that cannot call `update`, like a compilation, is not silent.
-    """
-
-    def __init__(self, label: str, total: float, rank: int = 0):
-        self.label = label
-        self.total = total
-        self.done = 0.0
-        self.note = ""
-        self.started = time.perf_counter()
-        self.is_main = rank == 0
-        self.ended = threading.Event()
+    label: str
+    total: float
+    rank: int = 0
+    done: float = 0.0
+    note: str = ""
 
     def __enter__(self) -> "Progress":
+        self.started = time.perf_counter()
+        self.ended = threading.Event()
         # Not a Thread, whose start waits for ever if memory is too short for it to begin.
-        if self.is_main:
+        if self.rank == 0:
             _thread.start_new_thread(self.report, ())
         return self
 
@@ -497,11 +473,10 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException as error:
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}") from error
+    finally:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise ConfigError(f"cannot write {path}: {error.strerror}") from error
-        raise
 
 
 def can_compile(hp: Hyperparameters, device: torch.device) -> bool:
@@ -522,10 +497,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def run_entry_point(entry: Callable[[], None]) -> None:
-    """Call `entry`; bad input, files, packages and memory end in one line and exit status 2.
-
-    SIGINT and SIGTERM end in one line and 130 or 143.
-    """
+    """Call `entry`; what the user can mend ends in one line and status 2, signals in 130 or 143."""
     handlers = [signal.signal(number, interrupt) for number in SIGNALS]
     code = 0
     message = ""
