@@ -558,10 +558,8 @@ def shard_length(path: Path) -> int:
 
 
 def read_shard(path: Path, start: int, count: int, vocab_size: int = 1 << 16) -> np.ndarray:
-    """Read tokens of a shard from `start` on, (count,) uint16. Raises ConfigError.
-
-    They are read, not mapped: a mapped file that is cut would kill the process.
-    """
+    """Read tokens of a shard from `start` on, (count,) uint16. Raises ConfigError."""
+    # Not mapped: a mapped file that is cut would kill the process.
     tokens = np.fromfile(path, "<u2", count, offset=4 * SHARD_HEADER_INTS + 2 * start)
     require(len(tokens) == count, f"{path}: has become shorter since the start of the run")
     largest = tokens.max(initial=0)
@@ -575,10 +573,7 @@ def load_data_shard(path: Path, vocab_size: int = 1 << 16) -> np.ndarray:
 
 
 class TokenLoader:
-    """Endless training batches, the same at any world size and after a resume.
-
-    An epoch cuts every shard into windows at a random phase and shuffles all of them.
-    """
+    """Endless training batches, the same at any world size and after a resume."""
 
     def __init__(self, hp: Hyperparameters, dist: Dist):
         """Find and check the training shards. Raises ConfigError."""
@@ -592,11 +587,8 @@ class TokenLoader:
         windows = [max(length // self.seq_len - 1, 0) for length in self.lengths]
         self.first_window = np.cumsum([0, *windows])
         self.num_windows = sum(windows)
-        require(
-            self.num_windows > 0,
-            f"{hp.dataset_dir}: no training shard holds two sequences of "
-            f"TRAIN_SEQ_LEN={self.seq_len}",
-        )
+        short = f"{hp.dataset_dir}: no training shard holds two sequences of"
+        require(self.num_windows > 0, f"{short} TRAIN_SEQ_LEN={self.seq_len}")
 
         sequences = hp.train_batch_tokens // (self.seq_len * dist.world_size)
         self.num_sequences = sequences // hp.grad_accum_steps(dist.world_size)
@@ -616,6 +608,7 @@ class TokenLoader:
     def _window(self, index: int) -> np.ndarray:
         """Read the tokens of a window, counted over all epochs, and the one after it."""
         epoch, slot = divmod(index, self.num_windows)
+        # Each epoch cuts every shard at a random phase, and shuffles all windows.
         if epoch != self.epoch:
             rng = np.random.default_rng([self.hp.seed, epoch])
             self.epoch = epoch
@@ -644,10 +637,7 @@ class TokenLoader:
 
 
 def token_bytes(sp: spm.SentencePieceProcessor, tokens: np.ndarray) -> np.ndarray:
-    """Return the UTF-8 bytes that each token but the first adds to the text, (n - 1,) int32.
-
-    The leading space of a piece counts unless a control, unknown or unused token is before it.
-    """
+    """Return the UTF-8 bytes that each token but the first adds to the text, (n - 1,) int32."""
     base_bytes = np.zeros(sp.vocab_size(), np.int32)
     has_leading_space = np.zeros(sp.vocab_size(), bool)
     is_boundary_token = np.ones(sp.vocab_size(), bool)
@@ -659,6 +649,7 @@ def token_bytes(sp: spm.SentencePieceProcessor, tokens: np.ndarray) -> np.ndarra
         has_leading_space[i] = piece.startswith("\u2581")
         text = piece.removeprefix("\u2581").replace("\u2581", " ")
         base_bytes[i] = 1 if sp.is_byte(i) else len(text.encode())
+    # The leading space of a piece counts unless a control, unknown or unused token is before it.
     spaces = has_leading_space[tokens[1:]] & ~is_boundary_token[tokens[:-1]]
     return base_bytes[tokens[1:]] + spaces
 
@@ -679,12 +670,10 @@ def manifest_entry(dataset_dir: Path) -> dict:
 
 
 def load_tokenizer(hp: Hyperparameters) -> tuple[spm.SentencePieceProcessor, str]:
-    """Load the SentencePiece model. Also returns its SHA-256; raises ConfigError if it is amiss.
-
-    TOKENIZER_PATH, else the one that the data's manifest names, or fineweb_<VOCAB_SIZE>_bpe.model,
-    in tokenizers/ of the data or of data/.
-    """
+    """Load the SentencePiece model. Also returns its SHA-256; raises ConfigError if it is amiss."""
     vocab_size = hp.model.vocab_size
+
+    # TOKENIZER_PATH, else the manifest's or the usual one in tokenizers/ of the data or of data/.
     usual = f"fineweb_{vocab_size}_bpe"
     name = manifest_entry(hp.dataset_dir).get("tokenizer_name", usual)
     path = data_root(hp.dataset_dir) / "tokenizers" / f"{name}.model"
@@ -722,16 +711,14 @@ class ValData:
 
     @classmethod
     def load(cls, hp: Hyperparameters, device: torch.device) -> "ValData":
-        """Read the split and, where there are sidecars, the bytes they state (PR #1729).
-
-        fineweb_val_bytes_N.bin holds the bytes before a lossless transform. Raises ConfigError.
-        """
+        """Read the split and, where it has sidecars, the bytes they state. Raises ConfigError."""
         sp, digest = load_tokenizer(hp)
         paths = list_shards(hp.dataset_dir, "val")
         shards = [load_data_shard(path, hp.model.vocab_size) for path in paths]
         tokens = np.concatenate(shards)
         require(len(tokens) > 1, f"{hp.dataset_dir}: the validation split has no target to score")
 
+        # fineweb_val_bytes_N.bin holds the bytes before a lossless transform (PR #1729).
         sizes = load_sidecars(paths, shards, sp)
         target_bytes = token_bytes(sp, tokens) if sizes is None else sizes[1:].astype(np.int32)
         targets = len(tokens) - 1
@@ -739,14 +726,9 @@ class ValData:
         lacks = what_is_missing(paths, len(tokens))
         if count < targets:
             lacks = f"all but VAL_MAX_TOKENS={count} targets"
-        return cls(
-            torch.from_numpy(tokens[: count + 1].astype(np.int32)).to(device),
-            torch.from_numpy(target_bytes[:count]).to(device),
-            digest,
-            partial=lacks != "",
-            sidecar=sizes is not None,
-            lacks=lacks,
-        )
+        kept = torch.from_numpy(tokens[: count + 1].astype(np.int32)).to(device)
+        kept_bytes = torch.from_numpy(target_bytes[:count]).to(device)
+        return cls(kept, kept_bytes, digest, lacks != "", sizes is not None, lacks)
 
 
 def what_is_missing(paths: list[Path], num_tokens: int) -> str:
@@ -802,10 +784,8 @@ def mix32(x: np.ndarray) -> np.ndarray:
 
 
 def zipf_assignment(token_counts: np.ndarray, num_experts: int, layer: int) -> np.ndarray:
-    """Pack token ids greedily so that every expert gets the same share, (V,) int64 -> (V,) uint8.
-
-    The most frequent come first, shuffled per layer within strata of similar frequency.
-    """
+    """Pack token ids greedily so that experts get equal shares, (V,) int64 -> (V,) uint8."""
+    # The most frequent come first, shuffled per layer within strata of similar frequency.
     rng = np.random.default_rng(layer)
     seen = np.count_nonzero(token_counts)
     by_frequency = np.argsort(-token_counts, kind="stable")[:seen]
@@ -824,10 +804,7 @@ def zipf_assignment(token_counts: np.ndarray, num_experts: int, layer: int) -> n
 
 
 def build_expert_table(config: ModelConfig, token_counts: np.ndarray) -> Tensor:
-    """Return the expert of every token id in every layer, (L, V) uint8, or (0, V) when dense.
-
-    It depends on counts of training tokens alone. Routers that read the stream start from it.
-    """
+    """Return every token id's expert by layer, (L, V) uint8 or (0, V) when dense, from counts."""
     if not config.is_routed:
         return torch.zeros(0, config.vocab_size, dtype=torch.uint8)
     ids = np.arange(config.vocab_size, dtype=np.uint32)
@@ -941,10 +918,7 @@ class CausalSelfAttention(nn.Module):
         return self.c_q(x + q_gain * mu), self.c_k(x + k_gain * mu), self.c_v(x + v_gain * mu)
 
     def forward(self, x: Tensor, mu: Tensor | None, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        """Attend causally, (B, T, D) -> (B, T, D).
-
-        x is normalised; mu (B, T, D) or None; rotary holds cosines and sines.
-        """
+        """Attend causally, normalised (B, T, D) -> (B, T, D); rotary holds cosines and sines."""
         config = self.config
         q, k, v = self.qkv(x, mu)
         q = norm(q.unflatten(-1, (-1, config.head_dim)))
@@ -1004,18 +978,14 @@ class Permute(torch.autograd.Function):
         return grad[inverse], None, None
 
 
-# A copy of this file under another name, in the same process, has operators of its own: PyTorch
-# would take those of the first away.
+# Operators, as torch 2.13 cannot trace grouped_mm in float32. A copy of this file under another
+# name, in the same process, has its own: PyTorch would take those of the first away.
 NAMESPACE = __name__.replace(".", "_").strip("_")
 
 
 @torch.library.custom_op(f"{NAMESPACE}::expert_linear", mutates_args=())
 def expert_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """Multiply sorted rows (N, C) with their expert's matrix of (E, R, C) -> (N, R).
-
-    An operator of its own, as torch 2.13 cannot trace grouped_mm in float32. Expert e has the rows
-    from ends[e - 1] to ends[e].
-    """
+    """Multiply rows (N, C), sorted by expert, with their matrices of (E, R, C) -> (N, R)."""
     y = x.new_empty(len(x), weight.size(1))
     start = 0
     for matrix, end in zip(weight, ends.tolist(), strict=True):
@@ -1093,11 +1063,7 @@ class TokenRoutedMLP(nn.Module):
         return F.linear(self.hidden(x, share_BTE), down.to(x.dtype)), balance
 
     def choose(self, x: Tensor, table_BTE: Tensor) -> tuple[Tensor, Tensor | float]:
-        """Return the factor on each expert's output, (B, T, E), and the Switch loss.
-
-        The factor is 1 or 0, with the softmax's gradient straight through where a router chooses;
-        for soft it is E times the softmax. The loss is 1 when the balance is perfect.
-        """
+        """Return the factor on each expert's output, (B, T, E), and the Switch loss, at best 1."""
         config = self.config
         if not config.has_router:
             return table_BTE, 0.0
@@ -1105,15 +1071,13 @@ class TokenRoutedMLP(nn.Module):
         share = scores.softmax(-1)
         if config.routing == "soft":
             return (config.num_experts * share).to(x.dtype), 0.0
+        # One expert by the factor 1, the others by 0; the softmax's gradient goes straight through.
         chosen = torch.zeros_like(share).scatter(-1, scores.topk(1).indices, 1.0)
         balance = config.num_experts * chosen.flatten(0, 1).mean(0) @ share.flatten(0, 1).mean(0)
         return (chosen + (share - share.detach())).to(x.dtype), balance
 
     def hidden(self, x: Tensor, share_BTE: Tensor) -> Tensor:
-        """Return the hidden units [shared | expert 0 | ... | expert E-1] of one GEMM.
-
-        Those of an expert are multiplied by its share, so the others' outputs are exactly zero.
-        """
+        """Return the hidden units [shared | expert 0 | ... | expert E-1] of one GEMM."""
         E, D = self.config.num_experts, self.config.model_dim
         routed_width = E * self.config.expert_dim
         expert_up = self.expert_up.unflatten(1, (self.rows, -1)).transpose(0, 1)
@@ -1122,6 +1086,7 @@ class TokenRoutedMLP(nn.Module):
 
         h = activate(F.linear(x, up.view(-1, D).to(x.dtype)), self.config.activation)
         shared, routed = h.split([self.width, routed_width], dim=-1)
+        # An expert's are multiplied by its share, so that the others' outputs are exactly zero.
         routed = (routed.unflatten(-1, (E, -1)) * share_BTE[..., None]).flatten(-2)
         return torch.cat([shared, routed], dim=-1)
 
@@ -1182,12 +1147,7 @@ class Block(nn.Module):
         return y + gain * velocity, velocity
 
     def forward(
-        self,
-        x: Tensor,
-        guide: Guide,
-        x0: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        route: Any,
+        self, x: Tensor, guide: Guide, x0: Tensor, rotary: tuple[Tensor, Tensor], route: Any
     ) -> tuple[Tensor, Guide, Tensor | float]:
         """Return the stream, the guide for the next layer, and the Switch loss."""
         keep, inject = self.resid_mix.to(x.dtype)
@@ -1241,11 +1201,8 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Draw orthogonal matrices, each expert by itself; zero output projections and mu_read.
-
-        A tensor's values depend on its name, its shape and the seed alone, so that models that
-        differ elsewhere start alike.
-        """
+        """Draw orthogonal matrices, each expert by itself; zero output projections and mu_read."""
+        # By name, so that models that differ elsewhere start alike.
         for name, p in self.named_parameters():
             generator = torch.Generator().manual_seed(seed ^ zlib.crc32(name.encode()))
             role = role_of(name)
@@ -1260,27 +1217,21 @@ class GPT(nn.Module):
                     p.zero_()
 
     def routes(self, input_ids: Tensor, order: list[int]) -> list:
-        """Return the dispatch of each of the R layers run, from token ids alone.
-
-        Masked: (B, T, E) of ones and zeros. Grouped: the sorted tokens.
-        """
+        """Return each layer run's dispatch: Groups, or, masked, (B, T, E) of ones and zeros."""
         config = self.config
         if not config.is_routed:
             return [None] * len(order)
 
         table_LN = self.expert_table[:, input_ids.flatten()].long()
-        passes = [0] * config.num_layers
         rows = []
-        for layer in order:
-            rows.append((table_LN[layer] + passes[layer]) % config.num_experts)
-            if config.routing_per_pass:
-                passes[layer] += 1
+        for step, layer in enumerate(order):
+            earlier = order[:step].count(layer) if config.routing_per_pass else 0
+            rows.append((table_LN[layer] + earlier) % config.num_experts)
         expert_RN = torch.stack(rows)
         if config.is_grouped:
             return group_tokens(expert_RN, config.num_experts)
-        chosen_RNE = expert_RN[..., None] == torch.arange(
-            config.num_experts, device=input_ids.device
-        )
+        experts = torch.arange(config.num_experts, device=input_ids.device)
+        chosen_RNE = expert_RN[..., None] == experts
         return list(chosen_RNE.unflatten(1, input_ids.shape).to(self.dtype))
 
     def smear(self, x: Tensor, input_ids: Tensor) -> Tensor:
@@ -1391,10 +1342,7 @@ def role_of(name: str) -> str:
 
 
 def choose_attention(name: str, model: GPT, device: torch.device, log: Callable) -> str:
-    """Give `model` the first kernel of ATTENTION that runs with its heads, and log which.
-
-    PyTorch's others are turned off. Raises ConfigError when there is none.
-    """
+    """Give `model` the first kernel of ATTENTION that runs, and log which. Raises ConfigError."""
     config = model.config
     candidates = ["fa3", "cudnn", "flash", "math"] if name == "auto" else [name]
     failures = []
@@ -1435,11 +1383,9 @@ POLAR_EXPRESS = (
 
 
 def zeropower_via_newtonschulz5(G: Tensor) -> Tensor:
-    """Return the nearest semi-orthogonal matrix of each G[i], (M, rows, cols); zero stays zero.
-
-    One whose squares overflow becomes NaN, which ends the run, and not zero.
-    """
+    """Return the nearest semi-orthogonal matrix of each G[i], (M, rows, cols); zero stays zero."""
     norm = G.norm(dim=-1, keepdim=True)
+    # A row whose squares overflow becomes NaN, which ends the run, and not zero.
     norm = norm.where(norm.isfinite(), math.nan)
     X = G / (norm + 1e-7)  # row-normalised: MuonEq-R, PR #1217
     X = X / (X.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
@@ -1455,16 +1401,12 @@ def zeropower_via_newtonschulz5(G: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised per matrix (kellerjordan.github.io/posts/muon).
-
-    An expert of a 3-D tensor is a matrix. A group holds the matrices of one shape, orthogonalised
-    in one batch of which every rank computes its share.
-    """
+    """Momentum, orthogonalised per matrix or expert (kellerjordan.github.io/posts/muon)."""
 
     def __init__(
         self, params: list[Tensor], lr: float, weight_decay: float, dist: Dist, compiles: bool
     ):
-        groups = []
+        groups = []  # of matrices of one shape, which are orthogonalised in one batch
         for shape in sorted({p.shape[-2:] for p in params}):
             groups.append({"params": [p for p in params if p.shape[-2:] == shape]})
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": 0.0})
@@ -1511,11 +1453,8 @@ def build_optimizers(hp: Hyperparameters, model: GPT, dist: Dist) -> list[torch.
         members = [p for name, p in model.named_parameters() if role_of(name) == role.name]
         if members:
             params[role.optimizer] += members
-    embedding = {
-        "params": params["embedding"],
-        "lr": hp.embed_lr,
-        "weight_decay": hp.embed_weight_decay,
-    }
+    embedding = {"params": params["embedding"], "lr": hp.embed_lr}
+    embedding["weight_decay"] = hp.embed_weight_decay
     # Weight decay would hold gains at their start.
     small = {"params": params["adamw"], "lr": hp.scalar_lr, "weight_decay": 0.0}
     is_cuda = dist.device.type == "cuda"
@@ -1532,11 +1471,8 @@ def build_optimizers(hp: Hyperparameters, model: GPT, dist: Dist) -> list[torch.
 
 
 def sgdr_restart(hp: Hyperparameters) -> float:
-    """Return the fraction of the budget at which the second cycle of SGDR begins.
-
-    It is twice as long as the first, or begins with the depth recurrence: the loss spikes there,
-    and wants a high LR.
-    """
+    """Return the fraction of the budget at which the second cycle of SGDR begins."""
+    # With the depth recurrence, where the loss spikes and wants a high LR; else twice as long.
     if hp.model.loop_passes > 1 and 0 < hp.loop_from < 1:
         return hp.loop_from
     return 1 / 3
@@ -1561,18 +1497,16 @@ def lr_scale(hp: Hyperparameters, frac: float) -> float:
     return hp.min_lr + height * 0.5 * (1 + math.cos(math.pi * position))
 
 
-def set_schedules(
-    hp: Hyperparameters, optimizers: list[torch.optim.Optimizer], frac: float
-) -> float:
+def set_schedules(hp: Hyperparameters, optimizers: list, frac: float) -> float:
     """Set learning rates and Muon's momentum for `frac` of the budget. Returns the multiplier."""
     scale = lr_scale(hp, frac)
+    start = min(0.85, hp.muon_momentum)
+    momentum = start + (hp.muon_momentum - start) * min(frac / 0.1, 1.0)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * scale
             if isinstance(optimizer, Muon):
-                start = min(0.85, hp.muon_momentum)
-                warmup = min(frac / 0.1, 1.0)
-                group["momentum"] = start + (hp.muon_momentum - start) * warmup
+                group["momentum"] = momentum
     return scale
 
 
