@@ -1584,11 +1584,8 @@ def bits_and_clip(hp: Hyperparameters, name: str) -> tuple[int, float] | None:
 
 
 def row_scale_codes(weight: Tensor, bits: int, clip: float) -> Tensor:
-    """Return the code of every row's scale, (..., C) -> (..., 1) uint8.
-
-    The scale is clip * std(row) / largest symbol (SDClip, PR #1394), which sets the entropy and
-    hence the size, or, if the levels are not few, as much more as an outlier needs.
-    """
+    """Return the code of every row's scale, (..., C) -> (..., 1) uint8."""
+    # By the standard deviation (SDClip, PR #1394), which sets the entropy and hence the size.
     weight = weight.float()
     std = (weight - weight.mean(-1, keepdim=True)).square().mean(-1, keepdim=True).sqrt()
     codes = (CODES_PER_OCTAVE * (clip * std / largest_symbol(bits)).log2()).round()
@@ -1600,13 +1597,11 @@ def row_scale_codes(weight: Tensor, bits: int, clip: float) -> Tensor:
 
 
 def column_scale_codes(hessian: Tensor | None, weight: Tensor) -> Tensor:
-    """Return the code of a factor on each column's scale, (C,) uint8.
-
-    It is the inverse fourth root of the input's second moment, 1 without a Hessian: some inputs of
-    a head are a hundred times as active as the rest; cf. AWQ, arXiv 2306.00978.
-    """
+    """Return the code of a factor on each column's scale, (C,) uint8; it is 1 without a Hessian."""
     if hessian is None or not hessian.isfinite().all():
         return torch.full(weight.shape[-1:], UNIT_CODE, dtype=torch.uint8, device=weight.device)
+    # The inverse fourth root of the input's second moment: some inputs of a head are a hundred
+    # times as active as the rest; cf. AWQ, arXiv 2306.00978.
     diagonal = hessian.diagonal()
     activity = diagonal.clamp(min=1e-4 * diagonal.mean().item() + 1e-30).log2()
     codes = UNIT_CODE + CODES_PER_OCTAVE / 4 * (activity.mean() - activity)
@@ -1637,11 +1632,7 @@ def is_close(quantized: QuantizedTensor, weight: Tensor) -> Tensor:
 def store_tensor(
     hp: Hyperparameters, name: str, weight: Tensor, factor: float, hessian: Tensor | None
 ) -> QuantizedTensor | Tensor:
-    """Round one tensor by its role's rule; what has no bits is kept, routers as float16.
-
-    Vectors that 8 bits would change by over 1 % are float16 too. Raises ConfigError for weights
-    that are not finite or too large.
-    """
+    """Round one tensor by its role's rule; without bits it is kept. Raises ConfigError."""
     rule = find_role(name).rule
     precision = bits_and_clip(hp, name)
     column_codes = None
@@ -1679,12 +1670,7 @@ def as_stored(hp: Hyperparameters, name: str, weight: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def rounded(hp: Hyperparameters, model: GPT, on: bool = True) -> Iterator[None]:
-    """Give `model`, while the context lasts, the weights that its artifact will hold.
-
-    What GPTQ will round is left as it is. A gradient taken at these and applied to the others is
-    the straight-through one (arXiv 1308.3432). The model does not know, so that there is nothing to
-    compile again.
-    """
+    """Give `model` the weights that its artifact will hold, but for those that GPTQ will round."""
     if not on:
         yield
         return
@@ -1692,6 +1678,7 @@ def rounded(hp: Hyperparameters, model: GPT, on: bool = True) -> Iterator[None]:
     kept = [weight.clone() for weight in weights]
     stored = [as_stored(hp, name, p.detach()) for name, p in model.named_parameters()]
     torch._foreach_copy_(weights, stored)
+    # A gradient taken here and applied to the others is straight-through (arXiv 1308.3432).
     try:
         yield
     finally:
@@ -1734,14 +1721,10 @@ def gptq(weight: Tensor, scale: Tensor, limits: Tensor, hessian: Tensor) -> Tens
 
 
 def parts_with_input(state: dict[str, Tensor], name: str) -> list[list[tuple[str, Any]]]:
-    """Return the matrices whose inputs Hessians `name` describe, each in parts side by side.
-
-    A part is the name of a tensor and an index into it. Of expert_up there is one matrix for each
-    expert; the down projections of the shared expert and of all others are one, as they add up to
-    one output.
-    """
+    """Return each matrix whose input Hessians `name` describe: names and indices, side by side."""
     if name.endswith("expert_up"):
         return [[(name, expert)] for expert in range(len(state[name]))]
+    # All down projections of a layer are one matrix, as they add up to one output.
     parts = [(name, ...)]
     routed = name.replace("down.weight", "expert_down")
     if name.endswith("mlp.down.weight") and routed in state:
@@ -1752,14 +1735,8 @@ def parts_with_input(state: dict[str, Tensor], name: str) -> list[list[tuple[str
 def round_by_gptq(
     hp: Hyperparameters, state: dict, quantized: dict, parts: list[tuple], hessian: Tensor
 ) -> bool:
-    """Replace, in place, the symbols of a matrix in parts, but for those trained rounded.
-
-    Returns False for a bad Hessian.
-    """
-    weights = []
-    scales = []
-    symbols = []
-    limits = []
+    """Round a matrix in place, but for parts trained rounded. Returns False for a bad Hessian."""
+    chosen = []
     columns = []  # of the Hessian
     start = 0
     for name, index in parts:
@@ -1767,21 +1744,21 @@ def round_by_gptq(
         end = start + weight.size(-1)
         bits, _ = bits_and_clip(hp, name)
         if not hp.trains_rounded(bits):
-            weights.append(weight)
-            scales.append(quantized[name].scale().expand_as(state[name])[index])
-            symbols.append(quantized[name].symbols[index])
-            limits.append(torch.full((end - start,), largest_symbol(bits)))
+            scale = quantized[name].scale().expand_as(state[name])[index]
+            limits = torch.full((end - start,), largest_symbol(bits))
+            chosen.append((weight, scale, limits, quantized[name].symbols[index]))
             columns.append(torch.arange(start, end))
         start = end
-    if not columns:
+    if not chosen:
         return True
 
+    weights, scales, limits, symbols = zip(*chosen, strict=True)
     kept = torch.cat(columns)
     matrix = torch.cat(weights, -1)
     result = gptq(matrix, torch.cat(scales, -1), torch.cat(limits), hessian[kept][:, kept])
     if result is None:
         return False
-    new_parts = result.split([part.size(-1) for part in weights], -1)
+    new_parts = result.split([len(part) for part in columns], -1)
     for old, scale, new in zip(symbols, scales, new_parts, strict=True):
         # In a row of zeros the errors of others would become weights.
         old.copy_(torch.where(scale > SCALES[0], new, old))
@@ -1791,17 +1768,13 @@ def round_by_gptq(
 def quantize(
     hp: Hyperparameters, state: dict[str, Tensor], factor: float = 1.0, hessians: dict | None = None
 ) -> tuple[dict[str, QuantizedTensor | Tensor], list[str]]:
-    """Quantize a state dict; `factor` multiplies every k. Raises ConfigError.
-
-    Tensors named in `hessians` are rounded by GPTQ. Also returns the names of those whose Hessian
-    was of no use, which like the rest are rounded to nearest.
-    """
+    """Quantize a state dict, every k times `factor`; by GPTQ given Hessians. Raises ConfigError."""
     hessians = hessians or {}
     quantized = {}
     for name, weight in state.items():
         quantized[name] = store_tensor(hp, name, weight, factor, hessians.get(name))
 
-    unusable = []
+    unusable = []  # names of those whose Hessian is of no use: rounded to nearest, like the rest
     for name, hessian in hessians.items():
         matrices = parts_with_input(state, name)
         for parts, matrix in zip(matrices, hessian.view(-1, *hessian.shape[-2:]), strict=True):
@@ -1884,11 +1857,22 @@ class Part(NamedTuple):
     shape: tuple[int, ...]
 
 
+def stored_fields(tensor: QuantizedTensor | Tensor) -> dict[str, Tensor]:
+    """Return what an artifact stores of a tensor, by the field of the `Part`."""
+    if not isinstance(tensor, QuantizedTensor):
+        return {"kept": tensor}
+    return {name: part for name, part in vars(tensor).items() if part is not None}
+
+
+def stored_parts(tensors: Iterable[QuantizedTensor | Tensor]) -> list[Tensor]:
+    """Return every tensor that an artifact of these stores."""
+    return [part for tensor in tensors for part in stored_fields(tensor).values()]
+
+
 def layout(shapes: dict[str, tuple[int, ...]], storage: str) -> dict[str, list[Part]]:
     """Return the streams in order, by name; tensors share those of vectors, codes and float16.
 
-    `storage` has a letter for each tensor: q = symbols and scale codes, h = float16, t = uint8.
-    Raises ConfigError for impossible storage.
+    `storage`, a letter each: q = symbols and codes, h = float16, t = uint8. Raises ConfigError.
     """
     weights = sum(map(math.prod, shapes.values()))
     require(weights <= MAX_WEIGHTS, f"too large a model, over {MAX_WEIGHTS:,} weights")
@@ -1907,35 +1891,28 @@ def layout(shapes: dict[str, tuple[int, ...]], storage: str) -> dict[str, list[P
             streams[symbols].append(Part(name, "symbols", np.dtype("i1"), shape))
             streams["scales"].append(Part(name, "row_codes", np.dtype("u1"), row_shape))
             if role.rule == "embedding":
-                part = Part(name, "column_codes", np.dtype("u1"), shape[-1:])
-                streams["scales"].append(part)
+                streams["scales"].append(Part(name, "column_codes", np.dtype("u1"), shape[-1:]))
     return streams
-
-
-def part_bytes(tensor: QuantizedTensor | Tensor, part: Part) -> bytes:
-    """Return a part of a stored tensor as it goes to the codec."""
-    kept = vars(tensor)[part.field] if isinstance(tensor, QuantizedTensor) else tensor
-    return kept.cpu().numpy().astype(part.dtype).tobytes()
-
-
-def storage_letter(tensor: QuantizedTensor | Tensor) -> str:
-    if isinstance(tensor, QuantizedTensor):
-        return "q"
-    return "h" if tensor.dtype == torch.float16 else "t"
 
 
 def pack(
     config: ModelConfig, tensors: dict, tokenizer_sha256: str, fast: bool = False
 ) -> tuple[bytes, dict[str, int]]:
     """Return the artifact of quantized tensors, and its bytes by role or shared stream."""
-    storage = "".join(storage_letter(tensor) for tensor in tensors.values())
+    letters = {torch.int8: "q", torch.float16: "h", torch.uint8: "t"}
+    stored = {name: stored_fields(tensor) for name, tensor in tensors.items()}
+    storage = ""
     shapes = {}
     for name, tensor in tensors.items():
-        whole = tensor.symbols if isinstance(tensor, QuantizedTensor) else tensor
+        whole = stored[name].get("symbols", tensor)
+        storage += letters[whole.dtype]
         shapes[name] = tuple(whole.shape)
     plan = layout(shapes, storage)
 
-    raw = [b"".join(part_bytes(tensors[p.tensor], p) for p in parts) for parts in plan.values()]
+    raw = []
+    for parts in plan.values():
+        arrays = [stored[p.tensor][p.field].cpu().numpy().astype(p.dtype) for p in parts]
+        raw.append(b"".join(array.tobytes() for array in arrays))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         streams = list(pool.map(partial(compress, fast=fast), raw))
 
@@ -1955,10 +1932,9 @@ def pack(
 def load_artifact(
     path: Path, hp: Hyperparameters, device: torch.device, context: int = 0
 ) -> tuple[GPT, Hyperparameters, str]:
-    """Read an artifact, of which this is the only reader. Raises ConfigError.
+    """Read a model for windows of `context` tokens, `hp` with its config, and its tokenizer's hash.
 
-    Returns the model for windows of `context` tokens, 0 = as trained, `hp` with the artifact's
-    model, and its tokenizer's SHA-256.
+    This is the only reader of artifacts. Raises ConfigError.
     """
     require(path.is_file(), f"{path}: no such artifact")
     fits = PREFIX.size <= path.stat().st_size < MAX_SUBMISSION_BYTES
@@ -2000,9 +1976,8 @@ def load_artifact(
         offset += size
         for part in parts:
             raw = stream.read(math.prod(part.shape) * part.dtype.itemsize)
-            array = np.frombuffer(raw, part.dtype).reshape(part.shape)
-            native = array.astype(part.dtype.newbyteorder("="))
-            fields_of[part.tensor][part.field] = torch.from_numpy(native)
+            array = np.frombuffer(raw, part.dtype).astype(part.dtype.newbyteorder("="))
+            fields_of[part.tensor][part.field] = torch.from_numpy(array.reshape(part.shape))
     state = {}
     for name, found in fields_of.items():
         state[name] = found["kept"] if "kept" in found else QuantizedTensor(**found).dequantize()
@@ -2026,27 +2001,11 @@ class Fitted:
     unusable: list[str]  # tensors whose Hessian was of no use
 
 
-def stored_parts(tensors: Iterable[QuantizedTensor | Tensor]) -> list[Tensor]:
-    """Return every tensor that an artifact of these stores."""
-    parts = []
-    for tensor in tensors:
-        if isinstance(tensor, QuantizedTensor):
-            parts += [part for part in vars(tensor).values() if part is not None]
-        else:
-            parts.append(tensor)
-    return parts
-
-
 def entropy_bytes(tensors: list[Tensor]) -> float:
-    """Return the least bytes for a coder that knows each tensor's frequencies and nothing else.
-
-    Those of more than 8 bits count as they are.
-    """
+    """Return the least bytes for a coder that knows each tensor's frequencies and nothing else."""
     total = 0.0
     for tensor in tensors:
-        if tensor.numel() == 0:
-            continue
-        bits = 8.0 * tensor.element_size()
+        bits = 8.0 * tensor.element_size()  # more than 8 count as they are
         if bits == 8:
             shares = torch.bincount(tensor.flatten().int() + 128).double() / tensor.numel()
             bits = torch.special.entr(shares).sum().item() / math.log(2)
@@ -2079,11 +2038,7 @@ AIMS = (0.9996, 0.9996, 0.9996, 0.9996, 0.9996, 0.98)  # shares of the target, t
 
 
 def factor_for(hp: Hyperparameters, state: dict[str, Tensor], goal: float) -> tuple[float, float]:
-    """Return the finest factor on every k whose symbols have at most `goal` bytes of entropy.
-
-    It lies between FINEST and COARSEST, which is the answer if none is coarse enough, and is found
-    by bisection of its logarithm, rounding to nearest. Also returns the entropy, bytes.
-    """
+    """Return the finest factor whose symbols have at most `goal` bytes of entropy, and those."""
 
     def entropy(exponent: float) -> float:
         quantized, _ = quantize(hp, state, 2.0**exponent)
@@ -2092,7 +2047,7 @@ def factor_for(hp: Hyperparameters, state: dict[str, Tensor], goal: float) -> tu
     fine = math.log2(FINEST)
     if entropy(fine) <= goal:
         return FINEST, entropy(fine)
-    coarse = math.log2(COARSEST)
+    coarse = math.log2(COARSEST)  # the answer if none is coarse enough
     while coarse - fine > 2**-12:
         middle = (fine + coarse) / 2
         if entropy(middle) <= goal:
@@ -2109,13 +2064,7 @@ def fit(
     hessians: dict[str, Tensor] | None = None,
     fast: bool = False,
 ) -> Fitted:
-    """Return the finest artifact that keeps TARGET_BYTES with the code; k as given if that is 0.
-
-    The entropy of the symbols tells the size before compression; each try corrects the ratio of
-    both by the size it came to, so that the result fills the target to ~0.1 %. What was trained
-    rounded keeps its k, unless nothing else is left to make coarser. Raises ConfigError if the
-    coarsest k is not enough.
-    """
+    """Return the finest artifact that keeps TARGET_BYTES; 0 = k as given. Raises ConfigError."""
 
     def attempt(factor: float) -> Fitted:
         tensors, unusable = quantize(hp, state, factor, hessians)
@@ -2124,10 +2073,14 @@ def fit(
 
     code_bytes, _ = submission_bytes(hp, 0, "code")
     target = hp.target_bytes - code_bytes if hp.target_bytes else math.inf
+    # What was trained rounded keeps its k, unless nothing else is left to make coarser.
     if hp.target_bytes == 0 or (hp.uses_qat and not hp.uses_gptq):
         fitted = attempt(1.0)
         if len(fitted.artifact) <= target:
             return fitted
+
+    # The entropy of the symbols tells the size before compression; each try corrects the ratio of
+    # both by the size it came to, so that the result fills the target to ~0.1 %.
     ratio = 1.015  # of bytes to entropy, a first guess
     best = None
     for aim in AIMS:
@@ -2177,11 +2130,9 @@ def submission_bytes(hp: Hyperparameters, model_bytes: int, what: str) -> tuple[
 def dry_run(hp: Hyperparameters, model: GPT) -> Fitted:
     """Estimate the artifact by Gaussian weights, whose symbols have the entropy of trained ones."""
     generator = torch.Generator().manual_seed(0)
-    state = {}
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point():
-            tensor = torch.randn(tensor.shape, generator=generator)
-        state[name] = tensor
+    state = model.state_dict()
+    for name, p in model.named_parameters():
+        state[name] = torch.randn(p.shape, generator=generator)
     return fit(hp, state, "0" * 64, fast=True)
 
 
@@ -2189,12 +2140,9 @@ def dry_run(hp: Hyperparameters, model: GPT) -> Fitted:
 
 
 def scoring_windows(num_targets: int, seq_len: int, stride: int) -> Tensor:
-    """Return windows that score `stride` targets each, (W, 3) int64: start, first target, end.
-
-    They have `seq_len - stride` tokens of context or more, where the text has them.
-    """
+    """Return windows that score `stride` targets each, (W, 3) int64: start, first target, end."""
     first = torch.arange(0, num_targets, stride)
-    start = (first + stride - seq_len).clamp(min=0)
+    start = (first + stride - seq_len).clamp(min=0)  # seq_len - stride of context, or all
     end = (first + stride).clamp(max=num_targets)
     return torch.stack([start, first, end], dim=1)
 
@@ -2250,11 +2198,8 @@ class Scorer:
     def batch(
         self, windows: Tensor, stride: int, size: int
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-        """Return inputs (B, T), targets, scored positions and loss columns, (B, S), of windows.
-
-        Empty windows fill up to `size`. Positions are None for all. A window's last input is
-        repeated to its end: nothing beyond is read.
-        """
+        """Return inputs (B, T), targets, scored positions, None = all, and loss columns, (B, S)."""
+        # Empty windows fill up to `size`. A window's last input is repeated: no later one is read.
         start, first, end = F.pad(windows, (0, 0, 0, size - len(windows))).T[..., None]
         positions_BT = start + torch.arange(self.seq_len, device=windows.device)
         positions_BT = positions_BT.minimum(end - 1).clamp(min=0)
@@ -2277,16 +2222,14 @@ class Scorer:
             self.progress.update(self.progress.done + len(batch))
 
     def total(self, finished: bool = True) -> Score:
-        """Add up all ranks' losses, each target once; this rank's so far unless `finished`.
-
-        In float64 and in the order of the text, whatever the ranks and batches. Raises ConfigError.
-        """
+        """Add up all ranks' losses; this one's so far unless `finished`. Raises ConfigError."""
         sums = self.dist.all_sum(self.sums) if finished else self.sums
         nll, times = sums[:, :-1]
         once = times == 1
         count = int(once.sum())
         if finished:
             assert count == self.num_targets, f"{self.num_targets - count} targets not scored once"
+        # In float64 and in the order of the text, whatever the ranks and batches.
         nats = nll[once].double().sum().item()
         scored_bytes = int(self.val.target_bytes[once].sum())
         is_valid = math.isfinite(nats) and scored_bytes > 0
