@@ -263,10 +263,9 @@ class Hyperparameters:
         """Return the fewest equal micro-batches within MICRO_BATCH_TOKENS. Raises ConfigError."""
         seq_len = self.model.train_seq_len
         sequences, rest = divmod(self.train_batch_tokens, world_size * seq_len)
+        knobs = f"TRAIN_BATCH_TOKENS={self.train_batch_tokens} TRAIN_SEQ_LEN={seq_len}"
         require(
-            rest == 0,
-            f"TRAIN_BATCH_TOKENS={self.train_batch_tokens} TRAIN_SEQ_LEN={seq_len}: "
-            f"not a whole number of sequences on each of {world_size} ranks",
+            rest == 0, f"{knobs}: not a whole number of sequences on each of {world_size} ranks"
         )
         fewest = min(math.ceil(sequences * seq_len / self.micro_batch_tokens), sequences)
         return next(n for n in range(fewest, sequences + 1) if sequences % n == 0)
@@ -2093,11 +2092,9 @@ def fit(
             if best is None or size > len(best.artifact):
                 best = fitted
         is_hopeless = best is None and (aim == AIMS[-1] or factor == COARSEST)
-        require(
-            not is_hopeless,
-            f"TARGET_BYTES={hp.target_bytes}: {size - target:,} bytes too large; lower "
-            f"MODEL_DIM={hp.model.model_dim} or NUM_LAYERS={hp.model.num_layers}",
-        )
+        large = f"TARGET_BYTES={hp.target_bytes}: {size - target:,} bytes too large"
+        remedy = f"lower MODEL_DIM={hp.model.model_dim} or NUM_LAYERS={hp.model.num_layers}"
+        require(not is_hopeless, f"{large}; {remedy}")
         ratio = size / entropy
     return best
 
@@ -2118,12 +2115,9 @@ def submission_bytes(hp: Hyperparameters, model_bytes: int, what: str) -> tuple[
     """Return bytes of the code as a record ships it, and of both. Raises ConfigError at the cap."""
     code_bytes = LOADER_BYTES + len(pack_source(submission_source()))
     total = code_bytes + model_bytes
-    require(
-        total < MAX_SUBMISSION_BYTES,
-        f"{what}: {code_bytes:,} bytes of code + {model_bytes:,}, the cap is "
-        f"{MAX_SUBMISSION_BYTES:,}; lower MODEL_DIM={hp.model.model_dim} or raise "
-        f"MATRIX_CLIP={hp.matrix_clip}",
-    )
+    large = f"{what}: {code_bytes:,} bytes of code + {model_bytes:,}, the cap is"
+    remedy = f"lower MODEL_DIM={hp.model.model_dim} or raise MATRIX_CLIP={hp.matrix_clip}"
+    require(total < MAX_SUBMISSION_BYTES, f"{large} {MAX_SUBMISSION_BYTES:,}; {remedy}")
     return code_bytes, total
 
 
