@@ -57,7 +57,7 @@ LOG_FOLDER = Path("logs")  # of logs, artifacts and checkpoints, below the worki
 SIGNALS = (signal.SIGINT, signal.SIGTERM)  # end a run in good order
 BOS_ID = 1  # starts every document of a shard
 GATE_CHANNELS = 12  # input channels that attention gates and SmearGate read
-GROUPED_FROM = 0.25  # share of an MLP's hidden units that a token has no part in
+GROUPED_FROM = 0.25  # share of idle hidden units; twice that from which sorting pays, on paper
 
 
 # ---- Model config and knobs ----------------------------------------------------------------------
@@ -127,10 +127,7 @@ class ModelConfig:
 
     @property
     def is_grouped(self) -> bool:
-        """Tell whether a token is multiplied with its own expert alone.
-
-        Under DISPATCH=auto it is from GROUPED_FROM on: twice where sorting pays, on paper.
-        """
+        """Tell whether a token is multiplied with its own expert alone; auto: from GROUPED_FROM."""
         if not self.is_routed or self.dispatch != "auto":
             return self.is_routed and self.dispatch == "grouped"
         if self.has_router or self.expert_dim % 8 or self.model_dim % 8:
@@ -141,7 +138,7 @@ class ModelConfig:
     def execution_order(self, looped: bool) -> list[int]:
         """Layers in the order in which they run, with the depth recurrence or without."""
         layers = list(range(self.num_layers))
-        if not looped or self.loop_passes == 1:
+        if not looped:
             return layers
         end = self.loop_end + 1
         return layers[:end] + layers[self.loop_start : end] * (self.loop_passes - 1) + layers[end:]
@@ -150,8 +147,7 @@ class ModelConfig:
         """Return this config after all checks of it. Raises ConfigError naming the variables."""
         check_values(self)
         D, H, L = self.model_dim, self.num_heads, self.num_layers
-        heads = f"NUM_HEADS={H} MODEL_DIM={D}: the heads must divide the width"
-        require(D % H == 0, heads)
+        require(D % H == 0, f"NUM_HEADS={H} MODEL_DIM={D}: the heads must divide the width")
         kv_heads = f"NUM_KV_HEADS={self.num_kv_heads} NUM_HEADS={H}: kv heads must divide the heads"
         require(H % self.num_kv_heads == 0, kv_heads)
         rope = f"ROPE_DIMS={self.rope_dims}: must be even, at most {self.head_dim}"
@@ -209,9 +205,7 @@ class Hyperparameters:
     embed_bits: int = knob(7, 2, 8)  # of the tied embedding
     matrix_clip: float = knob(12.85, 0)  # k: scale = k * std(row) / (2^(bits-1) - 1), from 5 bits
     embed_clip: float = knob(15.0, 0)  # k of the embedding; larger = smaller file
-    target_bytes: int = knob(
-        15_980_000, 0, MAX_SUBMISSION_BYTES - 1
-    )  # code + model; 0 = k as given
+    target_bytes: int = knob(15_980_000, 0, MAX_SUBMISSION_BYTES - 1)  # with code; 0 = k as given
     gptq_batches: int = knob(64, 0, 1 << 20)  # micro-batches for Hessians; 0 = no GPTQ
 
     @classmethod
@@ -247,19 +241,12 @@ class Hyperparameters:
         return min(max(4.0, 0.02 * cap), 0.25 * cap)
 
     @property
-    def training_seconds(self) -> float:
-        """What the Hessians leave of the cap, s; 0 = no cap."""
-        return self.max_wallclock_seconds - self.gptq_seconds
-
-    @property
     def uses_qat(self) -> bool:
         return self.qat_from < 1
 
     def trains_rounded(self, bits: int) -> bool:
-        """Tell whether tensors of so many bits end the training as the artifact will hold them.
-
-        From 5 bits on GPTQ does better after it, so that these wait for it unless it is off.
-        """
+        """Tell whether tensors of so many bits end the training as the artifact will hold them."""
+        # From 5 bits on GPTQ after the training does better.
         return self.uses_qat and (bits in CLIP_OF_FEW_LEVELS or self.gptq_batches == 0)
 
     @property
@@ -276,10 +263,9 @@ class Hyperparameters:
         """Return the fewest equal micro-batches within MICRO_BATCH_TOKENS. Raises ConfigError."""
         seq_len = self.model.train_seq_len
         sequences, rest = divmod(self.train_batch_tokens, world_size * seq_len)
+        knobs = f"TRAIN_BATCH_TOKENS={self.train_batch_tokens} TRAIN_SEQ_LEN={seq_len}"
         require(
-            rest == 0,
-            f"TRAIN_BATCH_TOKENS={self.train_batch_tokens} TRAIN_SEQ_LEN={seq_len}: "
-            f"not a whole number of sequences on each of {world_size} ranks",
+            rest == 0, f"{knobs}: not a whole number of sequences on each of {world_size} ranks"
         )
         fewest = min(math.ceil(sequences * seq_len / self.micro_batch_tokens), sequences)
         return next(n for n in range(fewest, sequences + 1) if sequences % n == 0)
@@ -288,26 +274,20 @@ class Hyperparameters:
         """Return these knobs after all checks of them. Raises ConfigError naming the variable."""
         self.model.validate()
         check_values(self)
-        require(
-            re.fullmatch(r"[\w.+-]*", self.run_id) is not None,
-            f"RUN_ID={self.run_id}: letters, digits and . _ + - only",
-        )
-        require(
-            re.fullmatch(r"([1-9]\d*s?)?", self.checkpoint_every) is not None,
-            f"CHECKPOINT_EVERY={self.checkpoint_every}: expected steps as in 500, or s as in 300s",
-        )
+        is_name = re.fullmatch(r"[\w.+-]*", self.run_id) is not None
+        require(is_name, f"RUN_ID={self.run_id}: letters, digits and . _ + - only")
+        every = self.checkpoint_every
+        is_interval = re.fullmatch(r"([1-9]\d*s?)?", every) is not None
+        require(is_interval, f"CHECKPOINT_EVERY={every}: expected steps as in 500, or s as in 300s")
         self.grad_accum_steps(1)
         return self
 
 
 def knob_fields(cls: type) -> dict[str, Field]:
     """Return the fields of a class of knobs by name; a model's are knobs like the others."""
-    knobs = {}
-    for f in fields(cls):
-        if f.type is ModelConfig:
-            knobs |= knob_fields(ModelConfig)
-        else:
-            knobs[f.name] = f
+    knobs = {f.name: f for f in fields(cls)}
+    if knobs.pop("model", None):
+        knobs = knob_fields(ModelConfig) | knobs
     return knobs
 
 
@@ -341,8 +321,7 @@ def check_values(knobs: object) -> None:
         if "low" in f.metadata:
             low = f.metadata["low"]
             high = min(f.metadata["high"], 2**63 - 1) if f.type is int else f.metadata["high"]
-            is_finite = f.type is int or math.isfinite(value)
-            in_range = is_finite and low <= value <= high
+            in_range = low <= value <= high and value != math.inf
             require(in_range, f"{stated}: expected a finite number from {low} to {high}")
 
 
@@ -428,8 +407,7 @@ class Log:
             try:
                 fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                message = f"{path}: another run writes it; choose another RUN_ID"
-                raise ConfigError(message) from None
+                raise ConfigError(f"{path}: another run writes it; choose another RUN_ID") from None
             except OSError:
                 pass  # some network file systems have no locks
 
@@ -447,24 +425,21 @@ class Log:
             print(text, flush=True)
 
 
+@dataclass
 class Progress:
-    """Says on stderr every 5 s what a long stage is doing.
+    """Says on stderr every 5 s what a stage is doing, even one that cannot call `update`."""
 
-    A thread does, so that a stage that cannot call `update`, like a compilation, is not silent.
-    """
-
-    def __init__(self, label: str, total: float, rank: int = 0):
-        self.label = label
-        self.total = total
-        self.done = 0.0
-        self.note = ""
-        self.started = time.perf_counter()
-        self.is_main = rank == 0
-        self.ended = threading.Event()
+    label: str
+    total: float
+    rank: int = 0
+    done: float = 0.0
+    note: str = ""
 
     def __enter__(self) -> "Progress":
+        self.started = time.perf_counter()
+        self.ended = threading.Event()
         # Not a Thread, whose start waits for ever if memory is too short for it to begin.
-        if self.is_main:
+        if self.rank == 0:
             _thread.start_new_thread(self.report, ())
         return self
 
@@ -497,11 +472,10 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException as error:
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}") from error
+    finally:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise ConfigError(f"cannot write {path}: {error.strerror}") from error
-        raise
 
 
 def can_compile(hp: Hyperparameters, device: torch.device) -> bool:
@@ -522,10 +496,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def run_entry_point(entry: Callable[[], None]) -> None:
-    """Call `entry`; bad input, files, packages and memory end in one line and exit status 2.
-
-    SIGINT and SIGTERM end in one line and 130 or 143.
-    """
+    """Call `entry`; what the user can mend ends in one line and status 2, signals in 130 or 143."""
     handlers = [signal.signal(number, interrupt) for number in SIGNALS]
     code = 0
     message = ""
@@ -586,10 +557,8 @@ def shard_length(path: Path) -> int:
 
 
 def read_shard(path: Path, start: int, count: int, vocab_size: int = 1 << 16) -> np.ndarray:
-    """Read tokens of a shard from `start` on, (count,) uint16. Raises ConfigError.
-
-    They are read, not mapped: a mapped file that is cut would kill the process.
-    """
+    """Read tokens of a shard from `start` on, (count,) uint16. Raises ConfigError."""
+    # Not mapped: a mapped file that is cut would kill the process.
     tokens = np.fromfile(path, "<u2", count, offset=4 * SHARD_HEADER_INTS + 2 * start)
     require(len(tokens) == count, f"{path}: has become shorter since the start of the run")
     largest = tokens.max(initial=0)
@@ -603,10 +572,7 @@ def load_data_shard(path: Path, vocab_size: int = 1 << 16) -> np.ndarray:
 
 
 class TokenLoader:
-    """Endless training batches, the same at any world size and after a resume.
-
-    An epoch cuts every shard into windows at a random phase and shuffles all of them.
-    """
+    """Endless training batches, the same at any world size and after a resume."""
 
     def __init__(self, hp: Hyperparameters, dist: Dist):
         """Find and check the training shards. Raises ConfigError."""
@@ -620,11 +586,8 @@ class TokenLoader:
         windows = [max(length // self.seq_len - 1, 0) for length in self.lengths]
         self.first_window = np.cumsum([0, *windows])
         self.num_windows = sum(windows)
-        require(
-            self.num_windows > 0,
-            f"{hp.dataset_dir}: no training shard holds two sequences of "
-            f"TRAIN_SEQ_LEN={self.seq_len}",
-        )
+        short = f"{hp.dataset_dir}: no training shard holds two sequences of"
+        require(self.num_windows > 0, f"{short} TRAIN_SEQ_LEN={self.seq_len}")
 
         sequences = hp.train_batch_tokens // (self.seq_len * dist.world_size)
         self.num_sequences = sequences // hp.grad_accum_steps(dist.world_size)
@@ -644,6 +607,7 @@ class TokenLoader:
     def _window(self, index: int) -> np.ndarray:
         """Read the tokens of a window, counted over all epochs, and the one after it."""
         epoch, slot = divmod(index, self.num_windows)
+        # Each epoch cuts every shard at a random phase, and shuffles all windows.
         if epoch != self.epoch:
             rng = np.random.default_rng([self.hp.seed, epoch])
             self.epoch = epoch
@@ -672,10 +636,7 @@ class TokenLoader:
 
 
 def token_bytes(sp: spm.SentencePieceProcessor, tokens: np.ndarray) -> np.ndarray:
-    """Return the UTF-8 bytes that each token but the first adds to the text, (n - 1,) int32.
-
-    The leading space of a piece counts unless a control, unknown or unused token is before it.
-    """
+    """Return the UTF-8 bytes that each token but the first adds to the text, (n - 1,) int32."""
     base_bytes = np.zeros(sp.vocab_size(), np.int32)
     has_leading_space = np.zeros(sp.vocab_size(), bool)
     is_boundary_token = np.ones(sp.vocab_size(), bool)
@@ -687,6 +648,7 @@ def token_bytes(sp: spm.SentencePieceProcessor, tokens: np.ndarray) -> np.ndarra
         has_leading_space[i] = piece.startswith("\u2581")
         text = piece.removeprefix("\u2581").replace("\u2581", " ")
         base_bytes[i] = 1 if sp.is_byte(i) else len(text.encode())
+    # The leading space of a piece counts unless a control, unknown or unused token is before it.
     spaces = has_leading_space[tokens[1:]] & ~is_boundary_token[tokens[:-1]]
     return base_bytes[tokens[1:]] + spaces
 
@@ -707,12 +669,10 @@ def manifest_entry(dataset_dir: Path) -> dict:
 
 
 def load_tokenizer(hp: Hyperparameters) -> tuple[spm.SentencePieceProcessor, str]:
-    """Load the SentencePiece model. Also returns its SHA-256; raises ConfigError if it is amiss.
-
-    TOKENIZER_PATH, else the one that the data's manifest names, or fineweb_<VOCAB_SIZE>_bpe.model,
-    in tokenizers/ of the data or of data/.
-    """
+    """Load the SentencePiece model. Also returns its SHA-256; raises ConfigError if it is amiss."""
     vocab_size = hp.model.vocab_size
+
+    # TOKENIZER_PATH, else the manifest's or the usual one in tokenizers/ of the data or of data/.
     usual = f"fineweb_{vocab_size}_bpe"
     name = manifest_entry(hp.dataset_dir).get("tokenizer_name", usual)
     path = data_root(hp.dataset_dir) / "tokenizers" / f"{name}.model"
@@ -750,16 +710,14 @@ class ValData:
 
     @classmethod
     def load(cls, hp: Hyperparameters, device: torch.device) -> "ValData":
-        """Read the split and, where there are sidecars, the bytes they state (PR #1729).
-
-        fineweb_val_bytes_N.bin holds the bytes before a lossless transform. Raises ConfigError.
-        """
+        """Read the split and, where it has sidecars, the bytes they state. Raises ConfigError."""
         sp, digest = load_tokenizer(hp)
         paths = list_shards(hp.dataset_dir, "val")
         shards = [load_data_shard(path, hp.model.vocab_size) for path in paths]
         tokens = np.concatenate(shards)
         require(len(tokens) > 1, f"{hp.dataset_dir}: the validation split has no target to score")
 
+        # fineweb_val_bytes_N.bin holds the bytes before a lossless transform (PR #1729).
         sizes = load_sidecars(paths, shards, sp)
         target_bytes = token_bytes(sp, tokens) if sizes is None else sizes[1:].astype(np.int32)
         targets = len(tokens) - 1
@@ -767,14 +725,9 @@ class ValData:
         lacks = what_is_missing(paths, len(tokens))
         if count < targets:
             lacks = f"all but VAL_MAX_TOKENS={count} targets"
-        return cls(
-            torch.from_numpy(tokens[: count + 1].astype(np.int32)).to(device),
-            torch.from_numpy(target_bytes[:count]).to(device),
-            digest,
-            partial=lacks != "",
-            sidecar=sizes is not None,
-            lacks=lacks,
-        )
+        kept = torch.from_numpy(tokens[: count + 1].astype(np.int32)).to(device)
+        kept_bytes = torch.from_numpy(target_bytes[:count]).to(device)
+        return cls(kept, kept_bytes, digest, lacks != "", sizes is not None, lacks)
 
 
 def what_is_missing(paths: list[Path], num_tokens: int) -> str:
@@ -830,10 +783,8 @@ def mix32(x: np.ndarray) -> np.ndarray:
 
 
 def zipf_assignment(token_counts: np.ndarray, num_experts: int, layer: int) -> np.ndarray:
-    """Pack token ids greedily so that every expert gets the same share, (V,) int64 -> (V,) uint8.
-
-    The most frequent come first, shuffled per layer within strata of similar frequency.
-    """
+    """Pack token ids greedily so that experts get equal shares, (V,) int64 -> (V,) uint8."""
+    # The most frequent come first, shuffled per layer within strata of similar frequency.
     rng = np.random.default_rng(layer)
     seen = np.count_nonzero(token_counts)
     by_frequency = np.argsort(-token_counts, kind="stable")[:seen]
@@ -852,10 +803,7 @@ def zipf_assignment(token_counts: np.ndarray, num_experts: int, layer: int) -> n
 
 
 def build_expert_table(config: ModelConfig, token_counts: np.ndarray) -> Tensor:
-    """Return the expert of every token id in every layer, (L, V) uint8, or (0, V) when dense.
-
-    It depends on counts of training tokens alone. Routers that read the stream start from it.
-    """
+    """Return every token id's expert by layer, (L, V) uint8 or (0, V) when dense, from counts."""
     if not config.is_routed:
         return torch.zeros(0, config.vocab_size, dtype=torch.uint8)
     ids = np.arange(config.vocab_size, dtype=np.uint32)
@@ -969,10 +917,7 @@ class CausalSelfAttention(nn.Module):
         return self.c_q(x + q_gain * mu), self.c_k(x + k_gain * mu), self.c_v(x + v_gain * mu)
 
     def forward(self, x: Tensor, mu: Tensor | None, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        """Attend causally, (B, T, D) -> (B, T, D).
-
-        x is normalised; mu (B, T, D) or None; rotary holds cosines and sines.
-        """
+        """Attend causally, normalised (B, T, D) -> (B, T, D); rotary holds cosines and sines."""
         config = self.config
         q, k, v = self.qkv(x, mu)
         q = norm(q.unflatten(-1, (-1, config.head_dim)))
@@ -1032,18 +977,14 @@ class Permute(torch.autograd.Function):
         return grad[inverse], None, None
 
 
-# A copy of this file under another name, in the same process, has operators of its own: PyTorch
-# would take those of the first away.
+# Operators, as torch 2.13 cannot trace grouped_mm in float32. A copy of this file under another
+# name, in the same process, has its own: PyTorch would take those of the first away.
 NAMESPACE = __name__.replace(".", "_").strip("_")
 
 
 @torch.library.custom_op(f"{NAMESPACE}::expert_linear", mutates_args=())
 def expert_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """Multiply sorted rows (N, C) with their expert's matrix of (E, R, C) -> (N, R).
-
-    An operator of its own, as torch 2.13 cannot trace grouped_mm in float32. Expert e has the rows
-    from ends[e - 1] to ends[e].
-    """
+    """Multiply rows (N, C), sorted by expert, with their matrices of (E, R, C) -> (N, R)."""
     y = x.new_empty(len(x), weight.size(1))
     start = 0
     for matrix, end in zip(weight, ends.tolist(), strict=True):
@@ -1121,11 +1062,7 @@ class TokenRoutedMLP(nn.Module):
         return F.linear(self.hidden(x, share_BTE), down.to(x.dtype)), balance
 
     def choose(self, x: Tensor, table_BTE: Tensor) -> tuple[Tensor, Tensor | float]:
-        """Return the factor on each expert's output, (B, T, E), and the Switch loss.
-
-        The factor is 1 or 0, with the softmax's gradient straight through where a router chooses;
-        for soft it is E times the softmax. The loss is 1 when the balance is perfect.
-        """
+        """Return the factor on each expert's output, (B, T, E), and the Switch loss, at best 1."""
         config = self.config
         if not config.has_router:
             return table_BTE, 0.0
@@ -1133,15 +1070,13 @@ class TokenRoutedMLP(nn.Module):
         share = scores.softmax(-1)
         if config.routing == "soft":
             return (config.num_experts * share).to(x.dtype), 0.0
+        # One expert by the factor 1, the others by 0; the softmax's gradient goes straight through.
         chosen = torch.zeros_like(share).scatter(-1, scores.topk(1).indices, 1.0)
         balance = config.num_experts * chosen.flatten(0, 1).mean(0) @ share.flatten(0, 1).mean(0)
         return (chosen + (share - share.detach())).to(x.dtype), balance
 
     def hidden(self, x: Tensor, share_BTE: Tensor) -> Tensor:
-        """Return the hidden units [shared | expert 0 | ... | expert E-1] of one GEMM.
-
-        Those of an expert are multiplied by its share, so the others' outputs are exactly zero.
-        """
+        """Return the hidden units [shared | expert 0 | ... | expert E-1] of one GEMM."""
         E, D = self.config.num_experts, self.config.model_dim
         routed_width = E * self.config.expert_dim
         expert_up = self.expert_up.unflatten(1, (self.rows, -1)).transpose(0, 1)
@@ -1150,6 +1085,7 @@ class TokenRoutedMLP(nn.Module):
 
         h = activate(F.linear(x, up.view(-1, D).to(x.dtype)), self.config.activation)
         shared, routed = h.split([self.width, routed_width], dim=-1)
+        # An expert's are multiplied by its share, so that the others' outputs are exactly zero.
         routed = (routed.unflatten(-1, (E, -1)) * share_BTE[..., None]).flatten(-2)
         return torch.cat([shared, routed], dim=-1)
 
@@ -1210,12 +1146,7 @@ class Block(nn.Module):
         return y + gain * velocity, velocity
 
     def forward(
-        self,
-        x: Tensor,
-        guide: Guide,
-        x0: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        route: Any,
+        self, x: Tensor, guide: Guide, x0: Tensor, rotary: tuple[Tensor, Tensor], route: Any
     ) -> tuple[Tensor, Guide, Tensor | float]:
         """Return the stream, the guide for the next layer, and the Switch loss."""
         keep, inject = self.resid_mix.to(x.dtype)
@@ -1269,11 +1200,8 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Draw orthogonal matrices, each expert by itself; zero output projections and mu_read.
-
-        A tensor's values depend on its name, its shape and the seed alone, so that models that
-        differ elsewhere start alike.
-        """
+        """Draw orthogonal matrices, each expert by itself; zero output projections and mu_read."""
+        # By name, so that models that differ elsewhere start alike.
         for name, p in self.named_parameters():
             generator = torch.Generator().manual_seed(seed ^ zlib.crc32(name.encode()))
             role = role_of(name)
@@ -1288,27 +1216,21 @@ class GPT(nn.Module):
                     p.zero_()
 
     def routes(self, input_ids: Tensor, order: list[int]) -> list:
-        """Return the dispatch of each of the R layers run, from token ids alone.
-
-        Masked: (B, T, E) of ones and zeros. Grouped: the sorted tokens.
-        """
+        """Return each layer run's dispatch: Groups, or, masked, (B, T, E) of ones and zeros."""
         config = self.config
         if not config.is_routed:
             return [None] * len(order)
 
         table_LN = self.expert_table[:, input_ids.flatten()].long()
-        passes = [0] * config.num_layers
         rows = []
-        for layer in order:
-            rows.append((table_LN[layer] + passes[layer]) % config.num_experts)
-            if config.routing_per_pass:
-                passes[layer] += 1
+        for step, layer in enumerate(order):
+            earlier = order[:step].count(layer) if config.routing_per_pass else 0
+            rows.append((table_LN[layer] + earlier) % config.num_experts)
         expert_RN = torch.stack(rows)
         if config.is_grouped:
             return group_tokens(expert_RN, config.num_experts)
-        chosen_RNE = expert_RN[..., None] == torch.arange(
-            config.num_experts, device=input_ids.device
-        )
+        experts = torch.arange(config.num_experts, device=input_ids.device)
+        chosen_RNE = expert_RN[..., None] == experts
         return list(chosen_RNE.unflatten(1, input_ids.shape).to(self.dtype))
 
     def smear(self, x: Tensor, input_ids: Tensor) -> Tensor:
@@ -1419,10 +1341,7 @@ def role_of(name: str) -> str:
 
 
 def choose_attention(name: str, model: GPT, device: torch.device, log: Callable) -> str:
-    """Give `model` the first kernel of ATTENTION that runs with its heads, and log which.
-
-    PyTorch's others are turned off. Raises ConfigError when there is none.
-    """
+    """Give `model` the first kernel of ATTENTION that runs, and log which. Raises ConfigError."""
     config = model.config
     candidates = ["fa3", "cudnn", "flash", "math"] if name == "auto" else [name]
     failures = []
@@ -1463,11 +1382,9 @@ POLAR_EXPRESS = (
 
 
 def zeropower_via_newtonschulz5(G: Tensor) -> Tensor:
-    """Return the nearest semi-orthogonal matrix of each G[i], (M, rows, cols); zero stays zero.
-
-    One whose squares overflow becomes NaN, which ends the run, and not zero.
-    """
+    """Return the nearest semi-orthogonal matrix of each G[i], (M, rows, cols); zero stays zero."""
     norm = G.norm(dim=-1, keepdim=True)
+    # A row whose squares overflow becomes NaN, which ends the run, and not zero.
     norm = norm.where(norm.isfinite(), math.nan)
     X = G / (norm + 1e-7)  # row-normalised: MuonEq-R, PR #1217
     X = X / (X.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
@@ -1483,16 +1400,12 @@ def zeropower_via_newtonschulz5(G: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised per matrix (kellerjordan.github.io/posts/muon).
-
-    An expert of a 3-D tensor is a matrix. A group holds the matrices of one shape, orthogonalised
-    in one batch of which every rank computes its share.
-    """
+    """Momentum, orthogonalised per matrix or expert (kellerjordan.github.io/posts/muon)."""
 
     def __init__(
         self, params: list[Tensor], lr: float, weight_decay: float, dist: Dist, compiles: bool
     ):
-        groups = []
+        groups = []  # of matrices of one shape, which are orthogonalised in one batch
         for shape in sorted({p.shape[-2:] for p in params}):
             groups.append({"params": [p for p in params if p.shape[-2:] == shape]})
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": 0.0})
@@ -1539,11 +1452,8 @@ def build_optimizers(hp: Hyperparameters, model: GPT, dist: Dist) -> list[torch.
         members = [p for name, p in model.named_parameters() if role_of(name) == role.name]
         if members:
             params[role.optimizer] += members
-    embedding = {
-        "params": params["embedding"],
-        "lr": hp.embed_lr,
-        "weight_decay": hp.embed_weight_decay,
-    }
+    embedding = {"params": params["embedding"], "lr": hp.embed_lr}
+    embedding["weight_decay"] = hp.embed_weight_decay
     # Weight decay would hold gains at their start.
     small = {"params": params["adamw"], "lr": hp.scalar_lr, "weight_decay": 0.0}
     is_cuda = dist.device.type == "cuda"
@@ -1560,11 +1470,8 @@ def build_optimizers(hp: Hyperparameters, model: GPT, dist: Dist) -> list[torch.
 
 
 def sgdr_restart(hp: Hyperparameters) -> float:
-    """Return the fraction of the budget at which the second cycle of SGDR begins.
-
-    It is twice as long as the first, or begins with the depth recurrence: the loss spikes there,
-    and wants a high LR.
-    """
+    """Return the fraction of the budget at which the second cycle of SGDR begins."""
+    # With the depth recurrence, where the loss spikes and wants a high LR; else twice as long.
     if hp.model.loop_passes > 1 and 0 < hp.loop_from < 1:
         return hp.loop_from
     return 1 / 3
@@ -1589,18 +1496,16 @@ def lr_scale(hp: Hyperparameters, frac: float) -> float:
     return hp.min_lr + height * 0.5 * (1 + math.cos(math.pi * position))
 
 
-def set_schedules(
-    hp: Hyperparameters, optimizers: list[torch.optim.Optimizer], frac: float
-) -> float:
+def set_schedules(hp: Hyperparameters, optimizers: list, frac: float) -> float:
     """Set learning rates and Muon's momentum for `frac` of the budget. Returns the multiplier."""
     scale = lr_scale(hp, frac)
+    start = min(0.85, hp.muon_momentum)
+    momentum = start + (hp.muon_momentum - start) * min(frac / 0.1, 1.0)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * scale
             if isinstance(optimizer, Muon):
-                start = min(0.85, hp.muon_momentum)
-                warmup = min(frac / 0.1, 1.0)
-                group["momentum"] = start + (hp.muon_momentum - start) * warmup
+                group["momentum"] = momentum
     return scale
 
 
@@ -1678,11 +1583,8 @@ def bits_and_clip(hp: Hyperparameters, name: str) -> tuple[int, float] | None:
 
 
 def row_scale_codes(weight: Tensor, bits: int, clip: float) -> Tensor:
-    """Return the code of every row's scale, (..., C) -> (..., 1) uint8.
-
-    The scale is clip * std(row) / largest symbol (SDClip, PR #1394), which sets the entropy and
-    hence the size, or, if the levels are not few, as much more as an outlier needs.
-    """
+    """Return the code of every row's scale, (..., C) -> (..., 1) uint8."""
+    # By the standard deviation (SDClip, PR #1394), which sets the entropy and hence the size.
     weight = weight.float()
     std = (weight - weight.mean(-1, keepdim=True)).square().mean(-1, keepdim=True).sqrt()
     codes = (CODES_PER_OCTAVE * (clip * std / largest_symbol(bits)).log2()).round()
@@ -1694,13 +1596,11 @@ def row_scale_codes(weight: Tensor, bits: int, clip: float) -> Tensor:
 
 
 def column_scale_codes(hessian: Tensor | None, weight: Tensor) -> Tensor:
-    """Return the code of a factor on each column's scale, (C,) uint8.
-
-    It is the inverse fourth root of the input's second moment, 1 without a Hessian: some inputs of
-    a head are a hundred times as active as the rest; cf. AWQ, arXiv 2306.00978.
-    """
+    """Return the code of a factor on each column's scale, (C,) uint8; it is 1 without a Hessian."""
     if hessian is None or not hessian.isfinite().all():
         return torch.full(weight.shape[-1:], UNIT_CODE, dtype=torch.uint8, device=weight.device)
+    # The inverse fourth root of the input's second moment: some inputs of a head are a hundred
+    # times as active as the rest; cf. AWQ, arXiv 2306.00978.
     diagonal = hessian.diagonal()
     activity = diagonal.clamp(min=1e-4 * diagonal.mean().item() + 1e-30).log2()
     codes = UNIT_CODE + CODES_PER_OCTAVE / 4 * (activity.mean() - activity)
@@ -1731,11 +1631,7 @@ def is_close(quantized: QuantizedTensor, weight: Tensor) -> Tensor:
 def store_tensor(
     hp: Hyperparameters, name: str, weight: Tensor, factor: float, hessian: Tensor | None
 ) -> QuantizedTensor | Tensor:
-    """Round one tensor by its role's rule; what has no bits is kept, routers as float16.
-
-    Vectors that 8 bits would change by over 1 % are float16 too. Raises ConfigError for weights
-    that are not finite or too large.
-    """
+    """Round one tensor by its role's rule; without bits it is kept. Raises ConfigError."""
     rule = find_role(name).rule
     precision = bits_and_clip(hp, name)
     column_codes = None
@@ -1773,12 +1669,7 @@ def as_stored(hp: Hyperparameters, name: str, weight: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def rounded(hp: Hyperparameters, model: GPT, on: bool = True) -> Iterator[None]:
-    """Give `model`, while the context lasts, the weights that its artifact will hold.
-
-    What GPTQ will round is left as it is. A gradient taken at these and applied to the others is
-    the straight-through one (arXiv 1308.3432). The model does not know, so that there is nothing to
-    compile again.
-    """
+    """Give `model` the weights that its artifact will hold, but for those that GPTQ will round."""
     if not on:
         yield
         return
@@ -1786,6 +1677,7 @@ def rounded(hp: Hyperparameters, model: GPT, on: bool = True) -> Iterator[None]:
     kept = [weight.clone() for weight in weights]
     stored = [as_stored(hp, name, p.detach()) for name, p in model.named_parameters()]
     torch._foreach_copy_(weights, stored)
+    # A gradient taken here and applied to the others is straight-through (arXiv 1308.3432).
     try:
         yield
     finally:
@@ -1828,14 +1720,10 @@ def gptq(weight: Tensor, scale: Tensor, limits: Tensor, hessian: Tensor) -> Tens
 
 
 def parts_with_input(state: dict[str, Tensor], name: str) -> list[list[tuple[str, Any]]]:
-    """Return the matrices whose inputs Hessians `name` describe, each in parts side by side.
-
-    A part is the name of a tensor and an index into it. Of expert_up there is one matrix for each
-    expert; the down projections of the shared expert and of all others are one, as they add up to
-    one output.
-    """
+    """Return each matrix whose input Hessians `name` describe: names and indices, side by side."""
     if name.endswith("expert_up"):
         return [[(name, expert)] for expert in range(len(state[name]))]
+    # All down projections of a layer are one matrix, as they add up to one output.
     parts = [(name, ...)]
     routed = name.replace("down.weight", "expert_down")
     if name.endswith("mlp.down.weight") and routed in state:
@@ -1846,14 +1734,8 @@ def parts_with_input(state: dict[str, Tensor], name: str) -> list[list[tuple[str
 def round_by_gptq(
     hp: Hyperparameters, state: dict, quantized: dict, parts: list[tuple], hessian: Tensor
 ) -> bool:
-    """Replace, in place, the symbols of a matrix in parts, but for those trained rounded.
-
-    Returns False for a bad Hessian.
-    """
-    weights = []
-    scales = []
-    symbols = []
-    limits = []
+    """Round a matrix in place, but for parts trained rounded. Returns False for a bad Hessian."""
+    chosen = []
     columns = []  # of the Hessian
     start = 0
     for name, index in parts:
@@ -1861,21 +1743,21 @@ def round_by_gptq(
         end = start + weight.size(-1)
         bits, _ = bits_and_clip(hp, name)
         if not hp.trains_rounded(bits):
-            weights.append(weight)
-            scales.append(quantized[name].scale().expand_as(state[name])[index])
-            symbols.append(quantized[name].symbols[index])
-            limits.append(torch.full((end - start,), largest_symbol(bits)))
+            scale = quantized[name].scale().expand_as(state[name])[index]
+            limits = torch.full((end - start,), largest_symbol(bits))
+            chosen.append((weight, scale, limits, quantized[name].symbols[index]))
             columns.append(torch.arange(start, end))
         start = end
-    if not columns:
+    if not chosen:
         return True
 
+    weights, scales, limits, symbols = zip(*chosen, strict=True)
     kept = torch.cat(columns)
     matrix = torch.cat(weights, -1)
     result = gptq(matrix, torch.cat(scales, -1), torch.cat(limits), hessian[kept][:, kept])
     if result is None:
         return False
-    new_parts = result.split([part.size(-1) for part in weights], -1)
+    new_parts = result.split([len(part) for part in columns], -1)
     for old, scale, new in zip(symbols, scales, new_parts, strict=True):
         # In a row of zeros the errors of others would become weights.
         old.copy_(torch.where(scale > SCALES[0], new, old))
@@ -1885,17 +1767,13 @@ def round_by_gptq(
 def quantize(
     hp: Hyperparameters, state: dict[str, Tensor], factor: float = 1.0, hessians: dict | None = None
 ) -> tuple[dict[str, QuantizedTensor | Tensor], list[str]]:
-    """Quantize a state dict; `factor` multiplies every k. Raises ConfigError.
-
-    Tensors named in `hessians` are rounded by GPTQ. Also returns the names of those whose Hessian
-    was of no use, which like the rest are rounded to nearest.
-    """
+    """Quantize a state dict, every k times `factor`; by GPTQ given Hessians. Raises ConfigError."""
     hessians = hessians or {}
     quantized = {}
     for name, weight in state.items():
         quantized[name] = store_tensor(hp, name, weight, factor, hessians.get(name))
 
-    unusable = []
+    unusable = []  # names of those whose Hessian is of no use: rounded to nearest, like the rest
     for name, hessian in hessians.items():
         matrices = parts_with_input(state, name)
         for parts, matrix in zip(matrices, hessian.view(-1, *hessian.shape[-2:]), strict=True):
@@ -1978,11 +1856,22 @@ class Part(NamedTuple):
     shape: tuple[int, ...]
 
 
+def stored_fields(tensor: QuantizedTensor | Tensor) -> dict[str, Tensor]:
+    """Return what an artifact stores of a tensor, by the field of the `Part`."""
+    if not isinstance(tensor, QuantizedTensor):
+        return {"kept": tensor}
+    return {name: part for name, part in vars(tensor).items() if part is not None}
+
+
+def stored_parts(tensors: Iterable[QuantizedTensor | Tensor]) -> list[Tensor]:
+    """Return every tensor that an artifact of these stores."""
+    return [part for tensor in tensors for part in stored_fields(tensor).values()]
+
+
 def layout(shapes: dict[str, tuple[int, ...]], storage: str) -> dict[str, list[Part]]:
     """Return the streams in order, by name; tensors share those of vectors, codes and float16.
 
-    `storage` has a letter for each tensor: q = symbols and scale codes, h = float16, t = uint8.
-    Raises ConfigError for impossible storage.
+    `storage`, a letter each: q = symbols and codes, h = float16, t = uint8. Raises ConfigError.
     """
     weights = sum(map(math.prod, shapes.values()))
     require(weights <= MAX_WEIGHTS, f"too large a model, over {MAX_WEIGHTS:,} weights")
@@ -2001,35 +1890,28 @@ def layout(shapes: dict[str, tuple[int, ...]], storage: str) -> dict[str, list[P
             streams[symbols].append(Part(name, "symbols", np.dtype("i1"), shape))
             streams["scales"].append(Part(name, "row_codes", np.dtype("u1"), row_shape))
             if role.rule == "embedding":
-                part = Part(name, "column_codes", np.dtype("u1"), shape[-1:])
-                streams["scales"].append(part)
+                streams["scales"].append(Part(name, "column_codes", np.dtype("u1"), shape[-1:]))
     return streams
-
-
-def part_bytes(tensor: QuantizedTensor | Tensor, part: Part) -> bytes:
-    """Return a part of a stored tensor as it goes to the codec."""
-    kept = vars(tensor)[part.field] if isinstance(tensor, QuantizedTensor) else tensor
-    return kept.cpu().numpy().astype(part.dtype).tobytes()
-
-
-def storage_letter(tensor: QuantizedTensor | Tensor) -> str:
-    if isinstance(tensor, QuantizedTensor):
-        return "q"
-    return "h" if tensor.dtype == torch.float16 else "t"
 
 
 def pack(
     config: ModelConfig, tensors: dict, tokenizer_sha256: str, fast: bool = False
 ) -> tuple[bytes, dict[str, int]]:
     """Return the artifact of quantized tensors, and its bytes by role or shared stream."""
-    storage = "".join(storage_letter(tensor) for tensor in tensors.values())
+    letters = {torch.int8: "q", torch.float16: "h", torch.uint8: "t"}
+    stored = {name: stored_fields(tensor) for name, tensor in tensors.items()}
+    storage = ""
     shapes = {}
     for name, tensor in tensors.items():
-        whole = tensor.symbols if isinstance(tensor, QuantizedTensor) else tensor
+        whole = stored[name].get("symbols", tensor)
+        storage += letters[whole.dtype]
         shapes[name] = tuple(whole.shape)
     plan = layout(shapes, storage)
 
-    raw = [b"".join(part_bytes(tensors[p.tensor], p) for p in parts) for parts in plan.values()]
+    raw = []
+    for parts in plan.values():
+        arrays = [stored[p.tensor][p.field].cpu().numpy().astype(p.dtype) for p in parts]
+        raw.append(b"".join(array.tobytes() for array in arrays))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         streams = list(pool.map(partial(compress, fast=fast), raw))
 
@@ -2049,10 +1931,9 @@ def pack(
 def load_artifact(
     path: Path, hp: Hyperparameters, device: torch.device, context: int = 0
 ) -> tuple[GPT, Hyperparameters, str]:
-    """Read an artifact, of which this is the only reader. Raises ConfigError.
+    """Read a model for windows of `context` tokens, `hp` with its config, and its tokenizer's hash.
 
-    Returns the model for windows of `context` tokens, 0 = as trained, `hp` with the artifact's
-    model, and its tokenizer's SHA-256.
+    This is the only reader of artifacts. Raises ConfigError.
     """
     require(path.is_file(), f"{path}: no such artifact")
     fits = PREFIX.size <= path.stat().st_size < MAX_SUBMISSION_BYTES
@@ -2094,9 +1975,8 @@ def load_artifact(
         offset += size
         for part in parts:
             raw = stream.read(math.prod(part.shape) * part.dtype.itemsize)
-            array = np.frombuffer(raw, part.dtype).reshape(part.shape)
-            native = array.astype(part.dtype.newbyteorder("="))
-            fields_of[part.tensor][part.field] = torch.from_numpy(native)
+            array = np.frombuffer(raw, part.dtype).astype(part.dtype.newbyteorder("="))
+            fields_of[part.tensor][part.field] = torch.from_numpy(array.reshape(part.shape))
     state = {}
     for name, found in fields_of.items():
         state[name] = found["kept"] if "kept" in found else QuantizedTensor(**found).dequantize()
@@ -2120,27 +2000,11 @@ class Fitted:
     unusable: list[str]  # tensors whose Hessian was of no use
 
 
-def stored_parts(tensors: Iterable[QuantizedTensor | Tensor]) -> list[Tensor]:
-    """Return every tensor that an artifact of these stores."""
-    parts = []
-    for tensor in tensors:
-        if isinstance(tensor, QuantizedTensor):
-            parts += [part for part in vars(tensor).values() if part is not None]
-        else:
-            parts.append(tensor)
-    return parts
-
-
 def entropy_bytes(tensors: list[Tensor]) -> float:
-    """Return the least bytes for a coder that knows each tensor's frequencies and nothing else.
-
-    Those of more than 8 bits count as they are.
-    """
+    """Return the least bytes for a coder that knows each tensor's frequencies and nothing else."""
     total = 0.0
     for tensor in tensors:
-        if tensor.numel() == 0:
-            continue
-        bits = 8.0 * tensor.element_size()
+        bits = 8.0 * tensor.element_size()  # more than 8 count as they are
         if bits == 8:
             shares = torch.bincount(tensor.flatten().int() + 128).double() / tensor.numel()
             bits = torch.special.entr(shares).sum().item() / math.log(2)
@@ -2173,11 +2037,7 @@ AIMS = (0.9996, 0.9996, 0.9996, 0.9996, 0.9996, 0.98)  # shares of the target, t
 
 
 def factor_for(hp: Hyperparameters, state: dict[str, Tensor], goal: float) -> tuple[float, float]:
-    """Return the finest factor on every k whose symbols have at most `goal` bytes of entropy.
-
-    It lies between FINEST and COARSEST, which is the answer if none is coarse enough, and is found
-    by bisection of its logarithm, rounding to nearest. Also returns the entropy, bytes.
-    """
+    """Return the finest factor whose symbols have at most `goal` bytes of entropy, and those."""
 
     def entropy(exponent: float) -> float:
         quantized, _ = quantize(hp, state, 2.0**exponent)
@@ -2186,7 +2046,7 @@ def factor_for(hp: Hyperparameters, state: dict[str, Tensor], goal: float) -> tu
     fine = math.log2(FINEST)
     if entropy(fine) <= goal:
         return FINEST, entropy(fine)
-    coarse = math.log2(COARSEST)
+    coarse = math.log2(COARSEST)  # the answer if none is coarse enough
     while coarse - fine > 2**-12:
         middle = (fine + coarse) / 2
         if entropy(middle) <= goal:
@@ -2203,13 +2063,7 @@ def fit(
     hessians: dict[str, Tensor] | None = None,
     fast: bool = False,
 ) -> Fitted:
-    """Return the finest artifact that keeps TARGET_BYTES with the code; k as given if that is 0.
-
-    The entropy of the symbols tells the size before compression; each try corrects the ratio of
-    both by the size it came to, so that the result fills the target to ~0.1 %. What was trained
-    rounded keeps its k, unless nothing else is left to make coarser. Raises ConfigError if the
-    coarsest k is not enough.
-    """
+    """Return the finest artifact that keeps TARGET_BYTES; 0 = k as given. Raises ConfigError."""
 
     def attempt(factor: float) -> Fitted:
         tensors, unusable = quantize(hp, state, factor, hessians)
@@ -2218,10 +2072,14 @@ def fit(
 
     code_bytes, _ = submission_bytes(hp, 0, "code")
     target = hp.target_bytes - code_bytes if hp.target_bytes else math.inf
+    # What was trained rounded keeps its k, unless nothing else is left to make coarser.
     if hp.target_bytes == 0 or (hp.uses_qat and not hp.uses_gptq):
         fitted = attempt(1.0)
         if len(fitted.artifact) <= target:
             return fitted
+
+    # The entropy of the symbols tells the size before compression; each try corrects the ratio of
+    # both by the size it came to, so that the result fills the target to ~0.1 %.
     ratio = 1.015  # of bytes to entropy, a first guess
     best = None
     for aim in AIMS:
@@ -2234,11 +2092,9 @@ def fit(
             if best is None or size > len(best.artifact):
                 best = fitted
         is_hopeless = best is None and (aim == AIMS[-1] or factor == COARSEST)
-        require(
-            not is_hopeless,
-            f"TARGET_BYTES={hp.target_bytes}: {size - target:,} bytes too large; lower "
-            f"MODEL_DIM={hp.model.model_dim} or NUM_LAYERS={hp.model.num_layers}",
-        )
+        large = f"TARGET_BYTES={hp.target_bytes}: {size - target:,} bytes too large"
+        remedy = f"lower MODEL_DIM={hp.model.model_dim} or NUM_LAYERS={hp.model.num_layers}"
+        require(not is_hopeless, f"{large}; {remedy}")
         ratio = size / entropy
     return best
 
@@ -2259,23 +2115,18 @@ def submission_bytes(hp: Hyperparameters, model_bytes: int, what: str) -> tuple[
     """Return bytes of the code as a record ships it, and of both. Raises ConfigError at the cap."""
     code_bytes = LOADER_BYTES + len(pack_source(submission_source()))
     total = code_bytes + model_bytes
-    require(
-        total < MAX_SUBMISSION_BYTES,
-        f"{what}: {code_bytes:,} bytes of code + {model_bytes:,}, the cap is "
-        f"{MAX_SUBMISSION_BYTES:,}; lower MODEL_DIM={hp.model.model_dim} or raise "
-        f"MATRIX_CLIP={hp.matrix_clip}",
-    )
+    large = f"{what}: {code_bytes:,} bytes of code + {model_bytes:,}, the cap is"
+    remedy = f"lower MODEL_DIM={hp.model.model_dim} or raise MATRIX_CLIP={hp.matrix_clip}"
+    require(total < MAX_SUBMISSION_BYTES, f"{large} {MAX_SUBMISSION_BYTES:,}; {remedy}")
     return code_bytes, total
 
 
 def dry_run(hp: Hyperparameters, model: GPT) -> Fitted:
     """Estimate the artifact by Gaussian weights, whose symbols have the entropy of trained ones."""
     generator = torch.Generator().manual_seed(0)
-    state = {}
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point():
-            tensor = torch.randn(tensor.shape, generator=generator)
-        state[name] = tensor
+    state = model.state_dict()
+    for name, p in model.named_parameters():
+        state[name] = torch.randn(p.shape, generator=generator)
     return fit(hp, state, "0" * 64, fast=True)
 
 
@@ -2283,12 +2134,9 @@ def dry_run(hp: Hyperparameters, model: GPT) -> Fitted:
 
 
 def scoring_windows(num_targets: int, seq_len: int, stride: int) -> Tensor:
-    """Return windows that score `stride` targets each, (W, 3) int64: start, first target, end.
-
-    They have `seq_len - stride` tokens of context or more, where the text has them.
-    """
+    """Return windows that score `stride` targets each, (W, 3) int64: start, first target, end."""
     first = torch.arange(0, num_targets, stride)
-    start = (first + stride - seq_len).clamp(min=0)
+    start = (first + stride - seq_len).clamp(min=0)  # seq_len - stride of context, or all
     end = (first + stride).clamp(max=num_targets)
     return torch.stack([start, first, end], dim=1)
 
@@ -2344,11 +2192,8 @@ class Scorer:
     def batch(
         self, windows: Tensor, stride: int, size: int
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-        """Return inputs (B, T), targets, scored positions and loss columns, (B, S), of windows.
-
-        Empty windows fill up to `size`. Positions are None for all. A window's last input is
-        repeated to its end: nothing beyond is read.
-        """
+        """Return inputs (B, T), targets, scored positions, None = all, and loss columns, (B, S)."""
+        # Empty windows fill up to `size`. A window's last input is repeated: no later one is read.
         start, first, end = F.pad(windows, (0, 0, 0, size - len(windows))).T[..., None]
         positions_BT = start + torch.arange(self.seq_len, device=windows.device)
         positions_BT = positions_BT.minimum(end - 1).clamp(min=0)
@@ -2371,16 +2216,14 @@ class Scorer:
             self.progress.update(self.progress.done + len(batch))
 
     def total(self, finished: bool = True) -> Score:
-        """Add up all ranks' losses, each target once; this rank's so far unless `finished`.
-
-        In float64 and in the order of the text, whatever the ranks and batches. Raises ConfigError.
-        """
+        """Add up all ranks' losses; this one's so far unless `finished`. Raises ConfigError."""
         sums = self.dist.all_sum(self.sums) if finished else self.sums
         nll, times = sums[:, :-1]
         once = times == 1
         count = int(once.sum())
         if finished:
             assert count == self.num_targets, f"{self.num_targets - count} targets not scored once"
+        # In float64 and in the order of the text, whatever the ranks and batches.
         nats = nll[once].double().sum().item()
         scored_bytes = int(self.val.target_bytes[once].sum())
         is_valid = math.isfinite(nats) and scored_bytes > 0
@@ -2438,10 +2281,7 @@ def train_step(
     looped: bool = True,
     weights: contextlib.AbstractContextManager | None = None,
 ) -> Tensor:
-    """Take one optimizer step over micro-batches. Returns the mean loss of all ranks, a tensor.
-
-    The loss and its gradients are those at the weights in the context `weights`.
-    """
+    """Take a step on gradients of micro-batches inside `weights`. Returns all ranks' mean loss."""
     gradients.flat.zero_()
     with weights or contextlib.nullcontext():
         for input_ids, target_ids in batches:
@@ -2455,11 +2295,7 @@ def train_step(
 
 
 def warm_up(
-    forward: Callable,
-    model: GPT,
-    optimizers: list[torch.optim.Optimizer],
-    gradients: Gradients,
-    loader: TokenLoader,
+    forward: Callable, model: GPT, optimizers: list, gradients: Gradients, loader: TokenLoader
 ) -> None:
     """Compile both graphs on random tokens; weights and optimizer states are restored."""
     hp = loader.hp
@@ -2482,15 +2318,24 @@ def timing(seconds: float, steps: int) -> str:
     return f"train_time:{1000 * seconds:.0f}ms step_avg:{1000 * seconds / max(steps, 1):.2f}ms"
 
 
+@dataclass
+class Progression:
+    """Where a training stands; goes into checkpoints."""
+
+    step: int = 0  # optimizer steps done
+    elapsed: float = 0.0  # s of training
+    averaged: int = 0  # steps that the average holds
+
+
 class Clock:
     """Training time, s, the same on all ranks; stops for validation, and says when to end."""
 
-    def __init__(self, hp: Hyperparameters, dist: Dist, elapsed: float):
+    def __init__(self, hp: Hyperparameters, dist: Dist, now: Progression):
         self.hp = hp
         self.dist = dist
-        self.cap = hp.training_seconds
-        self.elapsed = elapsed  # at the last tick
-        self.started = dist.synchronize() - elapsed
+        self.now = now
+        self.cap = hp.max_wallclock_seconds - hp.gptq_seconds  # 0 = none
+        self.started = dist.synchronize() - now.elapsed
         self.signalled = 0  # number of a signal that any rank has received
         self.caught = 0  # by this one
         self.handlers = [signal.signal(number, self.catch) for number in SIGNALS]
@@ -2508,48 +2353,36 @@ class Clock:
         """Give the signals back to their handlers, and end the time of training."""
         for number, handler in zip(SIGNALS, self.handlers, strict=True):
             signal.signal(number, handler)
-        (self.elapsed,) = self.dist.all_max(self.dist.synchronize() - self.started)
+        (self.now.elapsed,) = self.dist.all_max(self.dist.synchronize() - self.started)
 
-    def tick(self, step: int) -> None:
+    def tick(self) -> None:
         """Agree with all ranks on time and signals. Raises ConfigError if the time went back."""
-        before = self.elapsed
-        now = time.perf_counter() - self.started
-        self.elapsed, self.signalled = self.dist.all_max(now, self.caught)
-        back = before - self.elapsed
-        require(back <= 0, f"the clock went back by {back:.1f} s at step {step}: stopped")
+        before = self.now.elapsed
+        here = time.perf_counter() - self.started
+        self.now.elapsed, self.signalled = self.dist.all_max(here, self.caught)
+        back = before - self.now.elapsed
+        require(back <= 0, f"the clock went back by {back:.1f} s at step {self.now.step}: stopped")
 
-    def is_over(self, step: int) -> bool:
+    def is_over(self) -> bool:
         """Tell whether another step might not end inside the cap."""
-        return self.cap > 0 and step > 0 and self.elapsed * (1 + self.ahead / step) > self.cap
+        step = self.now.step
+        return self.cap > 0 and step > 0 and self.now.elapsed * (1 + self.ahead / step) > self.cap
 
-    def frac(self, step: int) -> float:
+    def frac(self) -> float:
         """Return the fraction of the budget that is used."""
-        of_time = self.elapsed / self.cap if self.cap else 0.0
-        return max(of_time, step / self.hp.iterations)
+        of_time = self.now.elapsed / self.cap if self.cap else 0.0
+        return max(of_time, self.now.step / self.hp.iterations)
 
-    def pause(self) -> None:
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
         """Stop for what does not count as training."""
-        self.paused = self.dist.synchronize()
-
-    def go_on(self) -> None:
-        """Count again."""
-        self.started += self.dist.synchronize() - self.paused
-
-
-@dataclass
-class Progression:
-    """Where a training stands; goes into checkpoints."""
-
-    step: int = 0  # optimizer steps done
-    elapsed: float = 0.0  # s of training
-    averaged: int = 0  # steps that the average holds
+        since = self.dist.synchronize()
+        yield
+        self.started += self.dist.synchronize() - since
 
 
 class Checkpoints:
-    """logs/<RUN_ID>.step<N>.pt: all that the next step depends on, at any world size.
-
-    No step draws from an RNG, and the order of the data follows from SEED and the step.
-    """
+    """logs/<RUN_ID>.step<N>.pt: all that the next step depends on, at any world size."""
 
     def __init__(
         self, log: Log, model: GPT, optimizers: list, average: list[Tensor], loader: TokenLoader
@@ -2590,6 +2423,7 @@ class Checkpoints:
             is_finite = all(bool(tensor.isfinite().all()) for tensor in tensors)
             where = f"at step {now.step}: stopped, {path} not written"
             require(is_finite, f"weights or moments are not finite {where}")
+            # No step draws from an RNG, and the order of the data follows from SEED and the step.
             saved = {"fixed": self.fixed, "now": vars(now), "model": self.model.state_dict()}
             saved["average"] = self.average
             saved["optimizers"] = [o.state_dict()["state"] for o in self.optimizers]
@@ -2601,17 +2435,11 @@ class Checkpoints:
                     old.unlink()
         self.last = replace(now)
         every = self.hp.checkpoint_every or 1
-        again = (
-            f"(to go on: the same command with RUN_ID={self.hp.run_id} CHECKPOINT_EVERY={every})"
-        )
-        self.log(f"checkpoint:{path} train_time:{1000 * now.elapsed:.0f}ms {again}")
+        again = f"the same command with RUN_ID={self.hp.run_id} CHECKPOINT_EVERY={every}"
+        self.log(f"checkpoint:{path} train_time:{1000 * now.elapsed:.0f}ms (to go on: {again})")
 
     def resume(self) -> Progression:
-        """Load the newest intact checkpoint of RUN_ID, if there is any.
-
-        Raises ConfigError if it is of another run, if all are damaged, or, without
-        CHECKPOINT_EVERY, if there is one at all.
-        """
+        """Load RUN_ID's newest intact checkpoint, if there is one. Raises ConfigError."""
         found = self.found()
         if not found:
             return Progression()
@@ -2626,7 +2454,10 @@ class Checkpoints:
                 if damaged:
                     raise ValueError(f"{damaged} does not match its checksum")
                 saved = torch.load(path, map_location="cpu", weights_only=True)
-                self.refuse_other_run(path, saved["fixed"])
+                fixed = saved["fixed"]
+                other = [name for name in self.fixed if fixed[name] != self.fixed[name]]
+                stated = [f"{name.upper()}={fixed[name]}, now {self.fixed[name]}" for name in other]
+                require(not other, f"{path} is of another run: {'; '.join(stated)}")
                 self.last = Progression(**saved["now"])
                 self.model.load_state_dict(saved["model"])
                 for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
@@ -2643,14 +2474,6 @@ class Checkpoints:
             self.log(f"resumed:{path} step:{self.last.step} train_time:{spent:.0f}ms")
             return replace(self.last)
         raise ConfigError("; ".join(flaws))
-
-    def refuse_other_run(self, path: Path, fixed: dict[str, object]) -> None:
-        """Raise ConfigError naming what differs from the run that saved `path`."""
-        other = []
-        for name, value in self.fixed.items():
-            if fixed[name] != value:
-                other.append(f"{name.upper()}={fixed[name]}, now {value}")
-        require(not other, f"{path} is of another run: {'; '.join(other)}")
 
 
 def train(
@@ -2685,16 +2508,14 @@ def train(
         f"grad_accum_steps:{accum_steps}"
     )
 
-    progress = Progress("train", 1.0, dist.rank)
-    clock = Clock(hp, dist, now.elapsed)
+    clock = Clock(hp, dist, now)
     looped = hp.loop_is_on(0.0)
     rounds = False
     fiftieths = 0  # of the budget, when a line was last logged
-    with progress:
+    with Progress("train", 1.0, dist.rank) as progress:
         while True:
-            clock.tick(now.step)
-            now.elapsed = clock.elapsed
-            ended = clock.is_over(now.step) or now.step == hp.iterations
+            clock.tick()
+            ended = clock.is_over() or now.step == hp.iterations
             checkpoints.save(now, at_once=ended or clock.signalled > 0)
             if clock.signalled:
                 saved = f"CHECKPOINT_EVERY={hp.checkpoint_every or 'off: nothing saved'}"
@@ -2704,13 +2525,11 @@ def train(
                 break
 
             if hp.val_loss_every and now.step and now.step % hp.val_loss_every == 0:
-                clock.pause()
-                with rounded(hp, model, rounds):
+                with clock.paused(), rounded(hp, model, rounds):
                     score = evaluate(partial(model, looped=looped), val, hp, dist, "validate")
-                log(f"step:{now.step}/{hp.iterations} {score} {timing(now.elapsed, now.step)}")
-                clock.go_on()
+                    log(f"step:{now.step}/{hp.iterations} {score} {timing(now.elapsed, now.step)}")
 
-            frac = clock.frac(now.step)
+            frac = clock.frac()
             if hp.loop_is_on(frac) and not looped:
                 looped = True
                 order = hp.model.execution_order(True)
@@ -2745,7 +2564,6 @@ def train(
             progress.update(frac, f"step {now.step} {speed}")
 
     clock.release()
-    now.elapsed = clock.elapsed
     if now.step < hp.iterations:
         milliseconds = f"train_time:{1000 * now.elapsed:.0f}ms"
         log(f"stopping_early: wallclock_cap {milliseconds} step:{now.step}/{hp.iterations}")
@@ -2758,12 +2576,7 @@ def train(
 def collect_hessians(
     hp: Hyperparameters, dist: Dist, log: Log, model: GPT, loader: TokenLoader
 ) -> tuple[dict[str, Tensor], float]:
-    """Return second moments X^T X of every matrix's input over the tokens that reach it, and s.
-
-    (C, C) each; (E, C, C) for expert_up; of shared and routed hidden units together for a routed
-    down projection. Stops after GPTQ_BATCHES training micro-batches or, under a wall-clock cap,
-    when their time is over.
-    """
+    """Return second moments X^T X of each matrix's input, (C, C), or (E, C, C) by expert, and s."""
     sums: dict[str, Tensor] = {}
 
     def add(name: str, x: Tensor) -> None:
@@ -2793,6 +2606,7 @@ def collect_hessians(
     started = dist.synchronize()
     batches = 0
     elapsed = 0.0
+    # Stops after GPTQ_BATCHES training micro-batches or, under a cap, when their time is over.
     reserve = hp.gptq_seconds if hp.max_wallclock_seconds else math.inf
     with Progress("collect Hessians", hp.gptq_batches, dist.rank) as progress:
         while batches * dist.world_size < hp.gptq_batches:
@@ -2929,8 +2743,7 @@ def main() -> None:
     with rounded(hp, model, hp.uses_qat):
         before = evaluate(model, val, hp, dist, "validate")
     log(f"step:{done.step}/{hp.iterations} {before} {timing(seconds, done.step)}")
-    milliseconds = f"eval_time:{1000 * before.seconds:.0f}ms"
-    log(f"pre-quantization post-{hp.average} {before} {milliseconds}")
+    log(f"pre-quantization post-{hp.average} {before} eval_time:{1000 * before.seconds:.0f}ms")
     try:
         path = export(hp, dist, log, model.state_dict(), hessians, val.tokenizer_sha256)
     except Exception:
