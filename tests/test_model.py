@@ -411,6 +411,15 @@ def test_every_dispatch_computes_the_per_token_loop(table, shape, activation, di
             assert used == [expert in TABLES[table][ids] for expert in range(4)], name
 
 
+@pytest.mark.parametrize("ends", [[3, 7, 9], [0, 0, 9]], ids=str)
+def test_operator_keeps_what_it_promises_the_compiler(ends):
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(9, 8, generator=generator).requires_grad_()
+    weight = torch.randn(3, 5, 8, generator=generator).requires_grad_()
+    ends = torch.tensor(ends, dtype=torch.int32)
+    torch.library.opcheck(train_gpt.expert_linear, (x, weight, ends))
+
+
 @pytest.mark.parametrize(
     ("knobs", "is_grouped"),
     [
