@@ -1,32 +1,25 @@
 """Properties of quantization, the artifact and its size.   pytest tests/test_artifact.py"""
 
 import errno
-import itertools
 import math
 import os
 import re
 import sys
-from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
-import brotli
-import numpy as np
 import pytest
 import torch
 from conftest import make_ids, make_model, tiny_hp
-from helpers_hostile import SHA, Pieces, refusal, shapes_of
+from helpers_hostile import SHA, refusal
 from make_record import pack_script
 
 import train_gpt
 from train_gpt import (
-    BROTLI,
     MAX_SUBMISSION_BYTES,
     ROLES,
-    SCALES,
-    ZSTD,
     Hyperparameters,
     QuantizedTensor,
-    compress,
     dry_run,
     fit,
     load_artifact,
@@ -40,9 +33,6 @@ from train_gpt import (
 )
 
 CPU = torch.device("cpu")
-KNOBS = train_gpt.knob_fields(train_gpt.ModelConfig)
-CHOICES = {name: field.metadata.get("choices") for name, field in KNOBS.items()}
-DENSE = {"routing": "dense", "mu": "off", "num_layers": 1}
 EVERY_ROLE = {"routing": "learned", "mu": "full"}
 ONE_CODE = 2 ** (1 / 8)  # from one scale to the next
 CODE_BYTES = submission_bytes(Hyperparameters(), 0, "code")[0]
@@ -52,23 +42,7 @@ def rows_of(std: float, rows: int = 64, cols: int = 512) -> torch.Tensor:
     return std * torch.randn(rows, cols, generator=torch.Generator().manual_seed(0))
 
 
-def entropy_bits(symbols: torch.Tensor) -> float:
-    """Return bits per symbol, from the counts of the values."""
-    shares = np.array([*Counter(symbols.flatten().tolist()).values()]) / symbols.numel()
-    return float(-(shares * np.log2(shares)).sum())
-
-
 # ---- Quantization --------------------------------------------------------------------------------
-
-
-def test_there_are_256_scales_an_eighth_of_an_octave_apart():
-    assert [SCALES[code].item() for code in (0, 184, 192, 200)] == [2.0**-24, 0.5, 1.0, 2.0]
-    steps = torch.full((255,), ONE_CODE)
-    torch.testing.assert_close(SCALES[1:] / SCALES[:-1], steps, rtol=1e-6, atol=0)
-    codes = torch.arange(256, dtype=torch.uint8).view(2, 128, 1)
-    quantized = QuantizedTensor(torch.full((2, 128, 3), -5, dtype=torch.int8), codes)
-    expected = -5.0 * SCALES.view(2, 128, 1).expand(2, 128, 3)
-    assert torch.equal(quantized.dequantize(), expected)
 
 
 RULES = [  # bits, k, std and outlier of the weights
@@ -77,8 +51,6 @@ RULES = [  # bits, k, std and outlier of the weights
     (6, 1.0, 1.0, 0.0),
     (8, 12.85, 1.0, 1e3),
     (8, 0.0, 1e-4, 0.0),
-    (7, 3.0, 0.02, 30.0),
-    (5, 1.0, 0.02, 3.0),
 ]
 
 
@@ -88,18 +60,12 @@ def test_a_scale_is_what_k_asks_for_or_what_the_largest_weight_needs(bits, clip,
     weight = rows_of(std)
     weight[:, 7] += outlier * std
     quantized = quantize_tensor(weight, bits, clip)
-    assert (quantized.symbols.dtype, quantized.row_codes.dtype) == (torch.int8, torch.uint8)
-    scale = quantized.scale()
     error = (quantized.dequantize() - weight).abs()
-    assert (error <= scale * (0.5 + 1e-4 * levels)).all()
-    assert levels >= quantized.symbols.abs().max() >= (0.9 * levels if outlier else 1)
-
-    largest = weight.abs().amax(-1, keepdim=True)
-    typical = clip * weight.std(-1, correction=0, keepdim=True) / levels
-    by_k = scale <= typical * 1.045
-    assert (scale[by_k] >= typical[by_k] / 1.045).all()
-    assert (levels * scale[~by_k] / ONE_CODE < largest[~by_k]).all()  # a smaller one would not do
-    assert by_k.all() if clip > 1.1 * (outlier + 5) else not by_k.all()
+    assert (error <= quantized.scale() * (0.5 + 1e-4 * levels)).all()
+    typical = clip * weight.std(-1, correction=0, keepdim=True)
+    wanted = torch.maximum(typical, weight.abs().amax(-1, keepdim=True)) / levels
+    assert (quantized.scale() < ONE_CODE * wanted).all()
+    assert (quantized.scale() > wanted / 1.045).all()
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -122,92 +88,45 @@ def test_few_levels_cut_off_outliers_and_have_the_scales_of_their_sources(bits):
         assert error(0.7) > 1.05 * error(1.0) < error(1.4)
 
 
-@pytest.mark.parametrize("clip", [8.0, 12.85, 20.0])
-def test_k_sets_the_entropy_of_the_symbols_and_the_bytes_are_near_it(clip):
-    symbols = quantize_tensor(rows_of(0.02, 256, 1024), 6, clip).symbols
-    gaussian = 0.5 * math.log2(2 * math.pi * math.e)
-    assert entropy_bits(symbols) == pytest.approx(gaussian - math.log2(clip / 31), abs=0.1)
-    floor = train_gpt.entropy_bytes([symbols])
-    assert floor == pytest.approx(entropy_bits(symbols) * symbols.numel() / 8)
-    for fast in (False, True):
-        size = len(compress(symbols.numpy().tobytes(), fast)[1])
-        assert 0.999 * floor < size < 1.03 * floor
-
-
-def test_zero_rows_are_exact_and_rows_know_nothing_of_each_other():
-    weight = rows_of(0.02, rows=12).view(3, 4, -1)
-    weight[0, 0] = 0
-    weight[0, 1] = -3e-3
-    quantized = quantize_tensor(weight, 6, 12.85)
-    assert torch.equal(quantized.dequantize()[0, 0], weight[0, 0])
-    torch.testing.assert_close(quantized.dequantize()[0, 1], weight[0, 1], rtol=0.02, atol=0)
-    other = weight.clone()
-    other[1, 2] *= 100
-    changed = quantize_tensor(other, 6, 12.85)
-    differs = (changed.symbols != quantized.symbols).any(-1)
-    differs |= (changed.row_codes != quantized.row_codes)[..., 0]
-    assert differs.nonzero().tolist() == [[1, 2]]
-
-
 # ---- Rules of tensors ----------------------------------------------------------------------------
 
-# Every pair of a routing and a mu, and of each other choice and switch with most of these.
-MODES = []
-SWITCHES = ("skip_gates", "attn_gate", "smear_gate", "xsa", "routing_per_pass")
-for (r, routing), (m, mu) in itertools.product(
-    enumerate(CHOICES["routing"]), enumerate(CHOICES["mu"])
-):
-    mode = {"routing": routing, "mu": mu, "num_layers": 3, "loop_passes": 1 + (r + m) % 3}
-    if routing not in ("learned", "hybrid", "soft"):
-        mode["dispatch"] = CHOICES["dispatch"][(r + m) % 2]
-    mode["activation"] = CHOICES["activation"][(r // 2 + m // 2) % 2]
-    mode[SWITCHES[(r + 2 * m) % 5]] = False
-    MODES.append(mode)
-MODES.append({**DENSE, "rope_dims": 0})
+MODES = [  # test_cli.py goes through the pairs of all choices
+    {"routing": "zipf", "mu": "pid", "activation": "swiglu", "dispatch": "grouped"},
+    {"routing": "hybrid", "mu": "vector", "loop_passes": 3, "routing_per_pass": False},
+    {"routing": "learned", "mu": "full", "num_layers": 3},
+    {"routing": "dense", "mu": "off", "num_layers": 1, "rope_dims": 0},
+]
 
 
-def label(mode: dict) -> str:
-    return "-".join(str(mode[knob]) for knob in ("routing", "mu"))
-
-
-@pytest.mark.parametrize("mode", MODES[::3], ids=label)
-def test_every_tensor_has_one_rule(mode):
-    hp = tiny_hp(**mode, matrix_bits=5, embed_bits=7, expert_bits=2)
+def test_every_tensor_has_the_rule_of_its_role():
+    hp = tiny_hp(**EVERY_ROLE, matrix_bits=5, embed_bits=7, expert_bits=2)
     state = make_model(hp).state_dict()
     stored, unusable = quantize(hp, state)
     assert (list(stored), unusable) == (list(state), [])
     ones = torch.full((32,), 192, dtype=torch.uint8)
-    for name, tensor in state.items():
-        assert sum(re.fullmatch(role.pattern, name) is not None for role in ROLES) == 1
-        role = role_of(name)
-        if role == "table":
-            expected = tensor
-        elif role == "router":
-            expected = tensor.half()
-        elif role == "vector":
-            in_bytes = isinstance(stored[name], QuantizedTensor)
-            expected = quantize_tensor(tensor, 8, 0.0) if in_bytes else tensor.half()
-        elif role == "embedding":
-            expected = quantize_tensor(tensor, 7, hp.embed_clip, ones)
-        elif role == "expert":
-            expected = quantize_tensor(tensor, 2, 0.8)
-        else:
-            expected = quantize_tensor(tensor, 5, hp.matrix_clip)
-        for part, right in zip(stored_parts([stored[name]]), stored_parts([expected]), strict=True):
-            assert part.dtype == right.dtype
-            assert torch.equal(part, right), name
+    rules = {  # by one of the tensors of each role that is rounded
+        "blocks.0.attn.c_q.weight": (5, hp.matrix_clip),
+        "blocks.0.mu_write.weight": (5, hp.matrix_clip),
+        "blocks.0.mlp.expert_up": (2, 0.8),
+        "tok_emb.weight": (7, hp.embed_clip, ones),
+        "mu_init": (8, 0.0),
+    }
+    for name, rule in rules.items():
+        expected = stored_parts([quantize_tensor(state[name], *rule)])
+        found = stored_parts([stored[name]])
+        assert all(map(torch.equal, found, expected)), name
+    assert torch.equal(stored["blocks.0.mlp.router"], state["blocks.0.mlp.router"].half())
+    assert torch.equal(stored["expert_table"], state["expert_table"])
 
 
-@pytest.mark.parametrize("name", ["mu_init", "skip_weights", "blocks.0.attn.gate"])
-def test_vectors_take_a_byte_unless_that_changes_them_by_a_hundredth(name):
+def test_vectors_take_a_byte_unless_that_changes_them_by_a_hundredth():
     hp = tiny_hp()
-    shape = make_model(hp).state_dict()[name].shape
-    plain = 0.1 * torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    quantized = quantize(hp, {name: plain})[0][name]
+    plain = 0.1 * torch.randn(32, generator=torch.Generator().manual_seed(0))
+    quantized = quantize(hp, {"mu_init": plain})[0]["mu_init"]
     assert 0 < (quantized.dequantize() - plain).norm() <= 0.01 * plain.norm()
     uneven = 0.034 + 0.001 * plain
-    uneven[..., 3] = 10.0  # its scale takes all others to zero
-    kept = quantize(hp, {name: uneven})[0][name]
+    uneven[3] = 10.0  # its scale takes all others to zero
+    kept = quantize(hp, {"mu_init": uneven})[0]["mu_init"]
     assert kept.dtype == torch.float16
     torch.testing.assert_close(kept.float(), uneven, rtol=2.0**-11, atol=2.0**-25)
 
@@ -244,12 +163,14 @@ def assert_restored(path: Path, tensors: dict) -> tuple[train_gpt.GPT, Hyperpara
     return model, hp
 
 
-@pytest.mark.parametrize("mode", MODES, ids=label)
+@pytest.mark.parametrize("mode", MODES, ids=str)
 @torch.no_grad()
 def test_reloaded_model_is_the_dequantized_one_bit_for_bit(tmp_path, mode):
     hp = tiny_hp(**mode)
     model = make_model(hp)
     tensors, _ = quantize(hp, model.state_dict())
+    columns = torch.arange(170, 202, dtype=torch.uint8)  # as Hessians give them
+    tensors["tok_emb.weight"] = replace(tensors["tok_emb.weight"], column_codes=columns)
     data, sizes = pack(hp.model, tensors, SHA, fast=True)
     assert sum(sizes.values()) == len(data)
     path = tmp_path / "a.ptz"
@@ -263,55 +184,19 @@ def test_reloaded_model_is_the_dequantized_one_bit_for_bit(tmp_path, mode):
     assert torch.equal(load_artifact(path, hp, CPU)[0](ids), model(ids))
 
 
-@pytest.mark.parametrize("levels", [0, 1, 31, 127])
-@pytest.mark.parametrize("vectors", ["int8", "float16"])
-def test_any_symbols_and_scales_come_back(tmp_path, vectors, levels):
-    hp = tiny_hp(**EVERY_ROLE, num_layers=2, loop_passes=1)
-    rng = np.random.default_rng(levels)
-    tensors = {}
-    for name, shape in shapes_of(hp.model).items():
-        role = role_of(name)
-        if role == "table":
-            tensors[name] = torch.from_numpy(rng.integers(0, 4, shape, np.uint8))
-        elif role == "router" or (role == "vector" and vectors == "float16"):
-            tensors[name] = torch.from_numpy(rng.normal(size=shape).astype(np.float16))
-        else:
-            symbols = rng.integers(-levels, levels, shape, np.int8, endpoint=True)
-            parts = [symbols, rng.integers(0, 256, (*shape[:-1], 1), np.uint8)]
-            if role == "embedding":
-                parts.append(rng.integers(0, 256, shape[-1:], np.uint8))
-            tensors[name] = QuantizedTensor(*map(torch.from_numpy, parts))
-    data, sizes = pack(hp.model, tensors, SHA)
-    assert sum(sizes.values()) == len(data)
-    assert ("vector" in sizes) == (vectors == "int8")
-    (tmp_path / "a.ptz").write_bytes(data)
-    assert_restored(tmp_path / "a.ptz", tensors)
-
-
-def test_every_codec_returns_what_it_got_and_the_smaller_is_taken(monkeypatch):
-    skewed = quantize_tensor(rows_of(0.02), 6, 12.85).symbols.numpy().tobytes()
-    for payload in (skewed, b""):
-        assert compress(payload)[0] == BROTLI
-        assert compress(payload, fast=True)[0] == ZSTD
-        for codec, data in (compress(payload), compress(payload, fast=True)):
-            assert train_gpt.decompress(data, codec, len(payload), Path("x")) == payload
-    monkeypatch.setattr(brotli, "compress", lambda data, **options: 2 * data)
-    assert compress(skewed) == compress(skewed, fast=True)
-
-
-def test_a_missing_codec_is_named_and_the_other_still_works(tmp_path, monkeypatch):
+def test_the_smaller_codec_is_taken_and_a_missing_one_is_named(tmp_path, monkeypatch):
     hp = tiny_hp()
     tensors, _ = quantize(hp, make_model(hp).state_dict())
-    by_both = tmp_path / "both.ptz"
-    by_both.write_bytes(pack(hp.model, tensors, SHA)[0])
-    assert any(codec == BROTLI for codec, _ in Pieces.of(by_both.read_bytes()).header["streams"])
+    path = tmp_path / "a.ptz"
+    both = pack(hp.model, tensors, SHA)[0]
+    path.write_bytes(both)
     monkeypatch.setitem(sys.modules, "brotli", None)
-    assert "pip install brotli" in refusal(load_artifact, by_both, hp, CPU)
-    by_zstd = tmp_path / "zstd.ptz"
-    by_zstd.write_bytes(pack(hp.model, tensors, SHA)[0])
-    assert_restored(by_zstd, tensors)
+    assert "pip install brotli" in refusal(load_artifact, path, hp, CPU)
+    path.write_bytes(pack(hp.model, tensors, SHA)[0])
+    assert path.stat().st_size > len(both)
+    assert_restored(path, tensors)
     monkeypatch.setitem(sys.modules, "zstandard", None)
-    assert "pip install zstandard" in refusal(load_artifact, by_zstd, hp, CPU)
+    assert "pip install zstandard" in refusal(load_artifact, path, hp, CPU)
 
 
 # ---- Size ----------------------------------------------------------------------------------------
@@ -337,27 +222,11 @@ def with_room(hp: Hyperparameters, artifact_bytes: int) -> Hyperparameters:
     return hp.override(target_bytes=CODE_BYTES + artifact_bytes)
 
 
-@torch.no_grad()
-def trained_like(hp: Hyperparameters) -> dict[str, torch.Tensor]:
-    """Return weights whose rows have unequal scale and heavier tails than a Gaussian."""
-    model = make_model(hp, noise=0.0)
-    generator = torch.Generator().manual_seed(7)
-    for name, p in model.named_parameters():
-        noise = torch.randn(p.shape, generator=generator)
-        if role_of(name) == "vector":
-            p.add_(0.1 * noise)
-            continue
-        row_scale = (0.5 * torch.randn((*p.shape[:-1], 1), generator=generator)).exp()
-        chi_squared = torch.randn((8, *p.shape), generator=generator).square().mean(0)
-        p.add_(0.03 * row_scale * noise / chi_squared.sqrt())  # Student's t
-    return model.state_dict()
-
-
 @pytest.fixture(scope="module")
 def medium():
     """Knobs, state and artifact at the given k of a medium model."""
     hp = medium_hp()
-    state = trained_like(hp)
+    state = make_model(hp).state_dict()
     return hp, state, fit(hp, state, SHA, fast=True)
 
 
@@ -366,13 +235,20 @@ def test_k_stays_as_given_without_a_target_and_has_an_end(medium):
     tensors, _ = quantize(hp, state)
     assert fitted.factor == 1.0
     assert (fitted.artifact, fitted.sizes) == pack(hp.model, tensors, SHA, fast=True)
+    floor = train_gpt.entropy_bytes(stored_parts(tensors.values()))
+    assert floor < len(fitted.artifact) < 1.05 * floor
+    table = train_gpt.budget_table(fitted).replace(",", "")
+    for role in ("embedding", "matrix", "expert"):
+        weights = sum(t.numel() for name, t in state.items() if role_of(name) == role)
+        size = fitted.sizes[role]
+        assert re.search(rf"^{role} +{weights} +{size} +{8 * size / weights:.3f} ", table, re.M)
     generous = with_room(hp, 10 * len(fitted.artifact))
     assert fit(generous, state, SHA, fast=True).factor == 1 / 8  # the finest
 
 
 @pytest.mark.parametrize(
     ("fraction", "fast"),
-    [(0.7, True), pytest.param(0.9, False, marks=pytest.mark.slow), (1.0, True), (1.4, True)],
+    [(0.7, True), pytest.param(0.9, False, marks=pytest.mark.slow), (1.4, True)],
 )
 def test_the_artifact_is_about_a_thousandth_below_the_target(tmp_path, medium, fraction, fast):
     hp, state, plain = medium
@@ -380,7 +256,6 @@ def test_the_artifact_is_about_a_thousandth_below_the_target(tmp_path, medium, f
     fitted = fit(with_room(hp, target), state, SHA, fast=fast)
     assert 0.9985 * target <= len(fitted.artifact) <= target
     assert (fitted.factor < 1) == (fraction > 1)
-    assert sum(fitted.sizes.values()) == len(fitted.artifact)
     (tmp_path / "a.ptz").write_bytes(fitted.artifact)
     assert_restored(tmp_path / "a.ptz", quantize(hp, state, fitted.factor)[0])
 
@@ -398,37 +273,14 @@ def test_a_target_out_of_reach_is_refused_with_what_to_shrink(medium):
     assert "NUM_LAYERS=2" in message
 
 
-def test_the_budget_has_every_role_its_bytes_and_its_entropy(medium):
-    _, state, fitted = medium
-    header, *lines, total = train_gpt.budget_table(fitted).splitlines()
-    assert header.split() == ["role", "weights", "bytes", "bits/weight", "entropy", "floor"]
-    assert re.fullmatch(rf"total +{len(fitted.artifact):,}  \(k x 1\.0000\)", total)
-    table = {}
-    for line in lines:
-        role, *cells = line.replace(",", "").split()
-        table[role] = [float(cell) for cell in cells]
-    assert {role_of(name) for name in state} | {"header", "scales"} <= set(table)
-    for role, cells in table.items():
-        if len(cells) == 1:
-            assert role in ("header", "scales", "float16", "table")
-            assert cells == [fitted.sizes[role]]
-            continue
-        weights, size, bits, floor = cells
-        assert weights == sum(t.numel() for name, t in state.items() if role_of(name) == role)
-        assert size == fitted.sizes[role]
-        assert bits == pytest.approx(8 * size / weights, abs=6e-4)
-        if role in ("embedding", "matrix", "expert"):
-            assert 0.93 * floor < size < 1.03 * floor
-
-
-@pytest.mark.parametrize("routing", ["zipf", "learned", "dense"])
+@pytest.mark.parametrize("routing", ["zipf", "dense"])
 def test_a_dry_run_foretells_the_size(routing):
     hp = medium_hp(routing=routing)
-    model = make_model(hp, noise=0.0)
+    model = make_model(hp)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     expected = len(dry_run(hp, model).artifact)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    actual = len(fit(hp, trained_like(hp), SHA, fast=True).artifact)
+    actual = len(fit(hp, before, SHA, fast=True).artifact)
     assert expected == pytest.approx(actual, rel=0.1)
     wider = medium_hp(routing=routing, shared_dim=512)
     assert len(dry_run(wider, make_model(wider)).artifact) > 1.05 * actual
@@ -438,33 +290,20 @@ def test_a_dry_run_foretells_the_size(routing):
 # ---- Files ---------------------------------------------------------------------------------------
 
 
-def test_an_atomic_write_replaces_the_whole_file_and_makes_its_folder(tmp_path):
+def test_an_atomic_write_replaces_the_whole_file_or_keeps_the_old_one(tmp_path, monkeypatch):
+    """test_faults.py fills a real disk."""
     path = tmp_path / "a" / "b" / "file.bin"
-    for content in (b"a long first version", b"second", b""):
+    for content in (b"a long first version", b"old"):
         write_atomically(path, content)
         assert path.read_bytes() == content
+
+    def full_disk(*args) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for failing in ("fsync", "replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, failing, full_disk)
+            message = refusal(write_atomically, path, b"new content")
+        assert message == f"cannot write {path}: No space left on device"
+        assert path.read_bytes() == b"old"
         assert [p.name for p in path.parent.iterdir()] == ["file.bin"]
-
-
-def full_disk(*args) -> None:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-@pytest.mark.parametrize("failing", ["replace", "fsync", "open", "full"])
-def test_a_failed_write_keeps_the_old_content_and_leaves_nothing_behind(
-    tmp_path, monkeypatch, failing
-):
-    path = tmp_path / "file.bin"
-    write_atomically(path, b"old")
-    if failing == "open":
-        monkeypatch.setattr(train_gpt, "open", full_disk, raising=False)
-    elif failing == "full" and not Path("/dev/full").exists():
-        pytest.skip("no /dev/full here")
-    elif failing == "full":
-        (tmp_path / f".file.bin.{os.getpid()}.tmp").symlink_to("/dev/full")
-    else:
-        monkeypatch.setattr(train_gpt.os, failing, full_disk)
-    message = refusal(write_atomically, path, b"new content")
-    assert message == f"cannot write {path}: No space left on device"
-    assert path.read_bytes() == b"old"
-    assert [p.name for p in tmp_path.iterdir()] == ["file.bin"]

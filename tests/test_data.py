@@ -11,13 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
-import tokenize_docs
 import torch
 from conftest import ALONE, tiny_hp
 from helpers_cli import (
     BOS,
     CPU,
-    SHARED,
     VOCAB_SIZE,
     make_sentences,
     tiny_tokenizer,
@@ -32,7 +30,6 @@ from train_gpt import Dist, Hyperparameters, TokenLoader, ValData, list_shards, 
 T = 8
 LENGTHS = (83, 257, 16)  # of three shards
 WINDOWS_PER_EPOCH = 9 + 31 + 1  # of T + 1 tokens, at any phase
-TOKENIZERS = sorted((SHARED / "tokenizers").glob("*.model"))
 
 
 @pytest.fixture
@@ -74,17 +71,15 @@ def test_an_epoch_uses_every_token_once_up_to_less_than_two_windows_per_shard(fo
         for window in epoch:  # targets follow their inputs, and no window leaves its shard
             assert window == tuple(range(window[0], window[0] + T + 1))
         used = sorted(token for window in epoch for token in window[:-1])
-        start = 0
-        for length in LENGTHS:
+        for start, length in zip((0, 83, 340), LENGTHS, strict=True):
             here = [token for token in used if start <= token < start + length]
             assert here == list(range(here[0], here[0] + len(here)))
             assert here[-1] + 1 < start + length
             assert length - 2 * T < len(here) < length
-            start += length
-        assert epoch != sorted(epoch)
     assert len({min(epoch) for epoch in epochs}) > 1  # phases
     orders = {tuple(np.argsort([window[0] for window in epoch])) for epoch in epochs}
     assert len(orders) == 5
+    assert tuple(range(WINDOWS_PER_EPOCH)) not in orders
 
 
 def test_the_order_is_a_function_of_the_seed_alone(folder):
@@ -93,9 +88,7 @@ def test_the_order_is_a_function_of_the_seed_alone(folder):
     assert windows(loader_hp(folder, seed=1), 120) != stream
 
 
-@pytest.mark.parametrize(
-    ("world_size", "micro_sequences"), [(1, 1), (1, 1000), (2, 2), (4, 8), (8, 1), (8, 8)]
-)
+@pytest.mark.parametrize(("world_size", "micro_sequences"), [(1, 1000), (2, 2), (8, 1)])
 def test_a_step_has_the_same_content_at_any_world_size_and_accumulation(
     folder, world_size, micro_sequences
 ):
@@ -111,17 +104,6 @@ def test_a_step_has_the_same_content_at_any_world_size_and_accumulation(
         parts = [stream[step * per_rank : (step + 1) * per_rank] for stream in streams]
         together = sorted(itertools.chain(*parts))
         assert together == sorted(expected[step * per_step : (step + 1) * per_step])
-
-
-@pytest.mark.parametrize("max_tokens", [3, 50, 249, 10_000])
-def test_the_sample_takes_as_many_tokens_from_the_start_of_every_shard(folder, max_tokens):
-    """Shards are in the order of the crawl: the first alone would be another text."""
-    loader = TokenLoader(loader_hp(folder), Dist(2, 4, CPU))
-    expected = []
-    for start, length in zip(np.cumsum([0, *LENGTHS]), LENGTHS, strict=False):
-        expected += range(start, start + min(length, max_tokens // 3))
-    assert loader.sample(max_tokens).tolist() == expected
-    assert loader.position == 0
 
 
 # ---- Validation ----------------------------------------------------------------------------------
@@ -150,7 +132,7 @@ def load_val(folder: Path, **knobs) -> ValData:
     return ValData.load(tiny_hp(**paths, vocab_size=VOCAB_SIZE, **knobs), CPU)
 
 
-@pytest.mark.parametrize("val_max_tokens", [0, 1, 5, 7, 8])
+@pytest.mark.parametrize("val_max_tokens", [0, 1, 7, 8])
 def test_shards_are_joined_in_order_and_sidecars_give_every_target_its_bytes(
     val_folder, val_max_tokens
 ):
@@ -164,31 +146,17 @@ def test_shards_are_joined_in_order_and_sidecars_give_every_target_its_bytes(
     assert names == [f"fineweb_val_{name}.bin" for name in SIDECARS]
 
 
-@pytest.mark.parametrize("number", ["000000", "000001"])
-def test_a_gap_in_the_numbers_of_the_shards_makes_the_split_partial(val_folder, number):
-    for path in val_folder.glob(f"fineweb_val*_{number}.bin"):
+def test_a_split_that_lacks_a_shard_or_tokens_of_the_manifest_is_partial(val_folder):
+    manifest = val_folder.parents[1] / "manifest.json"
+    for stated, lacks in ((8, ""), (9, "tokens: 8 of 9"), ("many", "")):
+        entry = {"name": val_folder.name, "stats": {"tokens_val": stated}}
+        manifest.write_text(json.dumps({"datasets": [entry]}))
+        val = load_val(val_folder)
+        assert val.partial == (lacks != "")
+        assert val.lacks.startswith(lacks)
+    for path in val_folder.glob("fineweb_val*_000001.bin"):
         path.unlink()
-    val = load_val(val_folder)
-    assert val.partial
-    assert val.lacks.startswith(f"a shard of number {int(number)}, before fineweb_val_00000")
-
-
-@pytest.mark.parametrize(("stated", "partial"), [(8, False), (9, True), ("many", False)])
-def test_the_manifest_says_how_many_tokens_the_split_has(val_folder, stated, partial):
-    stats = {"tokens_val": stated}
-    manifest = {"datasets": [{"name": val_folder.name, "stats": stats}]}
-    (val_folder.parents[1] / "manifest.json").write_text(json.dumps(manifest))
-    val = load_val(val_folder)
-    assert val.partial == partial
-    assert ("8 of 9" in val.lacks) == partial
-
-
-def test_without_sidecars_the_bytes_are_those_of_the_tokenizer(val_folder):
-    for path in val_folder.glob("fineweb_val_bytes_*.bin"):
-        path.unlink()
-    val = load_val(val_folder)
-    assert val.target_bytes.tolist() == [1] * 7  # tokens 5 to 11 are byte tokens
-    assert not val.sidecar
+    assert load_val(val_folder).lacks.startswith("a shard of number 1, before fineweb_val_000002")
 
 
 def test_a_generated_data_set_scores_the_bytes_of_its_sentences(tmp_path):
@@ -196,6 +164,7 @@ def test_a_generated_data_set_scores_the_bytes_of_its_sentences(tmp_path):
     val = load_val(dataset.folder)
     assert int(val.target_bytes.sum()) == sum(map(len, make_sentences(9, 5)))
     assert int((val.tokens == BOS).sum()) == 5
+    assert not val.sidecar
 
 
 # ---- Bytes ---------------------------------------------------------------------------------------
@@ -203,35 +172,21 @@ def test_a_generated_data_set_scores_the_bytes_of_its_sentences(tmp_path):
 TEXTS = [
     "",
     " ",
-    "hello",
     "  two   spaces \t\n here  ",
     "in 1999, 12345 of 7",
     "na\u00efve caf\u00e9 e\u0301a\u030a\u0323 \u0301 Z\u0351\u036b\u0343",
     "\u4e2d\u6587 and \ud55c\uad6d\uc5b4 \U00020000\u9f98 \U0002a6d6 \u3400",
-    "\U0001f9d1\U0001f3fd\u200d\U0001f680 ok \U0001f1eb\U0001f1f7 ok",
-    "a \u2581 b\u2581c",
     "\u2581\u2581 b",
     "\u2047 a \u2047",
     "\n\nline\r\nline\n\tindented\n",
     "a\u00a0b\u2003c\u3000d\u200be\ufefff",
-    "\u0627\u0644\u0633\u0644\u0627\u0645 \u0928\u092e\u0938\u094d\u0924\u0947 \u0e2a\u0e27\u0e31",
     "a\0b\x07\x7f\x85c",
-    "The quick brown fox, 42 dogs; \u00abquoted\u00bb \u2014 and so on. " * 20,
     *make_sentences(3, 3),
 ]
 
 
 def processor(model: bytes) -> sentencepiece.SentencePieceProcessor:
     return sentencepiece.SentencePieceProcessor(model_proto=model)
-
-
-def trained(texts: list[str], **options) -> sentencepiece.SentencePieceProcessor:
-    """Train a tokenizer on a few texts; SentencePiece's defaults put a space before each."""
-    model = io.BytesIO()
-    ids = {"pad_id": 0, "bos_id": BOS, "eos_id": 2, "unk_id": 3}
-    options |= {"sentence_iterator": iter(texts), "model_writer": model, "model_type": "bpe"}
-    sentencepiece.SentencePieceTrainer.train(minloglevel=2, **ids, **options)
-    return processor(model.getvalue())
 
 
 def counted(sp: sentencepiece.SentencePieceProcessor, documents: list[list[int]]) -> list[int]:
@@ -248,32 +203,13 @@ def assert_bytes_of_texts(sp: sentencepiece.SentencePieceProcessor, texts: list[
     assert counted(sp, documents) == [len(text.encode()) for text in decoded]
 
 
-def test_counted_bytes_are_the_bytes_of_the_decoded_documents():
-    sp = processor(tiny_tokenizer())
-    assert_bytes_of_texts(sp, TEXTS)
-    used = {i for text in TEXTS for i in sp.encode(text)}
-    assert any(sp.is_byte(i) for i in used)
-    assert sp.piece_to_id("\u2581") in used
-    assert any(sp.id_to_piece(i)[0] == "\u2581" != sp.id_to_piece(i) for i in used)
-
-
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(texts=st.lists(st.text(max_size=40), min_size=1, max_size=4))
+@example(texts=TEXTS)
 @example(texts=[" ", "", "  "])
 @example(texts=["\u2581", "\u2581a", " \u2581"])
 def test_counted_bytes_are_those_of_any_documents_in_a_row(texts):
     assert_bytes_of_texts(processor(tiny_tokenizer()), texts)
-
-
-@pytest.mark.skipif(not TOKENIZERS, reason="shared/data is not here")
-@pytest.mark.parametrize("path", TOKENIZERS, ids=lambda path: path.stem)
-def test_counted_bytes_are_right_on_real_documents_with_real_tokenizers(path):
-    sp = processor(path.read_bytes())
-    real = []
-    for name in ("fineweb_val.jsonl.xz", "wiki_val.jsonl.xz"):
-        real += itertools.islice(tokenize_docs.read_documents([SHARED / name]), 50)
-    assert_bytes_of_texts(sp, TEXTS + real)
-    assert not any(sp.unk_id() in sp.encode(text) for text in real)  # thanks to byte fallback
 
 
 @pytest.mark.parametrize("remove_extra_whitespaces", [False, True])
@@ -281,8 +217,14 @@ def test_the_space_that_a_tokenizer_puts_before_every_document_has_no_bytes(
     remove_extra_whitespaces,
 ):
     """The challenge's tokenizers add none, SentencePiece's defaults do."""
+    model = io.BytesIO()
+    texts = {"sentence_iterator": iter(make_sentences(0, 200)), "model_writer": model}
+    ids = {"pad_id": 0, "bos_id": BOS, "eos_id": 2, "unk_id": 3}
     options = {"byte_fallback": True, "remove_extra_whitespaces": remove_extra_whitespaces}
-    sp = trained(make_sentences(0, 200), vocab_size=VOCAB_SIZE, **options)
+    sentencepiece.SentencePieceTrainer.train(
+        model_type="bpe", vocab_size=VOCAB_SIZE, minloglevel=2, **texts, **ids, **options
+    )
+    sp = processor(model.getvalue())
     assert sp.id_to_piece(sp.encode("the")[0]).startswith("\u2581")
     assert_bytes_of_texts(sp, TEXTS)
 
@@ -295,17 +237,3 @@ def test_an_unknown_token_has_no_bytes_and_parts_the_text_as_a_document_would(pl
     parts = [part.tolist() for part in np.split(text, np.minimum(places, len(text)))]
     stream = list(itertools.chain(*([*part, sp.unk_id()] for part in parts)))
     assert counted(sp, [stream]) == [sum(len(sp.decode(part).encode()) for part in parts)]
-
-
-def test_spaces_inside_a_piece_and_private_use_characters_count():
-    texts = ["of the people by the people"] * 50
-    sp = trained(texts, vocab_size=30, split_by_whitespace=False, add_dummy_prefix=False)
-    ids = sp.encode("of the people")
-    assert any("\u2581" in sp.id_to_piece(i)[1:] for i in ids)
-    assert counted(sp, [ids]) == [len("of the people")]
-    icons = ["\uf8ff", "\ue0b0x"]
-    sp = trained(texts, vocab_size=25, user_defined_symbols=icons)
-    text = "\uf8ffthe \ue0b0xpeople"
-    ids = sp.encode(text)
-    assert {sp.piece_to_id(icon) for icon in icons} <= set(ids)
-    assert counted(sp, [ids]) == [len(text.encode())]

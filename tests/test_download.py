@@ -2,11 +2,7 @@
 
 import hashlib
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,20 +11,13 @@ from urllib.parse import unquote, urlsplit
 
 import cached_challenge_fineweb as downloader
 import huggingface_hub
-import numpy as np
 import pytest
-from helpers_cli import ROOT, Result, assert_refused, full_environment, run_in_process, write_shard
+from helpers_cli import Result, assert_refused, run_in_process
 from huggingface_hub import constants
 
 REPO, OTHER = "owner/golf", "mirror/golf"
 NAME, MODEL = "fineweb10B_sp1024", "fineweb_1024_bpe"
 VAL, TRAIN = (f"datasets/{NAME}/fineweb_{split}_%06d.bin" for split in ("val", "train"))
-
-
-def shard_bytes(tmp_path: Path, seed: int, tokens: int = 500, **broken) -> bytes:
-    rng = np.random.default_rng(seed)
-    shard = write_shard(tmp_path / "made.bin", rng.integers(1024, size=tokens), **broken)
-    return shard.read_bytes()
 
 
 class Hub(ThreadingHTTPServer):
@@ -38,18 +27,14 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.repositories: dict[str, dict[str, bytes]] = {}  # content by path
-        self.announced: dict[str, bytes] = {}  # what is listed instead of the content
-        self.errors: dict[str, int] = {}  # path -> status that it is answered with
+        self.damaged: dict[str, bytes] = {}  # what is sent instead of the content
+        self.status = 200  # of the listing
         self.cut: dict[str, int] = {}  # path -> bytes after which the connection breaks
         self.ranges = True
         self.token = None
         self.downloads: list[tuple[str, int]] = []  # path and first byte of what was sent
         self.tokens_elsewhere: list[str | None] = []
-        self.meet: threading.Barrier | None = None
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
-
-    def handle_error(self, request, client_address):
-        pass
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -81,34 +66,26 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(401, X_Error_Code="RepoNotFound")
         if repo_id not in hub.repositories:
             return self.answer(404, X_Error_Code="RepoNotFound")
-        if name in hub.errors:
-            return self.answer(hub.errors[name])
         files = hub.repositories[repo_id]
         if place == "api/datasets":
-            return self.answer(200, json.dumps(self.listing(repo_id, files)).encode())
+            return self.answer(hub.status, json.dumps(self.listing(repo_id, files)).encode())
         if place == "datasets" and name.endswith(".bin"):
             elsewhere = f"http://localhost:{hub.server_port}/storage"
             return self.answer(302, Location=elsewhere + path.removeprefix("/datasets"))
-        return self.send_file(name, files[name])
+        return self.send_file(name, hub.damaged.get(name, files[name]))
 
     def listing(self, repo_id: str, files: dict[str, bytes]) -> dict:
         siblings = []
-        for path, content in files.items():
-            data = self.server.announced.get(path, content)
-            size = len(data)
-            entry = {"rfilename": path, "size": size, "blobId": "1" * 40}
+        for path, data in files.items():
+            git = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+            siblings.append({"rfilename": path, "size": len(data), "blobId": git})
             if path.endswith(".bin"):
                 digest = hashlib.sha256(data).hexdigest()
-                entry["lfs"] = {"sha256": digest, "size": size, "pointerSize": 130}
-            else:
-                entry["blobId"] = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-            siblings.append(entry)
+                siblings[-1]["lfs"] = {"sha256": digest, "size": len(data), "pointerSize": 130}
         return {"id": repo_id, "sha": "c" * 40, "siblings": siblings}
 
     def send_file(self, name: str, data: bytes) -> None:
         hub = self.server
-        if hub.meet and name.endswith(".bin"):
-            hub.meet.wait(timeout=5)
         asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "bytes=0-"))
         start = int(asked[1]) if hub.ranges else 0
         hub.downloads.append((name, start))
@@ -122,13 +99,11 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def content(tmp_path) -> dict[str, bytes]:
-    """What a data set consists of, by path below the prefix."""
-    files = {VAL % i: shard_bytes(tmp_path, i) for i in range(2)}
-    files |= {TRAIN % i: shard_bytes(tmp_path, 10 + i) for i in range(5)}
-    files |= {f"tokenizers/{MODEL}.model": b"a model", f"tokenizers/{MODEL}.vocab": b"a\nb\n"}
-    files |= {"docs_selected.jsonl": b'{"text": "a"}\n', "tokenizers/unwanted.model": b"another"}
-    return files | {"manifest.json": b'{"datasets": []}'}
+def content() -> dict[str, bytes]:
+    """2,000 bytes for each of what a data set consists of, by path below the prefix."""
+    paths = [*(VAL % i for i in range(2)), *(TRAIN % i for i in range(5)), "manifest.json"]
+    paths += [f"tokenizers/{MODEL}.model", f"tokenizers/{MODEL}.vocab", "docs_selected.jsonl"]
+    return {path: path.encode().ljust(2000) for path in [*paths, "tokenizers/unwanted.model"]}
 
 
 def repository(content: dict[str, bytes], prefix: str = "datasets/") -> dict[str, bytes]:
@@ -169,34 +144,32 @@ def expected(content: dict[str, bytes], train_shards: int, *extra: str) -> dict[
     return {path: content[path] for path in paths}
 
 
-def ok(result: Result) -> Result:
+def ok(result: Result) -> str:
     assert (result.code, result.err) == (0, "")
-    return result
+    return result.out
 
 
 def test_the_layout_is_the_challenge_s_and_only_what_is_missing_is_fetched(
     run, hub, content, tmp_path
 ):
-    result = ok(run(3, "--train-shards", 1))
+    assert "fetched 7 of 7 files" in ok(run(3, "--train-shards", 1))
     assert files_below(tmp_path / "out") == expected(content, 3)
-    assert "fetched 7 of 7 files" in result.out
     hub.downloads.clear()
     ok(run("--train-shards", 4))
     fetched = sorted(hub.downloads)
     assert fetched == [(f"datasets/{TRAIN % 3}", 0), ("datasets/manifest.json", 0)]
-    assert "fetched 0 of 4 files" in ok(run(0)).out
     assert files_below(tmp_path / "out") == expected(content, 4)
+    (tmp_path / "out" / "manifest.json").write_bytes(b"mine")
+    assert "fetched 0 of 4 files" in ok(run(0, "--skip-manifest"))
+    assert files_below(tmp_path / "out")["manifest.json"] == b"mine"
 
 
-def test_more_shards_than_there_are_are_refused_and_the_default_is_80(run, tmp_path):
-    assert_refused(run(6), "6 training shards", "it has 5")
+def test_what_the_repository_does_not_have_is_refused_and_the_default_is_80_shards(
+    run, hub, content, tmp_path
+):
     assert_refused(run(), "80 training shards", "it has 5")
     assert_refused(run("--train-shards", -1), "-1 training shards")
-    assert run("many").code == 2
     assert files_below(tmp_path / "out") == {}
-
-
-def test_the_documents_come_along(run, hub, content, tmp_path):
     ok(run(0, "--with-docs"))
     assert files_below(tmp_path / "out") == expected(content, 0, "docs_selected.jsonl")
     del hub.repositories[REPO]["datasets/docs_selected.jsonl"]
@@ -205,7 +178,7 @@ def test_the_documents_come_along(run, hub, content, tmp_path):
 
 def test_byte_sidecars_come_along_and_no_shard_without_one(run, hub, content, tmp_path):
     sidecars = [path.replace("_val_", "_val_bytes_") for path in (VAL % 0, VAL % 1)]
-    content |= {path: shard_bytes(tmp_path, 20) for path in sidecars}
+    content |= {path: path.encode() for path in sidecars}
     hub.repositories[REPO] = repository(content)
     ok(run(0))
     assert files_below(tmp_path / "out") == expected(content, 0, *sidecars)
@@ -213,16 +186,12 @@ def test_byte_sidecars_come_along_and_no_shard_without_one(run, hub, content, tm
     message = f"{REPO}: no fineweb_val_bytes sidecar of {VAL % 1}"
     assert_refused(run(0, output="half"), message)
     assert files_below(tmp_path / "half") == {}
-
-
-@pytest.mark.parametrize("variant", ["sp1024_lossless_caps_caseops_v1_reserved", "sp1024_caseops"])
-def test_a_variant_of_transformed_text_without_sidecars_is_refused(
-    variant, run, hub, content, tmp_path
-):
-    named = {path.replace(NAME, f"fineweb10B_{variant}"): data for path, data in content.items()}
-    hub.repositories[REPO] = repository(named)
-    assert_refused(run(0, "--variant", variant), "no fineweb_val_bytes sidecar of")
-    assert files_below(tmp_path / "out") == {}
+    # A variant that is transformed by its name lacks all of them.
+    name = "sp1024_lossless_caps_caseops_v1"
+    named = {path.replace(NAME, f"fineweb10B_{name}"): data for path, data in content.items()}
+    plain = {path: data for path, data in named.items() if "_val_bytes_" not in path}
+    hub.repositories[REPO] = repository(plain)
+    assert_refused(run(0, "--variant", name), "no fineweb_val_bytes sidecar of")
 
 
 def test_prefix_and_variant_name_what_is_fetched(run, hub, content, tmp_path):
@@ -231,24 +200,17 @@ def test_prefix_and_variant_name_what_is_fetched(run, hub, content, tmp_path):
     hub.repositories[OTHER] = repository(files | {tokenizer: b"{}"}, prefix="")
     options = ("--variant", "byte260", 1)
     mirror = {"MATCHED_FINEWEB_REPO_ID": OTHER, "MATCHED_FINEWEB_REMOTE_ROOT_PREFIX": ""}
-    assert "50,000" in ok(run(*options, **mirror)).out
+    assert "50,000" in ok(run(*options, **mirror))
     fetched = files_below(tmp_path / "out")
     assert f"datasets/{name}/fineweb_train_000000.bin" in fetched
     assert [path for path in fetched if path.startswith("tokenizers")] == [tokenizer]
     assert_refused(run("--variant", "sp1024", **mirror), f"has no {NAME} in /", f"only {name};")
     mirror["MATCHED_FINEWEB_REMOTE_ROOT_PREFIX"] = "wrong"
     assert_refused(run(*options, **mirror), "in wrong/ (MATCHED_FINEWEB_REMOTE_ROOT_PREFIX)")
-    assert_refused(run(*options), f"{REPO} has no {name} in datasets/", NAME, "data/README.md")
-    for variant in ("gpt2", "../sp1024"):
-        assert_refused(run("--variant", variant), f"--variant {variant}: ")
-    for repo_id in ("nobody", "a/b/c", ""):
-        assert_refused(run(MATCHED_FINEWEB_REPO_ID=repo_id), "not of the form owner/name")
-
-
-def test_a_tokenizer_that_is_missing_or_elsewhere_is_refused(run, hub, content):
-    content["tokenizers/../../out_1024.model"] = content.pop(f"tokenizers/{MODEL}.model")
-    del content[f"tokenizers/{MODEL}.vocab"]
-    hub.repositories[REPO] = repository(content)
+    assert_refused(run("--variant", "../sp1024"), "--variant ../sp1024: ")
+    assert_refused(run(MATCHED_FINEWEB_REPO_ID="nobody"), "not of the form owner/name")
+    del hub.repositories[REPO][f"datasets/tokenizers/{MODEL}.model"]
+    del hub.repositories[REPO][f"datasets/tokenizers/{MODEL}.vocab"]
     assert_refused(run(1), "no tokenizer of 1024 pieces")
 
 
@@ -260,89 +222,57 @@ def test_what_differs_from_the_repository_is_neither_replaced_nor_mixed(
     ok(run(0))
     hub.downloads.clear()
     local = tmp_path / "out" / path
-    for data in (shard_bytes(tmp_path, 50), shard_bytes(tmp_path, 50)[:-3]):
+    for data in (b"another".ljust(2000), content[TRAIN % 0][:-3]):
         local.write_bytes(data)
-        assert_refused(
-            run(1), f"{local} is not what {REPO} has now: ", "delete or move", "--output"
-        )
+        assert_refused(run(1), f"{local} is not what {REPO} has now: ", "delete or move")
         assert local.read_bytes() == data
     assert hub.downloads == []
     local.unlink()
     ok(run(1))
-    changed = content | {TRAIN % 0: shard_bytes(tmp_path, 30)}
-    hub.repositories[OTHER] = repository(changed)
+    hub.repositories[OTHER] = repository(content | {TRAIN % 0: b"another"})
     assert_refused(run(2, MATCHED_FINEWEB_REPO_ID=OTHER), TRAIN % 0, OTHER)
     assert files_below(tmp_path / "out") == expected(content, 1)
 
 
-def test_a_broken_connection_is_retried_and_resumed_by_the_next_run(run, hub, content, tmp_path):
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_broken_connection_is_retried_and_resumed_by_the_next_run(
+    ranges, run, hub, content, tmp_path
+):
     path = f"datasets/{TRAIN % 0}"
     hub.cut[path] = 600
-    ok(run(0))
-    hub.downloads.clear()
     ok(run(1))
     starts = [start for name, start in hub.downloads if name == path]
     assert starts == [0, 600, 1200, 1800], "the library goes on where the connection broke"
     (tmp_path / "out" / (TRAIN % 0)).unlink()
     hub.cut[path] = 0
-    digest = hashlib.sha256(content[TRAIN % 0]).hexdigest()
-    partial = downloader.RemoteFile(TRAIN % 0, 0, digest, "")
-    partial = partial.partial(tmp_path / "out" / (TRAIN % 0))
-    partial.write_bytes(content[TRAIN % 0][:700])
     assert_refused(run(1), TRAIN % 0, "connection failed", "goes on")
     assert TRAIN % 0 not in files_below(tmp_path / "out")
+    (partial,) = (tmp_path / "out").rglob("*.partial")
+    partial.write_bytes(content[TRAIN % 0][:700])
     hub.cut.clear()
-    for ranges in (True, False):
-        hub.ranges = ranges
-        hub.downloads.clear()
-        ok(run(1))
-        assert (path, 700 if ranges else 0) in hub.downloads
-        assert files_below(tmp_path / "out") == expected(content, 1)
-        (tmp_path / "out" / (TRAIN % 0)).rename(partial)
-        partial.write_bytes(content[TRAIN % 0][:700])
-
-
-@pytest.mark.parametrize("flaw", ["1,924 bytes instead of 2,024", "checksum"])
-def test_a_file_that_is_not_as_stated_never_gets_a_final_name(flaw, run, hub, content, tmp_path):
-    path, truth = f"datasets/{TRAIN % 0}", content[TRAIN % 0]
-    files = hub.repositories[REPO]
-    files[path] = truth[:-100] if "instead" in flaw else truth[::-1]
-    hub.announced[path] = truth
-    assert_refused(run(1), TRAIN % 0, "damaged", flaw)
-    assert not list((tmp_path / "out" / "datasets" / NAME).glob("*train*"))
-    files[path] = hub.announced[path] = truth
+    hub.ranges = ranges
+    hub.downloads.clear()
     ok(run(1))
+    assert (path, 700 if ranges else 0) in hub.downloads
     assert files_below(tmp_path / "out") == expected(content, 1)
 
 
-def test_skip_manifest_leaves_the_local_one(run, content, tmp_path):
+def test_a_file_that_is_not_as_stated_never_gets_a_final_name(run, hub, content, tmp_path):
+    path, truth = f"datasets/{TRAIN % 0}", content[TRAIN % 0]
+    for sent, flaw in ((truth[:1900], "1,900 bytes instead of 2,000"), (truth[::-1], "checksum")):
+        hub.damaged[path] = sent
+        assert_refused(run(1), TRAIN % 0, "damaged", flaw)
+        assert not list((tmp_path / "out" / "datasets" / NAME).glob("*train*"))
+    hub.damaged.clear()
     ok(run(1))
-    local = tmp_path / "out" / "manifest.json"
-    local.write_bytes(b"mine")
-    ok(run(2, "--skip-manifest"))
-    assert local.read_bytes() == b"mine"
-    ok(run(2))
-    assert files_below(tmp_path / "out") == expected(content, 2)
-
-
-def test_files_are_fetched_at_the_same_time_and_the_first_failure_ends_all(run, hub):
-    hub.meet = threading.Barrier(2)  # neither of two shards is sent before the other is asked for
-    ok(run(0))
-    hub.errors[f"datasets/{TRAIN % 0}"] = 403
-    hub.meet = threading.Barrier(10)
-    started = time.perf_counter()
-    assert_refused(run(3), TRAIN % 0, "HTTP 403")
-    assert time.perf_counter() - started < 4
+    assert files_below(tmp_path / "out") == expected(content, 1)
 
 
 def test_the_token_goes_to_the_hub_alone_and_a_refused_one_is_blamed(run, hub, content, tmp_path):
     hub.token = "hf_secret"
     assert_refused(run(1), REPO, "HTTP 401", "no such dataset repository or file, or it needs")
-    result = run(1, HF_TOKEN="hf_expired")
-    assert_refused(
-        result, REPO, "HTTP 401", "refuses the token of HF_TOKEN", "public data needs none"
-    )
-    assert "repository or file" not in result.err
+    refused = run(1, HF_TOKEN="hf_expired")
+    assert_refused(refused, "HTTP 401", "refuses the token of HF_TOKEN", "public data needs none")
     ok(run(1, HF_TOKEN="hf_secret"))
     assert files_below(tmp_path / "out") == expected(content, 1)
     assert hub.tokens_elsewhere == [None] * 3
@@ -352,14 +282,10 @@ def test_the_token_goes_to_the_hub_alone_and_a_refused_one_is_blamed(run, hub, c
     "planted",
     [
         {"HF_TOKEN": "hf_PLANTED"},
-        {"HF_TOKEN": "hf_PLANTED\u0416"},  # the last three are no headers
-        {"HF_TOKEN": "hf_PLANTED\x7f"},
-        {"HF_TOKEN": "hf_PLANTED\nx"},
+        {"HF_TOKEN": "hf_PLANTED\nx"},  # no header
         {"HF_ENDPOINT": "https://me:PLANTED@127.0.0.1:9"},
-        {"HF_ENDPOINT": "PLANTED"},
         {"MATCHED_FINEWEB_REPO_ID": "https://me:PLANTED@huggingface.co/datasets/a/b"},
         {"HTTP_PROXY": "http://me:PLANTED@127.0.0.1:9"},
-        {"HTTP_PROXY": "http://me:PLANTED@127.0.0.1:port"},
         {"HTTP_PROXY": "gopher://me:PLANTED@127.0.0.1:9"},
     ],
     ids=str,
@@ -373,46 +299,10 @@ def test_no_secret_is_in_any_message(planted, run, hub):
 
 
 def test_no_access_no_network_and_no_hub_are_one_line(run, hub, monkeypatch):
-    for status in (403, 404, 500):
-        hub.errors[""] = status
+    for status in (403, 500):
+        hub.status = status
         assert_refused(run(1), REPO, f"HTTP {status}")
     assert_refused(run(1, MATCHED_FINEWEB_REPO_ID="no/body"), "no/body", "no such dataset")
     assert_refused(run(1, HF_ENDPOINT="http://127.0.0.1:9"), REPO, "connection failed")
     monkeypatch.setattr(Handler, "do_GET", lambda self: self.answer(200, b"<html>"))
     assert_refused(run(1), REPO, "no hub, or no proxy")
-
-
-def test_a_library_that_is_too_old_is_named_with_what_is_needed(tmp_path):
-    package = tmp_path / "huggingface_hub"
-    package.mkdir()
-    (package / "__init__.py").write_text("__version__ = '0.36.2'\n")
-    env = full_environment({"PYTHONPATH": str(tmp_path)})
-    command = [sys.executable, str(ROOT / "data" / "cached_challenge_fineweb.py"), "1"]
-    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
-    assert_refused(
-        Result(done.returncode, done.stdout, done.stderr),
-        "huggingface_hub 0.36.2 is older than 1.0: pip install -r requirements.txt",
-    )
-
-
-@pytest.mark.slow
-def test_an_interrupted_process_ends_at_once_and_keeps_what_arrived(hub, content, tmp_path):
-    hub.meet = threading.Barrier(10)
-    env = {"HF_ENDPOINT": hub.url, "MATCHED_FINEWEB_REPO_ID": REPO, "HF_HOME": str(tmp_path)}
-    script = str(ROOT / "data" / "cached_challenge_fineweb.py")
-    command = [sys.executable, script, "1", "--output", "out"]
-    process = subprocess.Popen(
-        command, env=full_environment(env), cwd=tmp_path, stderr=subprocess.PIPE, text=True
-    )
-    model = tmp_path / "out" / "tokenizers" / f"{MODEL}.model"
-    while not model.exists():
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    started = time.perf_counter()
-    assert process.communicate()[1] == "error: interrupted by signal 2\n"
-    assert process.returncode == 130
-    assert time.perf_counter() - started < 4
-    hub.meet = None
-    subprocess.run(command, env=full_environment(env), cwd=tmp_path, check=True)
-    assert files_below(tmp_path / "out") == expected(content, 1)
-    assert os.listdir(tmp_path / "out" / "datasets") == [NAME]
