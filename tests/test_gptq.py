@@ -424,6 +424,8 @@ def test_each_part_of_a_down_projection_keeps_its_own_bits(mode):
     stored, _ = quantize(hp, state, hessians={shared: hessian})
     assert stored[shared].symbols.abs().max() <= 2 ** (hp.matrix_bits - 1) - 1
     assert stored[routed].symbols.abs().max() == 7
+    coarser, _ = quantize(hp, state, 2.0)
+    assert (routed in changed(coarser, nearest)) == (not hp.uses_qat)
     if hp.uses_qat:
         assert changed(stored, nearest) == {shared}
         scale = stored[shared].scale().expand_as(state[shared])

@@ -111,6 +111,7 @@ def test_the_gain_of_the_n_gram_memory_in_the_readmes_is_that_of_its_logs():
         ("2026-11-23_RoutingStudy", "."),
         ("2026-11-26_EqualSeconds", "."),
         ("2026-11-26_EqualSeconds", "pilot"),
+        ("2026-11-26_LowBitExperts", "."),
         ("2026-11-26_LosslessCase", "sp1024"),
         ("2026-11-26_LosslessCase", "sp8192"),
     ],
@@ -161,13 +162,13 @@ def test_the_packed_script_alone_repeated_a_log_of_its_folder():
 
 
 LIMITS = {  # lines as the formatter writes them; what is new has to find its room
-    "train_gpt.py": 2935,
-    "eval_sliding.py": 880,
+    "train_gpt.py": 2785,
+    "eval_sliding.py": 870,
     "README.md": 170,
-    "records/README.md": 94,
-    "records/*.py records/*.sh": 2821,
-    "data/*.py": 1209,
-    "tests/*.py": 11_325,
+    "records/README.md": 97,
+    "records/*.py records/*.sh": 2700,
+    "data/*.py": 1165,
+    "tests/*.py": 8470,
 }
 
 
