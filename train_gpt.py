@@ -252,7 +252,9 @@ class Hyperparameters:
     @property
     def uses_gptq(self) -> bool:
         """Whether GPTQ rounds anything."""
-        bits = (self.matrix_bits, self.expert_bits, self.embed_bits)
+        bits = [self.matrix_bits, self.embed_bits]
+        if self.model.is_routed:
+            bits.append(self.expert_bits)
         return self.gptq_batches > 0 and not all(map(self.trains_rounded, bits))
 
     def loop_is_on(self, frac: float) -> bool:
@@ -726,8 +728,8 @@ class ValData:
         if count < targets:
             lacks = f"all but VAL_MAX_TOKENS={count} targets"
         kept = torch.from_numpy(tokens[: count + 1].astype(np.int32)).to(device)
-        kept_bytes = torch.from_numpy(target_bytes[:count]).to(device)
-        return cls(kept, kept_bytes, digest, lacks != "", sizes is not None, lacks)
+        paid = torch.from_numpy(target_bytes[:count]).to(device)
+        return cls(kept, paid, digest, partial=lacks != "", sidecar=sizes is not None, lacks=lacks)
 
 
 def what_is_missing(paths: list[Path], num_tokens: int) -> str:
@@ -803,7 +805,8 @@ def zipf_assignment(token_counts: np.ndarray, num_experts: int, layer: int) -> n
 
 
 def build_expert_table(config: ModelConfig, token_counts: np.ndarray) -> Tensor:
-    """Return every token id's expert by layer, (L, V) uint8 or (0, V) when dense, from counts."""
+    """Return the expert of every token id in every layer, (L, V) uint8, or (0, V) when dense."""
+    # It depends on counts of training tokens alone. Routers that read the stream start from it.
     if not config.is_routed:
         return torch.zeros(0, config.vocab_size, dtype=torch.uint8)
     ids = np.arange(config.vocab_size, dtype=np.uint32)
@@ -1452,8 +1455,8 @@ def build_optimizers(hp: Hyperparameters, model: GPT, dist: Dist) -> list[torch.
         members = [p for name, p in model.named_parameters() if role_of(name) == role.name]
         if members:
             params[role.optimizer] += members
-    embedding = {"params": params["embedding"], "lr": hp.embed_lr}
-    embedding["weight_decay"] = hp.embed_weight_decay
+    decay = hp.embed_weight_decay
+    embedding = {"params": params["embedding"], "lr": hp.embed_lr, "weight_decay": decay}
     # Weight decay would hold gains at their start.
     small = {"params": params["adamw"], "lr": hp.scalar_lr, "weight_decay": 0.0}
     is_cuda = dist.device.type == "cuda"
@@ -1631,7 +1634,7 @@ def is_close(quantized: QuantizedTensor, weight: Tensor) -> Tensor:
 def store_tensor(
     hp: Hyperparameters, name: str, weight: Tensor, factor: float, hessian: Tensor | None
 ) -> QuantizedTensor | Tensor:
-    """Round one tensor by its role's rule; without bits it is kept. Raises ConfigError."""
+    """Round one tensor by its role's rule, to symbols or float16. Raises ConfigError."""
     rule = find_role(name).rule
     precision = bits_and_clip(hp, name)
     column_codes = None
@@ -1720,7 +1723,7 @@ def gptq(weight: Tensor, scale: Tensor, limits: Tensor, hessian: Tensor) -> Tens
 
 
 def parts_with_input(state: dict[str, Tensor], name: str) -> list[list[tuple[str, Any]]]:
-    """Return each matrix whose input Hessians `name` describe: names and indices, side by side."""
+    """Return the matrices whose inputs Hessians `name` describe, each as its parts side by side."""
     if name.endswith("expert_up"):
         return [[(name, expert)] for expert in range(len(state[name]))]
     # All down projections of a layer are one matrix, as they add up to one output.
@@ -1931,9 +1934,10 @@ def pack(
 def load_artifact(
     path: Path, hp: Hyperparameters, device: torch.device, context: int = 0
 ) -> tuple[GPT, Hyperparameters, str]:
-    """Read a model for windows of `context` tokens, `hp` with its config, and its tokenizer's hash.
+    """Read an artifact, of which this is the only reader. Raises ConfigError.
 
-    This is the only reader of artifacts. Raises ConfigError.
+    Returns the model for windows of `context` tokens, 0 = as trained, `hp` with the artifact's
+    model, and its tokenizer's SHA-256.
     """
     require(path.is_file(), f"{path}: no such artifact")
     fits = PREFIX.size <= path.stat().st_size < MAX_SUBMISSION_BYTES
@@ -2037,7 +2041,7 @@ AIMS = (0.9996, 0.9996, 0.9996, 0.9996, 0.9996, 0.98)  # shares of the target, t
 
 
 def factor_for(hp: Hyperparameters, state: dict[str, Tensor], goal: float) -> tuple[float, float]:
-    """Return the finest factor whose symbols have at most `goal` bytes of entropy, and those."""
+    """Return the finest factor on k whose symbols' entropy is at most `goal`, and it, in bytes."""
 
     def entropy(exponent: float) -> float:
         quantized, _ = quantize(hp, state, 2.0**exponent)
