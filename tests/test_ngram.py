@@ -4,13 +4,12 @@ import math
 import re
 from collections import defaultdict
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from helpers_cli import assert_refused, score, train, write_dataset
+from helpers_cli import assert_refused, score
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -200,16 +199,6 @@ def test_mixing_that_cheats_fails_the_audit_and_honest_mixing_passes(
 
 
 # ---- Command line
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    return write_dataset(tmp_path_factory.mktemp("data") / "set", val_docs=3)
-
-
-@pytest.fixture(scope="module")
-def artifact(tmp_path_factory, dataset) -> Path:
-    return train(tmp_path_factory.mktemp("run"), dataset, GPTQ_BATCHES=0).artifact
 
 
 def finals(out: str) -> list[str]:

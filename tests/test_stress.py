@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_model, tiny_hp
-from helpers_cli import CPU, Dataset, assert_refused, cli_env, run_in_process, train, write_dataset
+from helpers_cli import CPU, Dataset, assert_refused, cli_env, run_in_process, train
 from torch import Tensor
 
 import train_gpt
@@ -18,11 +18,6 @@ TRIPLE = {
     "EMBED_LR": 3 * DEFAULTS.embed_lr,
     "SCALAR_LR": 3 * DEFAULTS.scalar_lr,
 }
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory) -> Dataset:
-    return write_dataset(tmp_path_factory.mktemp("data") / "set", val_docs=2)
 
 
 # ---- High learning rates and bad weights ---------------------------------------------------------
