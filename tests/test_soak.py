@@ -9,15 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from helpers_cli import (
-    Dataset,
-    assert_refused,
-    cli_env,
-    run_in_process,
-    score,
-    train,
-    write_dataset,
-)
+from helpers_cli import Dataset, assert_refused, cli_env, run_in_process, score, train
 
 import train_gpt
 
@@ -74,8 +66,7 @@ def cycle(form: dict[str, object], dataset: Dataset, folder: Path) -> list[float
 
 @pytest.mark.slow
 @pytest.mark.soak
-def test_cycles_of_training_and_scoring_leave_memory_handles_and_results_flat(tmp_path):
-    dataset = write_dataset(tmp_path / "set", val_docs=2)
+def test_cycles_of_training_and_scoring_leave_memory_handles_and_results_flat(dataset, tmp_path):
     samples, losses = [], []
     started = time.perf_counter()
     while time.perf_counter() - started < SOAK_SECONDS:
