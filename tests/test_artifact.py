@@ -184,7 +184,7 @@ def test_the_smaller_codec_is_taken_and_a_missing_one_is_named(tmp_path, monkeyp
     assert "pip install zstandard" in refusal(load_artifact, path, hp, CPU)
 
 
-# ---- Size ----------------------------------------------------------------------------------------
+# ---- Size and files ------------------------------------------------------------------------------
 
 
 def test_a_submission_may_have_every_byte_below_the_cap():
@@ -270,9 +270,6 @@ def test_a_dry_run_foretells_the_size(routing):
     wider = medium_hp(routing=routing, shared_dim=512)
     assert len(train_gpt.dry_run(wider, make_model(wider)).artifact) > 1.05 * actual
     assert "TARGET_BYTES=" in refusal(train_gpt.dry_run, with_room(hp, 1000), model)
-
-
-# ---- Files ---------------------------------------------------------------------------------------
 
 
 def test_an_atomic_write_replaces_the_whole_file_or_keeps_the_old_one(tmp_path, monkeypatch):

@@ -57,7 +57,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-# ---- The export fails
+# ---- A failing export, a killed rank, a signal
 
 
 def test_weights_outlive_a_failing_export_and_the_same_command_exports_them(
@@ -68,9 +68,6 @@ def test_weights_outlive_a_failing_export_and_the_same_command_exports_them(
     assert files_in(tmp_path / "logs") == [SAVED_8, "run.txt"]
     assert "CHECKPOINT_EVERY=1)" in result.out
     assert train(tmp_path, dataset, **SAVED).same_as(trained)
-
-
-# ---- A rank is killed
 
 
 @pytest.mark.slow
@@ -95,9 +92,6 @@ def test_a_rank_killed_anywhere_ends_the_other_and_the_run_goes_on_later(
     step = int(files[-1][8:16])
     assert f"resumed:logs/{files[-1]} step:{step} " in again.out
     assert train_losses(again.out) == pytest.approx(trained.losses[step:], abs=2e-5)
-
-
-# ---- A signal
 
 
 @pytest.mark.slow
@@ -129,7 +123,7 @@ def test_a_signal_anywhere_ends_the_run_with_one_line(name, code, where, files, 
     assert_readable(tmp_path / "logs")
 
 
-# ---- The disk is full
+# ---- The disk, the data, the clock, the compiler
 
 
 @pytest.fixture
@@ -163,9 +157,6 @@ def test_a_full_disk_is_named_with_the_file_and_the_run_goes_on_later(
     assert files_in(logs) == [*files, "run.txt"]
     train(logs.parent, dataset, **SAVED)
     assert_readable(logs)
-
-
-# ---- The data, the clock, the compiler
 
 
 @pytest.mark.parametrize(

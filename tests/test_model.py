@@ -259,7 +259,7 @@ def test_attention_ladder_takes_the_first_kernel_that_runs_and_says_so(monkeypat
     assert calls == [True] * 7  # a trial, and the six layers that are run
 
 
-# ---- Recurrence ----------------------------------------------------------------------------------
+# ---- Recurrence and smearing ---------------------------------------------------------------------
 
 
 def unrolled(model: GPT, looped: bool) -> GPT:
@@ -315,9 +315,6 @@ def test_execution_order_of_the_record_is_that_of_upstream():
     config = Hyperparameters().model
     assert config.execution_order(True) == order
     assert config.execution_order(False) == list(range(11))
-
-
-# ---- Smearing ------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -427,15 +424,6 @@ def router_inputs(model: GPT, ids: Tensor) -> list[tuple[TokenRoutedMLP, Tensor,
     return list(seen)  # calling the MLPs again adds to `seen`
 
 
-@pytest.mark.parametrize("mode", ["learned", "learned_pid", "hybrid", "soft_full"])
-@torch.no_grad()
-def test_routed_outputs_are_the_per_token_loop_over_what_the_router_chose(mode):
-    hp = tiny_hp(**MODES[mode])
-    for mlp, x, table_BTE in router_inputs(make_model(hp), make_ids(hp, 2, 8)):
-        expected = per_token_loop(mlp, x, mlp.choose(x, table_BTE)[0])
-        torch.testing.assert_close(mlp(x, table_BTE)[0], expected, rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize("routing", ["learned", "hybrid"])
 @torch.no_grad()
 def test_choices_are_those_of_the_table_at_the_start_and_of_the_router_later(routing):
@@ -451,13 +439,16 @@ def test_choices_are_those_of_the_table_at_the_start_and_of_the_router_later(rou
 
 
 @pytest.mark.parametrize(("routing", "bonus"), [("learned", 1e-3), ("hybrid", 2.0), ("soft", 0.0)])
-def test_factors_have_the_gradient_of_the_softmax(routing, bonus):
+def test_outputs_are_the_loop_over_factors_that_have_the_gradient_of_the_softmax(routing, bonus):
     hp = tiny_hp(routing=routing)
     mlp, x, table_BTE = router_inputs(make_model(hp), make_ids(hp, 2, 16))[0]
+    factors, _ = mlp.choose(x, table_BTE)
+    outputs = per_token_loop(mlp, x, factors)
+    torch.testing.assert_close(mlp(x, table_BTE)[0], outputs, rtol=1e-4, atol=1e-5)
     weights = torch.randn(table_BTE.shape, generator=torch.Generator().manual_seed(0))
     share = (F.linear(x, mlp.router) + bonus * table_BTE).softmax(-1)
     expected = ((4 * share if routing == "soft" else share) * weights).sum()
-    actual = (mlp.choose(x, table_BTE)[0] * weights).sum()
+    actual = (factors * weights).sum()
     theirs = torch.autograd.grad(expected, (mlp.router, x), retain_graph=True)
     ours = torch.autograd.grad(actual, (mlp.router, x))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)

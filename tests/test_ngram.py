@@ -63,7 +63,7 @@ def our_counts(tokens: list[int]) -> dict[tuple[int, bool], list]:
     return {expert: values.tolist() for expert, values in rows.items()}
 
 
-# ---- Counts
+# ---- Counts and mixture
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
@@ -73,9 +73,6 @@ def our_counts(tokens: list[int]) -> dict[tuple[int, bool], list]:
 @example(tokens=[65_535, 0, 65_535, 1, 65_535, 0, 2, 65_535, 0, 65_535, 1])  # above 32 bits
 def test_counts_are_those_of_a_search(tokens):
     assert our_counts(tokens) == searched_counts(tokens)
-
-
-# ---- Mixture
 
 
 def bucket_of(seen: int, distinct: int, age: int) -> tuple[int, int, int]:

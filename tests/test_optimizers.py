@@ -1,7 +1,6 @@
 """Muon, parameter groups, schedules, averaging, gradients and warm-up."""
 
 import contextlib
-import copy
 import itertools
 import math
 from types import SimpleNamespace
@@ -12,6 +11,7 @@ from conftest import ALONE, make_ids, make_model, tiny_hp
 from torch import Tensor
 
 import train_gpt
+from eval_sliding import same, snapshot
 from train_gpt import GPT, Gradients, build_optimizers, lr_scale, rounded, train_step
 
 
@@ -76,7 +76,7 @@ def test_muon_step_is_decay_then_the_orthogonalised_nesterov_momentum():
     torch.testing.assert_close(muon_run([start], [[g1], [g2]])[0], expected, rtol=0, atol=1e-5)
 
 
-# ---- Parameter groups ----------------------------------------------------------------------------
+# ---- Parameter groups and schedules --------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("routing", "mu"), [("zipf", "pid"), ("learned", "full")])
@@ -97,9 +97,6 @@ def test_every_parameter_has_one_group_with_the_rates_of_its_role(routing, mu):
         assert ("betas" in group) == (role not in ("matrix", "expert")), name
         expected = rates.get(role, (0.0, hp.scalar_lr))
         assert (group["weight_decay"], group["lr"]) == expected, name
-
-
-# ---- Schedules -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -258,7 +255,7 @@ def test_warm_up_runs_every_graph_that_training_will_run_and_leaves_no_trace(loo
     hp = tiny_hp(loop_from=loop_from)
     loader = SimpleNamespace(hp=hp, dist=ALONE, num_sequences=4)
     model = make_model(hp)
-    start = copy.deepcopy(model.state_dict())
+    start = snapshot(model)
     optimizers = build_optimizers(hp, model, ALONE)
     seen = []
 
@@ -269,5 +266,4 @@ def test_warm_up_runs_every_graph_that_training_will_run_and_leaves_no_trace(loo
     train_gpt.warm_up(forward, model, optimizers, Gradients(model, ALONE), loader)
     assert seen == [looped for looped in graphs for _ in range(train_gpt.WARMUP_STEPS)]
     assert [optimizer.state_dict()["state"] for optimizer in optimizers] == [{}, {}]
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, start[name]), name
+    assert same(start, model.state_dict())

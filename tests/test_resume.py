@@ -122,7 +122,7 @@ def test_a_run_resumes_at_another_number_of_ranks(run, dataset, tmp_path):
     assert train_losses(resumed.out[0]) == pytest.approx(expected[5:], abs=2e-5)
 
 
-# ---- When
+# ---- When, and what is refused
 
 
 @pytest.mark.parametrize(
@@ -148,9 +148,6 @@ def test_the_interval_is_in_steps_or_seconds_and_no_state_that_is_not_finite_is_
     message = refusal(checkpoints.save, Progression(9, 40.0), True)
     assert "not finite at step 9: " in message
     assert not (tmp_path / "logs" / "run.step00000009.pt").exists()
-
-
-# ---- Refused
 
 
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(stopped, run):

@@ -20,9 +20,6 @@ TRIPLE = {
 }
 
 
-# ---- High learning rates and bad weights ---------------------------------------------------------
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", [{}, {"ROUTING": "learned", "MU": "pid", "GRAD_CLIP_NORM": 0}])
 def test_three_times_the_default_learning_rates_train_and_export_numbers(dataset, tmp_path, mode):
@@ -59,8 +56,6 @@ def test_a_nan_of_the_last_step_exports_nothing(dataset, tmp_path, monkeypatch):
     assert_nothing_exported(dataset, tmp_path, "validate: total loss nan")
 
 
-# ---- Extreme rows --------------------------------------------------------------------------------
-
 ROW = 5  # of the first expert
 
 
@@ -84,9 +79,6 @@ def test_extreme_rows_come_back_from_gptq_and_spare_the_others():
         assert restored[0, ROW, 3] == pytest.approx(row[3].item(), rel=0.07, abs=1e-30)
         assert restored[0, ROW].any() == (row is outlier)
         assert torch.equal(restored[:, is_other], usual[:, is_other])
-
-
-# ---- bfloat16 ------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

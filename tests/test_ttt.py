@@ -140,7 +140,7 @@ def test_a_chunk_is_scored_then_trained_on_and_a_segments_last_one_never(
         assert len(chunks[end - 1]) <= windows_per_chunk
 
 
-# ---- One update
+# ---- One update, the clock, ranks
 
 
 def reference_gradients(model: GPT, val: ValData, first: int, end: int) -> list[torch.Tensor]:
@@ -178,9 +178,6 @@ def test_an_update_is_a_clipped_step_of_sgd_on_the_mean_loss_of_its_targets(span
     assert not scorer.sums.any()
 
 
-# ---- The clock
-
-
 @pytest.mark.parametrize(
     ("budget", "least", "most"),
     [(0.0, 24, 24), (100.0, 24, 24), (60.0, 8, 9), (46.0, 3, 3), (30.0, 0, 0)],
@@ -207,9 +204,6 @@ def test_epochs_and_never_targets_are_left_out_to_keep_the_time(budget, least, m
     assert budget == 0 or clock.now - 100.0 <= max(budget, 40.0)
 
 
-# ---- Ranks
-
-
 @pytest.mark.parametrize(("ttt", "dispatch"), [("off", "grouped"), ("sgd", "masked")])
 def test_the_loss_of_every_target_is_the_same_at_any_world_size(ttt, dispatch):
     """The number of segments, which the ranks share, is the control."""
@@ -223,7 +217,7 @@ def test_the_loss_of_every_target_is_the_same_at_any_world_size(ttt, dispatch):
     assert torch.equal(run_split(model, config, val, 2).sums, alone.sums) == (ttt == "off")
 
 
-# ---- Memory
+# ---- Memory and tokenizer
 
 
 def limited(model: GPT, fits: int, error: str = "CUDA out of memory") -> Callable:
@@ -275,9 +269,6 @@ def test_the_run_before_the_clock_leaves_no_trace_and_finds_the_batch_that_fits(
     assert same(artifact, model.state_dict())
     assert all(p.grad is None for p in model.parameters())
     assert torch.equal(torch.get_rng_state(), rng)
-
-
-# ---- Tokenizer
 
 
 def test_another_tokenizer_is_told_from_documents_of_one_word():
