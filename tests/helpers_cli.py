@@ -9,6 +9,7 @@ import random
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -259,6 +260,14 @@ def run_command(
         command, env=full_environment(env), cwd=cwd, capture_output=True, text=True, timeout=120
     )
     return Result(done.returncode, done.stdout, without_progress(done.stderr))
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    """Wait until a condition holds, which has to be within a minute."""
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 def assert_refused(result: Result, *fragments: str) -> None:

@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from helpers_cli import (
     run_in_process,
     train,
     train_losses,
+    wait_for,
     without_progress,
     write_dataset,
 )
@@ -195,11 +195,8 @@ def held(dataset: Dataset, folder: Path, *launcher: str) -> Iterator[subprocess.
     """Hold a training in its fifth step, until there is a file "go"; kill it in the end."""
     fault = "wait train_gpt.train_step 5 0"
     process = start("train_gpt", cli_env(dataset, **SAVED), folder, fault, launcher=launcher)
-    until = time.perf_counter() + 60
     try:
-        while not (folder / "reached").exists():
-            assert time.perf_counter() < until
-            time.sleep(0.01)
+        wait_for((folder / "reached").exists)
         yield process
     finally:
         with contextlib.suppress(ProcessLookupError):

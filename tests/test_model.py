@@ -52,7 +52,7 @@ def other_tokens(ids: Tensor) -> Tensor:
     return (ids + 1 + torch.arange(ids.numel()).view_as(ids) % 63) % 64
 
 
-# ---- Causality and independence ------------------------------------------------------------------
+# ---- Causality, independence and scored positions ------------------------------------------------
 
 
 @torch.no_grad()
@@ -123,9 +123,6 @@ def test_a_planted_leak_is_caught(monkeypatch, check, part, leak):
     monkeypatch.setattr(owner, part.split(".")[-1], leak)
     with pytest.raises(AssertionError):
         check(model, make_ids(hp, 3, 16), 0.0)
-
-
-# ---- Scored positions ----------------------------------------------------------------------------
 
 
 def at(positions: Tensor, values: Tensor) -> Tensor:

@@ -138,7 +138,7 @@ def test_contexts_whose_turn_would_end_too_late_are_left_out(monkeypatch):
     assert torch.equal(late, mix(losses, tokens)[0])
 
 
-# ---- Audit
+# ---- Audit and command line
 
 
 def failed_rows(num_targets: int = 60, vocab_size: int = 8) -> str:
@@ -193,9 +193,6 @@ def test_mixing_that_cheats_fails_the_audit_and_honest_mixing_passes(
     assert failed_rows() == ""
     monkeypatch.setattr(eval_sliding, name, cheat)
     assert failed_rows() == fails
-
-
-# ---- Command line
 
 
 def finals(out: str) -> list[str]:

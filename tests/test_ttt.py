@@ -70,10 +70,6 @@ def run_split(
     return SimpleNamespace(sums=sums, losses=sums[0], times=sums[1], epochs=epochs)
 
 
-def sliding_losses(model: GPT, val: ValData) -> torch.Tensor:
-    return run_split(model, replace(CONFIG, ttt="off"), val).losses
-
-
 # ---- Score first
 
 
@@ -88,7 +84,8 @@ def test_a_segment_starts_with_the_artifact_and_trained_weights_score_its_other_
                 changed.add(name)
 
     trained = run_split(model, CONFIG, val, segments, before).losses
-    differs = (trained != sliding_losses(model, val)).view(segments, -1, 16)
+    untrained = run_split(model, replace(CONFIG, ttt="off"), val).losses
+    differs = (trained != untrained).view(segments, -1, 16)
     assert not differs[:, 0].any()
     assert differs[:, 1:].any(-1).all()
     assert changed == set(artifact) - {"expert_table"}
