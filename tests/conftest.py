@@ -1,52 +1,31 @@
-"""The one definition of the tests' tiny model, and models, ids, counts and a leak for it."""
+"""Fixtures that several files share; models, ids, counts and a leak for the tiny model."""
 
 import os
+from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
+from helpers_cli import ALONE, TINY, Dataset, train, write_dataset
 
-from train_gpt import (
-    GPT,
-    Checkpoints,
-    Dist,
-    Hyperparameters,
-    TokenLoader,
-    ValData,
-    build_expert_table,
-    build_optimizers,
-    role_of,
-)
+import train_gpt
+from train_gpt import GPT, Checkpoints, Hyperparameters, TokenLoader, ValData
 
 # More threads only slow models this small down.
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
-ALONE = Dist(0, 1, torch.device("cpu"))
-TINY = {
-    "dtype": "float32",
-    "compile": False,
-    "max_wallclock_seconds": 0.0,
-    "iterations": 4,
-    "train_batch_tokens": 64,
-    "micro_batch_tokens": 64,
-    "gptq_batches": 2,
-    "schedule": "sgdr",
-    "vocab_size": 64,
-    "train_seq_len": 16,
-    "num_layers": 4,
-    "model_dim": 32,
-    "num_heads": 4,
-    "num_kv_heads": 2,
-    "rope_dims": 4,
-    "dispatch": "masked",  # exact to the bit; what is grouped says so
-    "num_experts": 4,
-    "expert_dim": 8,
-    "shared_dim": 32,
-    "loop_start": 1,
-    "loop_end": 2,
-    "loop_passes": 2,
-    "parallel_start_layer": 3,
-}
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory) -> Dataset:
+    """A data set that no test changes."""
+    return write_dataset(tmp_path_factory.mktemp("data") / "set", val_docs=3)
+
+
+@pytest.fixture(scope="session")
+def artifact(tmp_path_factory, dataset) -> Path:
+    """An artifact of that data set, for tests of its scores; they add to the log beside it."""
+    return train(tmp_path_factory.mktemp("run"), dataset, GPTQ_BATCHES=0).artifact
 
 
 def tiny_hp(**overrides) -> Hyperparameters:
@@ -67,18 +46,19 @@ def zipf_counts(vocab_size: int, total: int = 1_000_000, seed: int = 0) -> np.nd
     return np.random.default_rng(seed).permutation(counts)
 
 
-def make_model(hp: Hyperparameters, noise: float = 0.1, context: int = 0) -> GPT:
+def make_model(hp: Hyperparameters, noise: float = 0.1) -> GPT:
     """An initialised and routed model whose parameters are perturbed, so that no branch is zero.
 
     Routers are perturbed further, so that they overrule the table of ROUTING=hybrid often.
     """
-    model = GPT(hp.model, hp.torch_dtype, context)
+    model = GPT(hp.model, hp.torch_dtype)
     model.init_weights(hp.seed)
-    model.expert_table.copy_(build_expert_table(hp.model, zipf_counts(hp.model.vocab_size)))
+    counts = zipf_counts(hp.model.vocab_size)
+    model.expert_table.copy_(train_gpt.build_expert_table(hp.model, counts))
     generator = torch.Generator().manual_seed(hp.seed + 1)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            scale = 3 * noise if role_of(name) == "router" else noise
+            scale = 3 * noise if train_gpt.role_of(name) == "router" else noise
             p.add_(scale * torch.randn(p.shape, generator=generator))
     return model
 
@@ -92,7 +72,7 @@ def make_ids(hp: Hyperparameters, rows: int, length: int, seed: int = 0) -> torc
 def make_checkpoints(hp: Hyperparameters) -> Checkpoints:
     """Those of a model that has taken a step, and of a loader of DATA_PATH; the log is nobody's."""
     model = make_model(hp)
-    optimizers = build_optimizers(hp, model, ALONE)
+    optimizers = train_gpt.build_optimizers(hp, model, ALONE)
     ids = make_ids(hp, 1, 4)
     model(ids, ids).backward()
     for optimizer in optimizers:

@@ -9,6 +9,7 @@ import random
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,20 +18,46 @@ from unittest import mock
 import numpy as np
 import tokenize_docs
 import torch
-from conftest import ALONE, TINY
 
 import eval_sliding
 import train_gpt
 
 ROOT = Path(__file__).resolve().parents[1]
-SHARED = ROOT.parent / "shared" / "data"
 BOS = 1
 VOCAB_SIZE = 340
+ALONE = train_gpt.Dist(0, 1, torch.device("cpu"))
 CPU = ALONE.device
 MODEL_KNOBS = train_gpt.knob_fields(train_gpt.ModelConfig)
 EVAL_KNOBS = train_gpt.knob_fields(eval_sliding.EvalConfig)
 
-# The model of the unit tests, with the vocabulary that a tokenizer needs, and longer sequences.
+# A float32 model that runs in milliseconds on a CPU.
+TINY = {
+    "dtype": "float32",
+    "compile": False,
+    "max_wallclock_seconds": 0.0,
+    "iterations": 4,
+    "train_batch_tokens": 64,
+    "micro_batch_tokens": 64,
+    "gptq_batches": 2,
+    "schedule": "sgdr",
+    "vocab_size": 64,
+    "train_seq_len": 16,
+    "num_layers": 4,
+    "model_dim": 32,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "rope_dims": 4,
+    "dispatch": "masked",  # exact to the bit; what is grouped says so
+    "num_experts": 4,
+    "expert_dim": 8,
+    "shared_dim": 32,
+    "loop_start": 1,
+    "loop_end": 2,
+    "loop_passes": 2,
+    "parallel_start_layer": 3,
+}
+
+# The same with the vocabulary that a tokenizer needs, and longer sequences.
 TINY_KNOBS = {
     **TINY,
     "vocab_size": VOCAB_SIZE,
@@ -233,6 +260,14 @@ def run_command(
         command, env=full_environment(env), cwd=cwd, capture_output=True, text=True, timeout=120
     )
     return Result(done.returncode, done.stdout, without_progress(done.stderr))
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    """Wait until a condition holds, which has to be within a minute."""
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 def assert_refused(result: Result, *fragments: str) -> None:

@@ -12,19 +12,8 @@ import torch
 import zstandard
 from conftest import make_model, tiny_hp
 
-from train_gpt import (
-    ARTIFACT_MAGIC,
-    ARTIFACT_VERSION,
-    GPT,
-    PREFIX,
-    ZSTD,
-    ConfigError,
-    Hyperparameters,
-    ModelConfig,
-    layout,
-    pack,
-    quantize,
-)
+import train_gpt
+from train_gpt import PREFIX, ZSTD, ConfigError, Hyperparameters, ModelConfig, pack
 
 SHA = "ab" * 32
 
@@ -40,7 +29,7 @@ def refusal(action: Callable, *args: object) -> str:
 def shapes_of(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Return the shapes of a model's state dict, without the model."""
     with torch.device("meta"):
-        state = GPT(config).state_dict()
+        state = train_gpt.GPT(config).state_dict()
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
@@ -55,7 +44,7 @@ class Pieces:
     def of(cls, data: bytes) -> "Pieces":
         offset = PREFIX.size + PREFIX.unpack_from(data)[2]
         header = json.loads(data[PREFIX.size : offset])
-        plan = layout(shapes_of(ModelConfig(**header["model"])), header["storage"])
+        plan = train_gpt.layout(shapes_of(ModelConfig(**header["model"])), header["storage"])
         streams = {}
         for name, (_, size) in zip(plan, header["streams"], strict=True):
             streams[name] = data[offset : offset + size]
@@ -85,8 +74,8 @@ class Pieces:
         text: bytes | None = None,
         body: bytes | None = None,
         length: int | None = None,
-        version: int = ARTIFACT_VERSION,
-        magic: bytes = ARTIFACT_MAGIC,
+        version: int = train_gpt.ARTIFACT_VERSION,
+        magic: bytes = train_gpt.ARTIFACT_MAGIC,
     ) -> bytes:
         """Return the file with a right checksum, of other bytes than it has if they are given."""
         text = json.dumps(self.header).encode() if text is None else text
@@ -104,7 +93,7 @@ def good_artifact() -> tuple[Hyperparameters, bytes]:
     hp = tiny_hp(**sizes, **widths, routing="learned", mu="full")
     state = make_model(hp).state_dict()
     state["mu_init"].fill_(0.034)[0] = 10.0  # eight bits would take all others to zero
-    data, written = pack(hp.model, quantize(hp, state)[0], SHA, fast=True)
+    data, written = pack(hp.model, train_gpt.quantize(hp, state)[0], SHA, fast=True)
     shared = {"vector", "scales", "table", "float16"}
     assert shared | {"embedding", "matrix", "expert", "mu_matrix"} <= set(written)
     return hp, data

@@ -7,12 +7,11 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import ablate
 import pytest
-from helpers_cli import TINY_MODEL, assert_refused, cli_env, run_in_process, write_dataset
+from helpers_cli import TINY_MODEL, assert_refused, cli_env, run_in_process, wait_for, write_dataset
 
 import train_gpt
 
@@ -264,13 +263,6 @@ def test_a_log_of_other_knobs_or_scripts_is_refused_whatever_is_asked_for(study)
     log.write_text("not a log\n")
     assert_refused(study.run(seeds=[2]), "one_seed1.txt: has no closing line")
     assert study.started() == before
-
-
-def wait_for(condition):
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def wait_for_end(pid: int) -> None:

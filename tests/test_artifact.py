@@ -15,27 +15,12 @@ from helpers_hostile import SHA, refusal
 from make_record import pack_script
 
 import train_gpt
-from train_gpt import (
-    MAX_SUBMISSION_BYTES,
-    ROLES,
-    Hyperparameters,
-    QuantizedTensor,
-    dry_run,
-    fit,
-    load_artifact,
-    pack,
-    quantize,
-    quantize_tensor,
-    role_of,
-    stored_parts,
-    submission_bytes,
-    write_atomically,
-)
+from train_gpt import Hyperparameters, fit, load_artifact, pack, quantize, quantize_tensor
 
 CPU = torch.device("cpu")
 EVERY_ROLE = {"routing": "learned", "mu": "full"}
 ONE_CODE = 2 ** (1 / 8)  # from one scale to the next
-CODE_BYTES = submission_bytes(Hyperparameters(), 0, "code")[0]
+CODE_BYTES = train_gpt.submission_bytes(Hyperparameters(), 0, "code")[0]
 
 
 def rows_of(std: float, rows: int = 64, cols: int = 512) -> torch.Tensor:
@@ -112,8 +97,8 @@ def test_every_tensor_has_the_rule_of_its_role():
         "mu_init": (8, 0.0),
     }
     for name, rule in rules.items():
-        expected = stored_parts([quantize_tensor(state[name], *rule)])
-        found = stored_parts([stored[name]])
+        expected = train_gpt.stored_parts([quantize_tensor(state[name], *rule)])
+        found = train_gpt.stored_parts([stored[name]])
         assert all(map(torch.equal, found, expected)), name
     assert torch.equal(stored["blocks.0.mlp.router"], state["blocks.0.mlp.router"].half())
     assert torch.equal(stored["expert_table"], state["expert_table"])
@@ -131,11 +116,11 @@ def test_vectors_take_a_byte_unless_that_changes_them_by_a_hundredth():
     torch.testing.assert_close(kept.float(), uneven, rtol=2.0**-11, atol=2.0**-25)
 
 
-@pytest.mark.parametrize("role", [role.name for role in ROLES if role.name != "table"])
+@pytest.mark.parametrize("role", [role.name for role in train_gpt.ROLES if role.name != "table"])
 def test_weights_that_are_not_finite_or_too_large_are_not_exported(role):
     hp = tiny_hp(**EVERY_ROLE)
     state = make_model(hp).state_dict()
-    name = next(name for name in state if role_of(name) == role)
+    name = next(name for name in state if train_gpt.role_of(name) == role)
     largest = 60_000.0 if role == "router" else 2047.0
     state[name].view(-1)[1] = largest
     quantize(hp, state)
@@ -154,7 +139,7 @@ def assert_restored(path: Path, tensors: dict) -> tuple[train_gpt.GPT, Hyperpara
     state = model.state_dict()
     assert (list(state), sha, model.training) == (list(tensors), SHA, False)
     for name, tensor in tensors.items():
-        if isinstance(tensor, QuantizedTensor):
+        if isinstance(tensor, train_gpt.QuantizedTensor):
             expected = tensor.dequantize()
         else:
             expected = tensor.float() if tensor.is_floating_point() else tensor
@@ -199,15 +184,15 @@ def test_the_smaller_codec_is_taken_and_a_missing_one_is_named(tmp_path, monkeyp
     assert "pip install zstandard" in refusal(load_artifact, path, hp, CPU)
 
 
-# ---- Size ----------------------------------------------------------------------------------------
+# ---- Size and files ------------------------------------------------------------------------------
 
 
 def test_a_submission_may_have_every_byte_below_the_cap():
     code = len(pack_script(train_gpt.submission_source()))
-    free = MAX_SUBMISSION_BYTES - code
-    assert MAX_SUBMISSION_BYTES == 16_000_000
-    assert submission_bytes(tiny_hp(), free - 1, "artifact") == (code, 15_999_999)
-    message = refusal(submission_bytes, tiny_hp(), free, "artifact")
+    free = train_gpt.MAX_SUBMISSION_BYTES - code
+    assert train_gpt.MAX_SUBMISSION_BYTES == 16_000_000
+    assert train_gpt.submission_bytes(tiny_hp(), free - 1, "artifact") == (code, 15_999_999)
+    message = refusal(train_gpt.submission_bytes, tiny_hp(), free, "artifact")
     assert re.match(r"artifact: .* the cap is 16,000,000", message)
 
 
@@ -235,11 +220,11 @@ def test_k_stays_as_given_without_a_target_and_has_an_end(medium):
     tensors, _ = quantize(hp, state)
     assert fitted.factor == 1.0
     assert (fitted.artifact, fitted.sizes) == pack(hp.model, tensors, SHA, fast=True)
-    floor = train_gpt.entropy_bytes(stored_parts(tensors.values()))
+    floor = train_gpt.entropy_bytes(train_gpt.stored_parts(tensors.values()))
     assert floor < len(fitted.artifact) < 1.05 * floor
     table = train_gpt.budget_table(fitted).replace(",", "")
     for role in ("embedding", "matrix", "expert"):
-        weights = sum(t.numel() for name, t in state.items() if role_of(name) == role)
+        weights = sum(t.numel() for name, t in state.items() if train_gpt.role_of(name) == role)
         size = fitted.sizes[role]
         assert re.search(rf"^{role} +{weights} +{size} +{8 * size / weights:.3f} ", table, re.M)
     generous = with_room(hp, 10 * len(fitted.artifact))
@@ -278,23 +263,20 @@ def test_a_dry_run_foretells_the_size(routing):
     hp = medium_hp(routing=routing)
     model = make_model(hp)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    expected = len(dry_run(hp, model).artifact)
+    expected = len(train_gpt.dry_run(hp, model).artifact)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     actual = len(fit(hp, before, SHA, fast=True).artifact)
     assert expected == pytest.approx(actual, rel=0.1)
     wider = medium_hp(routing=routing, shared_dim=512)
-    assert len(dry_run(wider, make_model(wider)).artifact) > 1.05 * actual
-    assert "TARGET_BYTES=" in refusal(dry_run, with_room(hp, 1000), model)
-
-
-# ---- Files ---------------------------------------------------------------------------------------
+    assert len(train_gpt.dry_run(wider, make_model(wider)).artifact) > 1.05 * actual
+    assert "TARGET_BYTES=" in refusal(train_gpt.dry_run, with_room(hp, 1000), model)
 
 
 def test_an_atomic_write_replaces_the_whole_file_or_keeps_the_old_one(tmp_path, monkeypatch):
     """test_faults.py fills a real disk."""
     path = tmp_path / "a" / "b" / "file.bin"
     for content in (b"a long first version", b"old"):
-        write_atomically(path, content)
+        train_gpt.write_atomically(path, content)
         assert path.read_bytes() == content
 
     def full_disk(*args) -> None:
@@ -303,7 +285,7 @@ def test_an_atomic_write_replaces_the_whole_file_or_keeps_the_old_one(tmp_path, 
     for failing in ("fsync", "replace"):
         with monkeypatch.context() as patch:
             patch.setattr(os, failing, full_disk)
-            message = refusal(write_atomically, path, b"new content")
+            message = refusal(train_gpt.write_atomically, path, b"new content")
         assert message == f"cannot write {path}: No space left on device"
         assert path.read_bytes() == b"old"
         assert [p.name for p in path.parent.iterdir()] == ["file.bin"]

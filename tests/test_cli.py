@@ -20,7 +20,6 @@ import pytest
 import torch
 from conftest import ALONE, tiny_hp
 from helpers_cli import (
-    ROOT,
     TINY_MODEL,
     VOCAB_SIZE,
     Dataset,
@@ -40,12 +39,13 @@ from helpers_cli import (
     write_dataset,
     write_shard,
 )
+from helpers_hostile import refusal
 from make_record import pack_script
 
 import eval_sliding
 import train_gpt
 from eval_sliding import EvalConfig
-from train_gpt import ConfigError, Hyperparameters, ModelConfig
+from train_gpt import Hyperparameters, ModelConfig
 
 GOLDEN = Path(__file__).with_name("golden_losses.json")
 GOLDEN_TOLERANCE = 2e-5  # relative; initial weights that are off by 1e-5 move losses by 1e-6
@@ -53,11 +53,6 @@ END_OF_SOURCE = "=" * 100
 TRAIN_KEYS = """event run_id artifact_path val_bpb_float val_bpb bytes_code bytes_model bytes_total
     train_seconds steps tokens params"""
 EVAL_KEYS = "event val_bpb val_loss target_tokens scored_bytes eval_seconds stride partial"
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory) -> Dataset:
-    return write_dataset(tmp_path_factory.mktemp("data") / "set")
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +110,7 @@ def test_the_log_holds_source_knobs_versions_overrides_data_and_the_misspelt_kno
     trained, _ = chain
     assert trained.result.err == ""
     assert sorted(path.name for path in trained.artifact.parent.iterdir()) == ["run.ptz", "run.txt"]
-    assert trained.log.startswith((ROOT / "train_gpt.py").read_text(encoding="utf-8"))
+    assert trained.log.startswith(Path(train_gpt.__file__).read_text(encoding="utf-8"))
     log = trained.log.split(END_OF_SOURCE)[-1]
     knobs = dict(re.findall(r"^  (\w+): (.*)$", log, re.MULTILINE))
     assert set(knobs) == set(train_gpt.knob_fields(Hyperparameters))
@@ -231,23 +226,17 @@ def pairwise_rows() -> list[dict[str, int]]:
     return rows
 
 
-@pytest.fixture(scope="module")
-def short_dataset(tmp_path_factory) -> Dataset:
-    """One with a validation split of two documents."""
-    return write_dataset(tmp_path_factory.mktemp("short") / "set", val_docs=2)
-
-
 ROWS = pairwise_rows()
 FEW = 4  # that are not slow
 ROWS[FEW:] = [pytest.param(row, marks=pytest.mark.slow) for row in ROWS[FEW:]]
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: "".join(map(str, row.values())))
-def test_modes_in_every_pair_train_export_reload_and_score(row, short_dataset, tmp_path):
+def test_modes_in_every_pair_train_export_reload_and_score(row, dataset, tmp_path):
     knobs = {"ITERATIONS": 2}
     for name, index in row.items():
         knobs |= FACTORS[name][index]
-    run = train(tmp_path, short_dataset, **knobs)
+    run = train(tmp_path, dataset, **knobs)
     trained = run.result.summary
     assert len(run.losses) == trained["steps"] == 2
     assert not re.search(r"\b(nan|inf|warning)\b", run.result.out)
@@ -255,7 +244,7 @@ def test_modes_in_every_pair_train_export_reload_and_score(row, short_dataset, t
     if "QAT_FROM" in knobs and ("MATRIX_BITS" in knobs or "GPTQ_BATCHES" in knobs):
         assert trained["val_bpb_float"] == pytest.approx(trained["val_bpb"], abs=1e-6)
     whole, half = [
-        score(run.artifact, short_dataset, EVAL_STRIDE=stride, DTYPE=knobs["DTYPE"]).summary
+        score(run.artifact, dataset, EVAL_STRIDE=stride, DTYPE=knobs["DTYPE"]).summary
         for stride in (32, 16)
     ]
     assert whole["val_loss"] == pytest.approx(trained["val_loss"], abs=1e-9)
@@ -301,8 +290,8 @@ def test_worlds_and_batches_that_do_not_divide_are_refused(dataset, tmp_path):
     six = tiny_hp(train_batch_tokens=6 * 16, micro_batch_tokens=4 * 16)
     assert six.grad_accum_steps(1) == 2
     hp = Hyperparameters().override(train_seq_len=32, train_batch_tokens=128)
-    with pytest.raises(ConfigError, match="not a whole number of sequences on each of 8 ranks"):
-        hp.grad_accum_steps(8)
+    message = refusal(hp.grad_accum_steps, 8)
+    assert "not a whole number of sequences on each of 8 ranks" in message
 
 
 def test_training_stops_inside_the_wall_clock_cap_at_a_low_learning_rate(dataset, tmp_path):
@@ -346,10 +335,9 @@ BAD_KNOBS = [  # the message has to name the last variable of each, with its val
 @pytest.mark.parametrize("knobs", BAD_KNOBS, ids=lambda knobs: f"{list(knobs)[-1]}")
 def test_a_bad_knob_is_refused_with_its_name_and_value(knobs, dataset):
     name, value = list(knobs.items())[-1]
-    with pytest.raises(ConfigError) as refusal:
-        Hyperparameters.from_env(cli_env(dataset, **knobs))
-    assert f"{name}=" in str(refusal.value)
-    assert value in str(refusal.value)
+    message = refusal(Hyperparameters.from_env, cli_env(dataset, **knobs))
+    assert f"{name}=" in message
+    assert value in message
 
 
 @pytest.mark.parametrize("cls", [Hyperparameters, EvalConfig])
@@ -367,8 +355,8 @@ def test_every_knob_has_limits_that_are_kept(cls):
         if f.metadata.get("high", np.inf) < np.inf:
             bad += [str(f.type(f.metadata["high"] + 1))]
         for value in bad:
-            with pytest.raises(ConfigError, match=f"{name.upper()}='?{re.escape(value)}"):
-                cls.from_env({name.upper(): value})
+            message = refusal(cls.from_env, {name.upper(): value})
+            assert re.search(f"{name.upper()}='?{re.escape(value)}", message)
     assert cls.from_env({}) == cls()
 
 
@@ -408,15 +396,11 @@ def test_a_model_over_the_cap_is_refused_before_training(dataset, tmp_path, monk
     assert train_losses((tmp_path / "logs" / "run.txt").read_text()) == []
 
 
-@pytest.mark.parametrize("room", [0, 1])
-def test_an_artifact_over_the_cap_is_never_written(room, chain, dataset, tmp_path, monkeypatch):
-    cap = chain[0].result.summary["bytes_total"] + room
+def test_an_artifact_over_the_cap_is_never_written(chain, dataset, tmp_path, monkeypatch):
+    cap = chain[0].result.summary["bytes_total"]
     monkeypatch.setattr(train_gpt, "estimate", lambda hp, model, log: None)
     monkeypatch.setattr(train_gpt, "MAX_SUBMISSION_BYTES", cap)
-    if room:
-        train(tmp_path, dataset)
-    else:
-        refused(cli_env(dataset), tmp_path, "artifact: ", f"the cap is {cap:,}")
+    refused(cli_env(dataset), tmp_path, "artifact: ", f"the cap is {cap:,}")
 
 
 # ---- Scoring
@@ -431,17 +415,11 @@ def test_scoring_appends_to_the_artifacts_log_and_says_when_it_takes_too_long(ar
         assert artifact.with_suffix(".txt").read_text() == result.out
 
 
-def test_missing_and_damaged_artifacts_are_refused(artifact, dataset):
+def test_another_artifact_tokenizer_or_text_is_refused_by_scoring(artifact, dataset, tmp_path):
     score_refused(artifact.with_name("other.ptz"), dataset, "other.ptz: no such artifact")
-    good = artifact.read_bytes()
-    middle = len(good) // 2
-    flipped = good[:middle] + bytes([good[middle] ^ 4]) + good[middle + 1 :]
-    for damaged in (b"", good[:51], good[:-1], flipped):
-        artifact.write_bytes(damaged)
-        score_refused(artifact, dataset, "model.ptz", "artifact")
-
-
-def test_another_tokenizer_or_text_is_refused_by_scoring(artifact, dataset, tmp_path):
+    cut = artifact.with_name("cut.ptz")
+    cut.write_bytes(artifact.read_bytes()[:-1])
+    score_refused(cut, dataset, "cut.ptz: damaged artifact")
     other = tmp_path / "other.model"
     other.write_bytes(tiny_tokenizer(seed=50))
     said = "was trained with another tokenizer (TOKENIZER_PATH)"
@@ -553,20 +531,10 @@ def test_losses_of_the_fixed_run_are_the_golden_ones(dispatch):
     assert deviation(losses) < GOLDEN_TOLERANCE
 
 
-def other_slope(h, kind):
-    return torch.nn.functional.leaky_relu(h, 0.29).square()
-
-
-def slower_schedule(hp, frac, original=train_gpt.lr_scale):
-    return 0.999 * original(hp, frac)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "changed"), [("activate", other_slope), ("lr_scale", slower_schedule)]
-)
-def test_a_changed_constant_moves_the_golden_losses(name, changed, monkeypatch):
-    monkeypatch.setattr(train_gpt, name, changed)
+def test_a_changed_constant_moves_the_golden_losses(monkeypatch):
+    honest = train_gpt.lr_scale
+    monkeypatch.setattr(train_gpt, "lr_scale", lambda hp, frac: 0.999 * honest(hp, frac))
     assert deviation(golden_losses()) > 2 * GOLDEN_TOLERANCE
 
 

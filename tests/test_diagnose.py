@@ -10,6 +10,7 @@ from conftest import ALONE, make_model, tiny_hp
 from helpers_cli import VOCAB_SIZE, assert_refused, eval_env, run_in_process, write_dataset
 
 import train_gpt
+from eval_sliding import same, snapshot
 
 N = 40  # targets: two whole windows of 16 and a half, so that there is padding
 WHOLE = 32
@@ -68,11 +69,10 @@ BRANCHES = {  # whose parameters, and which of their rows, a reader of the model
 
 def test_the_cost_of_a_branch_is_that_of_zeros_in_its_place():
     model, hp = model_of(mu="pid", routing="hybrid")
-    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    weights = snapshot(model)
     score, _, rows = diagnose.diagnose(model, split(), hp)
+    assert same(weights, model.state_dict())
     costs = {row["branch"]: row for row in rows}
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, weights[name]), name
     assert costs.keys() == BRANCHES.keys()
     for branch, (parameter, rows) in BRANCHES.items():
         for column, layers in (("all", range(3)), (1, [1])):

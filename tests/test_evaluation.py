@@ -8,20 +8,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import ALONE, make_model, make_val, tiny_hp
-from helpers_cli import CPU, cli_env, score, train, write_dataset
+from helpers_cli import CPU, cli_env, score, train
+from helpers_hostile import refusal
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from train_gpt import (
-    GPT,
-    ConfigError,
-    Dist,
-    Hyperparameters,
-    Scorer,
-    ValData,
-    Windowing,
-    scoring_windows,
-)
+import train_gpt
+from train_gpt import GPT, Dist, Scorer, ValData, Windowing, scoring_windows
 
 T = 16  # window of the model, tokens
 V = 64
@@ -117,12 +110,10 @@ def test_losses_that_are_no_numbers_and_texts_of_no_bytes_are_refused(model):
     val = make_val(40)
     scorer = score_all(model, val, T, T)
     val.target_bytes[:] = 0
-    with pytest.raises(ConfigError, match="over 0 bytes"):
-        scorer.total()
+    assert "over 0 bytes" in refusal(scorer.total)
     val.target_bytes[:] = 1
     scorer.sums[0, 33] = math.nan
-    with pytest.raises(ConfigError, match="test: total loss nan over"):
-        scorer.total()
+    assert "test: total loss nan over" in refusal(scorer.total)
 
 
 @pytest.mark.parametrize(("num_targets", "seq_len", "stride"), CASES)
@@ -188,8 +179,7 @@ def test_an_unfinished_score_is_that_of_the_targets_scored_and_says_so(model):
 
 
 @pytest.mark.slow
-def test_partial_scores_are_never_called_val_bpb(tmp_path):
-    dataset = write_dataset(tmp_path / "set")
+def test_partial_scores_are_never_called_val_bpb(dataset, tmp_path):
     run = train(tmp_path, dataset, VAL_MAX_TOKENS=50, VAL_LOSS_EVERY=4)
     for result in (run.result, score(run.artifact, dataset, VAL_MAX_TOKENS=50)):
         *lines, last = result.out.splitlines()
@@ -203,5 +193,5 @@ def test_partial_scores_are_never_called_val_bpb(tmp_path):
     assert whole.summary["val_bpb"] > 0
     targets = whole.summary["target_tokens"]
     for count in (targets - 1, targets, targets + 1):
-        hp = Hyperparameters.from_env(cli_env(dataset, VAL_MAX_TOKENS=count))
+        hp = train_gpt.Hyperparameters.from_env(cli_env(dataset, VAL_MAX_TOKENS=count))
         assert ValData.load(hp, CPU).partial == (count < targets)

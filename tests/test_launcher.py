@@ -8,11 +8,10 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from helpers_cli import ROOT, VOCAB_SIZE, Result, full_environment, write_dataset
+from helpers_cli import ROOT, VOCAB_SIZE, Result, full_environment, wait_for, write_dataset
 
 pytestmark = pytest.mark.slow
 
@@ -96,10 +95,8 @@ def test_two_nodes_train_one_model_through_torchruns_own_arguments(workplace):
 def test_a_signal_to_the_launcher_lets_the_training_save_and_the_same_command_goes_on(workplace):
     knobs = {**TINY, "RUN_ID": "signal", "CHECKPOINT_EVERY": 1000}
     process = start(workplace, **{**knobs, "ITERATIONS": 100_000})
-    log, until = workplace / "logs" / "signal.txt", time.perf_counter() + 60
-    while not (log.exists() and "\nstep:3/" in log.read_text()):
-        assert time.perf_counter() < until
-        time.sleep(0.05)
+    log = workplace / "logs" / "signal.txt"
+    wait_for(lambda: log.exists() and "\nstep:3/" in log.read_text())
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, err.splitlines()[-1]) == (143, "error: interrupted by signal 15")

@@ -4,13 +4,12 @@ import math
 import re
 from collections import defaultdict
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from helpers_cli import assert_refused, score, train, write_dataset
+from helpers_cli import assert_refused, score
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -64,7 +63,7 @@ def our_counts(tokens: list[int]) -> dict[tuple[int, bool], list]:
     return {expert: values.tolist() for expert, values in rows.items()}
 
 
-# ---- Counts
+# ---- Counts and mixture
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
@@ -74,9 +73,6 @@ def our_counts(tokens: list[int]) -> dict[tuple[int, bool], list]:
 @example(tokens=[65_535, 0, 65_535, 1, 65_535, 0, 2, 65_535, 0, 65_535, 1])  # above 32 bits
 def test_counts_are_those_of_a_search(tokens):
     assert our_counts(tokens) == searched_counts(tokens)
-
-
-# ---- Mixture
 
 
 def bucket_of(seen: int, distinct: int, age: int) -> tuple[int, int, int]:
@@ -142,7 +138,7 @@ def test_contexts_whose_turn_would_end_too_late_are_left_out(monkeypatch):
     assert torch.equal(late, mix(losses, tokens)[0])
 
 
-# ---- Audit
+# ---- Audit and command line
 
 
 def failed_rows(num_targets: int = 60, vocab_size: int = 8) -> str:
@@ -197,19 +193,6 @@ def test_mixing_that_cheats_fails_the_audit_and_honest_mixing_passes(
     assert failed_rows() == ""
     monkeypatch.setattr(eval_sliding, name, cheat)
     assert failed_rows() == fails
-
-
-# ---- Command line
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    return write_dataset(tmp_path_factory.mktemp("data") / "set", val_docs=3)
-
-
-@pytest.fixture(scope="module")
-def artifact(tmp_path_factory, dataset) -> Path:
-    return train(tmp_path_factory.mktemp("run"), dataset, GPTQ_BATCHES=0).artifact
 
 
 def finals(out: str) -> list[str]:

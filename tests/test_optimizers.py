@@ -1,7 +1,6 @@
 """Muon, parameter groups, schedules, averaging, gradients and warm-up."""
 
 import contextlib
-import copy
 import itertools
 import math
 from types import SimpleNamespace
@@ -12,25 +11,8 @@ from conftest import ALONE, make_ids, make_model, tiny_hp
 from torch import Tensor
 
 import train_gpt
-from train_gpt import (
-    GPT,
-    WARMUP_STEPS,
-    Gradients,
-    Hyperparameters,
-    Muon,
-    QuantizedTensor,
-    average_weight,
-    build_optimizers,
-    lr_scale,
-    quantize,
-    role_of,
-    rounded,
-    set_schedules,
-    train,
-    train_step,
-    warm_up,
-    zeropower_via_newtonschulz5,
-)
+from eval_sliding import same, snapshot
+from train_gpt import GPT, Gradients, build_optimizers, lr_scale, rounded, train_step
 
 
 def gaussian(*shape: int, seed: int = 0) -> Tensor:
@@ -43,7 +25,7 @@ def gaussian(*shape: int, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("shape", [(16, 64), (256, 64), (32, 32)], ids=str)
 def test_newton_schulz_keeps_singular_vectors_and_brings_the_values_close_to_one(shape):
     g = gaussian(8, *shape)
-    z = zeropower_via_newtonschulz5(g)
+    z = train_gpt.zeropower_via_newtonschulz5(g)
     values = torch.linalg.svdvals(z)
     assert values.max() < 1.16
     assert values.median() > 0.95
@@ -60,7 +42,7 @@ def test_newton_schulz_keeps_singular_vectors_and_brings_the_values_close_to_one
 def muon_run(params: list[Tensor], gradients: list[list[Tensor]]) -> list[Tensor]:
     """Return the parameters after one Muon step per entry of `gradients`."""
     params = [torch.nn.Parameter(p.clone()) for p in params]
-    optimizer = Muon(params, lr=0.1, weight_decay=0.1, dist=ALONE, compiles=False)
+    optimizer = train_gpt.Muon(params, lr=0.1, weight_decay=0.1, dist=ALONE, compiles=False)
     for group in optimizer.param_groups:
         group["momentum"] = 0.9
     for step in gradients:
@@ -89,12 +71,12 @@ def test_muon_step_is_decay_then_the_orthogonalised_nesterov_momentum():
     buffer = torch.zeros_like(start)
     for g in (g1, g2):
         buffer = 0.9 * buffer + 0.1 * g
-        update = zeropower_via_newtonschulz5((0.1 * g + 0.9 * buffer)[None])[0]
+        update = train_gpt.zeropower_via_newtonschulz5((0.1 * g + 0.9 * buffer)[None])[0]
         expected = expected * (1 - 0.1 * 0.1) - 0.1 * math.sqrt(24 / 8) * update
     torch.testing.assert_close(muon_run([start], [[g1], [g2]])[0], expected, rtol=0, atol=1e-5)
 
 
-# ---- Parameter groups ----------------------------------------------------------------------------
+# ---- Parameter groups and schedules --------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("routing", "mu"), [("zipf", "pid"), ("learned", "full")])
@@ -111,13 +93,10 @@ def test_every_parameter_has_one_group_with_the_rates_of_its_role(routing, mu):
     rates = {"matrix": matrices, "expert": matrices}
     rates["embedding"] = hp.embed_weight_decay, hp.embed_lr
     for name, p in model.named_parameters():
-        role, group = role_of(name), group_of[id(p)]
+        role, group = train_gpt.role_of(name), group_of[id(p)]
         assert ("betas" in group) == (role not in ("matrix", "expert")), name
         expected = rates.get(role, (0.0, hp.scalar_lr))
         assert (group["weight_decay"], group["lr"]) == expected, name
-
-
-# ---- Schedules -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -144,25 +123,25 @@ def test_schedules_scale_every_group_and_ramp_muons_momentum():
     hp = tiny_hp(muon_momentum=0.97)
     muon, adamw = build_optimizers(hp, GPT(hp.model), ALONE)
     for frac, momentum in ((0.0, 0.85), (0.05, 0.91), (0.1, 0.97), (1.0, 0.97)):
-        scale = set_schedules(hp, [muon, adamw], frac)
+        scale = train_gpt.set_schedules(hp, [muon, adamw], frac)
         assert scale == lr_scale(hp, frac)
         for group in muon.param_groups:
             assert group["momentum"] == pytest.approx(momentum)
         for group in muon.param_groups + adamw.param_groups:
             assert group["lr"] == pytest.approx(group["base_lr"] * scale)
-    set_schedules(hp.override(muon_momentum=0.5), [muon], 0.0)
+    train_gpt.set_schedules(hp.override(muon_momentum=0.5), [muon], 0.0)
     assert muon.param_groups[0]["momentum"] == 0.5
 
 
 # ---- Averaging -----------------------------------------------------------------------------------
 
 
-def shares_of(hp: Hyperparameters, steps: int) -> list[float]:
+def shares_of(hp: train_gpt.Hyperparameters, steps: int) -> list[float]:
     """Return the share of the start and of the weights after each of `steps` in the average."""
     shares = [1.0]
     count = 0
     for step in range(steps):
-        newest = average_weight(hp, step / steps, count)
+        newest = train_gpt.average_weight(hp, step / steps, count)
         shares = [share * (1 - newest) for share in shares] + [newest]
         count += newest > 0
     return shares
@@ -205,7 +184,7 @@ def test_training_leaves_the_average_in_the_model_and_once(monkeypatch, average)
     loader = SimpleNamespace(
         next_batch=lambda: None, hp=hp, dist=ALONE, num_sequences=4, num_windows=9
     )
-    train(hp, ALONE, lambda line: None, model, loader, None)
+    train_gpt.train(hp, ALONE, lambda line: None, model, loader, None)
     first, *shares = shares_of(hp, 40)
     expected = first * start + sum(i**2 * share for i, share in enumerate(shares))
     if average == "off":
@@ -249,11 +228,12 @@ def test_training_on_rounded_weights_is_straight_through(routing):
     model = make_model(hp)
     batch = batch_of(make_ids(hp, 4, 17))
     before = [p.detach().clone() for p in model.parameters()]
-    stored, _ = quantize(hp, model.state_dict())
+    stored, _ = train_gpt.quantize(hp, model.state_dict())
+    for name, tensor in stored.items():
+        if isinstance(tensor, train_gpt.QuantizedTensor):
+            stored[name] = tensor.dequantize()
     exported = make_model(hp)
-    exported.load_state_dict(
-        {n: t.dequantize() if isinstance(t, QuantizedTensor) else t for n, t in stored.items()}
-    )
+    exported.load_state_dict(stored)
     loss = exported(*batch)
     expected = torch.autograd.grad(loss, list(exported.parameters()))
 
@@ -267,8 +247,7 @@ def test_training_on_rounded_weights_is_straight_through(routing):
     with contextlib.suppress(KeyboardInterrupt), rounded(hp, model):
         assert not all(map(torch.equal, model.parameters(), before))
         raise KeyboardInterrupt
-    for p, kept in zip(model.parameters(), before, strict=True):
-        assert torch.equal(p, kept)
+    assert all(map(torch.equal, model.parameters(), before))
 
 
 @pytest.mark.parametrize(("loop_from", "graphs"), [(0.5, [False, True]), (0.0, [True])])
@@ -276,7 +255,7 @@ def test_warm_up_runs_every_graph_that_training_will_run_and_leaves_no_trace(loo
     hp = tiny_hp(loop_from=loop_from)
     loader = SimpleNamespace(hp=hp, dist=ALONE, num_sequences=4)
     model = make_model(hp)
-    start = copy.deepcopy(model.state_dict())
+    start = snapshot(model)
     optimizers = build_optimizers(hp, model, ALONE)
     seen = []
 
@@ -284,8 +263,7 @@ def test_warm_up_runs_every_graph_that_training_will_run_and_leaves_no_trace(loo
         seen.append(looped)
         return model(*batch, looped=looped)
 
-    warm_up(forward, model, optimizers, Gradients(model, ALONE), loader)
-    assert seen == [looped for looped in graphs for _ in range(WARMUP_STEPS)]
+    train_gpt.warm_up(forward, model, optimizers, Gradients(model, ALONE), loader)
+    assert seen == [looped for looped in graphs for _ in range(train_gpt.WARMUP_STEPS)]
     assert [optimizer.state_dict()["state"] for optimizer in optimizers] == [{}, {}]
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, start[name]), name
+    assert same(start, model.state_dict())

@@ -197,7 +197,7 @@ def test_a_full_disk_leaves_no_folder(workshop, tmp_path, monkeypatch):
     assert list((tmp_path / "records" / "track_non_record_16mb").iterdir()) == []
 
 
-# ---- What check_record.py finds
+# ---- What check_record.py finds, and statistics
 
 
 def found_in(folder: Path, *argv: object) -> dict[str, list[tuple[str, str]]]:
@@ -357,15 +357,13 @@ def test_bytes_that_the_validation_split_does_not_have_are_found(tmp_path, split
 
 
 def test_of_several_logs_of_a_seed_that_counts_which_is_submitted(tmp_path):
-    logs = {}
+    logs, results = {}, {}
     for seed, loss in {1: 2.6, 2: 2.7, 3: 2.8}.items():
         first = helpers_logs.new(seed)
         again = first.replace(helpers_logs.scores(3.0), helpers_logs.scores(loss))
         logs |= {f"seed{seed}.log": first, f"again/seed{seed}.log": again}
-    logs["seed3.log"] = logs["again/seed3.log"]  # a log that is there twice
-    results = {}
-    for seed, loss in {1: 2.6, 2: 2.7, 3: 2.8}.items():
         results[seed] = {"val_bpb": loss / helpers_logs.NATS}
+    logs["seed3.log"] = logs["again/seed3.log"]  # a log that is there twice
     folder = stranger(tmp_path, logs, val_bpb=2.7 / helpers_logs.NATS, seed_results=results)
     found = problems(folder)
     assert "scores" not in found
@@ -413,9 +411,6 @@ def test_what_is_no_records_folder_is_refused(tmp_path):
     assert_refused(run(tmp_path), "no records folder")
     assert_refused(run(), "--help")
     assert "    python records/check_record.py " in run("--help").out
-
-
-# ---- Statistics
 
 
 def test_welch_and_the_bar_of_the_challenge():

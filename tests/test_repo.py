@@ -168,7 +168,7 @@ LIMITS = {  # lines as the formatter writes them; what is new has to find its ro
     "records/README.md": 97,
     "records/*.py records/*.sh": 2700,
     "data/*.py": 1165,
-    "tests/*.py": 8470,
+    "tests/*.py": 8039,
 }
 
 

@@ -10,19 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_checkpoints, tiny_hp
-from helpers_cli import (
-    Dataset,
-    Result,
-    assert_refused,
-    cli_env,
-    run_in_process,
-    train_losses,
-    write_dataset,
-)
+from helpers_cli import Result, assert_refused, cli_env, run_in_process, train_losses, write_dataset
 from helpers_faults import files_in, run_ranks
+from helpers_hostile import refusal
 
 import train_gpt
-from train_gpt import ConfigError, Progression
+from train_gpt import Progression
 
 STEPS = 12
 EVERY = {"ITERATIONS": STEPS, "LOOP_FROM": 0.5, "CHECKPOINT_EVERY": 5, "TARGET_BYTES": 0}
@@ -36,11 +29,6 @@ FORMS += [pytest.param(form, marks=pytest.mark.slow) for form in MORE_FORMS]
 
 class Died(BaseException):
     """A death that leaves what is on the disk, and nothing else."""
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory) -> Dataset:
-    return write_dataset(tmp_path_factory.mktemp("data") / "set", val_docs=2)
 
 
 @pytest.fixture
@@ -114,29 +102,6 @@ def test_checkpoints_change_nothing_and_the_last_two_stay(run, tmp_path):
     assert len(said) == STEPS
 
 
-def lose_momentum(saved: dict) -> None:
-    saved["optimizers"][0][0]["momentum_buffer"].zero_()
-
-
-def lose_average(saved: dict) -> None:
-    saved["average"][0].zero_()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("lose", [lose_momentum, lose_average])
-def test_every_kind_of_state_matters(lose, run, tmp_path):
-    """Control: what is resumed without one tensor is another run."""
-    whole, expected = run("whole")
-    run(dies_after=8)
-    path = tmp_path / "a" / "logs" / "run.step00000005.pt"
-    saved = torch.load(path)
-    lose(saved)
-    torch.save(saved, path)
-    resumed, losses = run()
-    assert resumed.summary["val_bpb"] != whole.summary["val_bpb"]
-    assert (losses == expected[5:]) == (lose is lose_average)
-
-
 @pytest.mark.slow
 def test_a_finished_run_can_be_made_longer_with_the_data_that_follow(run):
     constant = {"WARMDOWN_FRAC": 0, "LOOP_FROM": 0, "MUON_MOMENTUM": 0.8, "SCHEDULE": "linear"}
@@ -157,7 +122,7 @@ def test_a_run_resumes_at_another_number_of_ranks(run, dataset, tmp_path):
     assert train_losses(resumed.out[0]) == pytest.approx(expected[5:], abs=2e-5)
 
 
-# ---- When
+# ---- When, and what is refused
 
 
 @pytest.mark.parametrize(
@@ -172,8 +137,7 @@ def test_the_interval_is_in_steps_or_seconds_and_no_state_that_is_not_finite_is_
 ):
     monkeypatch.chdir(tmp_path)
     paths = {"data_path": str(dataset.folder), "vocab_size": 340}
-    hp = tiny_hp(run_id="run", checkpoint_every=every, **paths)
-    checkpoints = make_checkpoints(hp)
+    checkpoints = make_checkpoints(tiny_hp(run_id="run", checkpoint_every=every, **paths))
     seen = set()
     for step, elapsed in enumerate(times, 1):
         checkpoints.save(Progression(step, elapsed), at_once=False)
@@ -181,12 +145,9 @@ def test_the_interval_is_in_steps_or_seconds_and_no_state_that_is_not_finite_is_
     assert sorted(seen) == [f"run.step{step:08d}.pt" for step in expected]
     with torch.no_grad():
         checkpoints.model.blocks[0].attn.proj.weight[0, 0] = torch.inf
-    with pytest.raises(ConfigError, match="not finite at step 9: "):
-        checkpoints.save(Progression(9, 40.0), at_once=True)
+    message = refusal(checkpoints.save, Progression(9, 40.0), True)
+    assert "not finite at step 9: " in message
     assert not (tmp_path / "logs" / "run.step00000009.pt").exists()
-
-
-# ---- Refused
 
 
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(stopped, run):

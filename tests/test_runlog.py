@@ -124,14 +124,6 @@ def test_our_own_score_is_that_of_the_last_evaluation(read):
     assert remembered.final("sliding").loss == 3.15
 
 
-def test_partial_scores_are_marked_and_no_validation(read):
-    run = read(ours(partial=True))
-    assert run.score.partial
-    assert all(row.partial for row in run.finals)
-    assert run.val == []
-    assert not any(row.partial for row in read(ours()).finals)
-
-
 # ---- Whole files
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_model, tiny_hp
-from helpers_cli import CPU, Dataset, assert_refused, cli_env, run_in_process, train, write_dataset
+from helpers_cli import CPU, Dataset, assert_refused, cli_env, run_in_process, train
 from torch import Tensor
 
 import train_gpt
@@ -18,14 +18,6 @@ TRIPLE = {
     "EMBED_LR": 3 * DEFAULTS.embed_lr,
     "SCALAR_LR": 3 * DEFAULTS.scalar_lr,
 }
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory) -> Dataset:
-    return write_dataset(tmp_path_factory.mktemp("data") / "set", val_docs=2)
-
-
-# ---- High learning rates and bad weights ---------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -64,8 +56,6 @@ def test_a_nan_of_the_last_step_exports_nothing(dataset, tmp_path, monkeypatch):
     assert_nothing_exported(dataset, tmp_path, "validate: total loss nan")
 
 
-# ---- Extreme rows --------------------------------------------------------------------------------
-
 ROW = 5  # of the first expert
 
 
@@ -89,9 +79,6 @@ def test_extreme_rows_come_back_from_gptq_and_spare_the_others():
         assert restored[0, ROW, 3] == pytest.approx(row[3].item(), rel=0.07, abs=1e-30)
         assert restored[0, ROW].any() == (row is outlier)
         assert torch.equal(restored[:, is_other], usual[:, is_other])
-
-
-# ---- bfloat16 ------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
