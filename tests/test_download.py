@@ -127,7 +127,12 @@ def run(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between retries of the library
 
     def run(*argv: object, output: str = "out", **env: str) -> Result:
-        env = {"HF_ENDPOINT": hub.url, "MATCHED_FINEWEB_REPO_ID": REPO} | env
+        env = {"MATCHED_FINEWEB_REPO_ID": REPO} | env
+        # Which the library reads when it is imported.
+        endpoint = env.get("HF_ENDPOINT", hub.url)
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         argv = (*argv, "--output", tmp_path / output)
         result = run_in_process(downloader.main, env, tmp_path, *argv)
         # Threads that a failure leaves would end with its process; here the next run meets them.
@@ -287,7 +292,7 @@ def test_the_token_goes_to_the_hub_alone_and_a_refused_one_is_blamed(run, hub, c
     "planted",
     [
         {"HF_TOKEN": "hf_PLANTED"},
-        {"HF_TOKEN": "hf_PLANTED\nx"},  # no header
+        {"HF_TOKEN": "hf_PLANTED\u00e9"},  # no header
         {"HF_ENDPOINT": "https://me:PLANTED@127.0.0.1:9"},
         {"MATCHED_FINEWEB_REPO_ID": "https://me:PLANTED@huggingface.co/datasets/a/b"},
         {"HTTP_PROXY": "http://me:PLANTED@127.0.0.1:9"},
@@ -310,4 +315,4 @@ def test_no_access_no_network_and_no_hub_are_one_line(run, hub, monkeypatch):
     assert_refused(run(1, MATCHED_FINEWEB_REPO_ID="no/body"), "no/body", "no such dataset")
     assert_refused(run(1, HF_ENDPOINT="http://127.0.0.1:9"), REPO, "connection failed")
     monkeypatch.setattr(Handler, "do_GET", lambda self: self.answer(200, b"<html>"))
-    assert_refused(run(1), REPO, "no hub, or no proxy")
+    assert_refused(run(1), REPO, "connection failed")
