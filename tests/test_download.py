@@ -60,6 +60,8 @@ class Handler(BaseHTTPRequestHandler):
         parts = re.fullmatch(
             r"/(api/datasets|datasets|storage)/(\w+/\w+)/(?:revision|resolve)/\w+/?(.*)", path
         )
+        if parts is None:  # the library asks for more than the downloader does
+            return self.answer(404)
         place, repo_id, name = parts.groups()
         if place == "storage":
             hub.tokens_elsewhere.append(self.headers["Authorization"])
