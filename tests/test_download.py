@@ -136,6 +136,7 @@ def run(hub, tmp_path, monkeypatch):
         template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         argv = (*argv, "--output", tmp_path / output)
+        huggingface_hub.close_session()  # which keeps the proxy of an earlier run
         result = run_in_process(downloader.main, env, tmp_path, *argv)
         # Threads that a failure leaves would end with its process; here the next run meets them.
         for thread in threading.enumerate():
@@ -304,7 +305,6 @@ def test_the_token_goes_to_the_hub_alone_and_a_refused_one_is_blamed(run, hub, c
 )
 def test_no_secret_is_in_any_message(planted, run, hub):
     hub.token = "another"
-    huggingface_hub.close_session()  # which has read the proxy already
     result = run(1, **planted)
     assert_refused(result)
     assert "PLANTED" not in result.err + result.out
