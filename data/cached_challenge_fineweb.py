@@ -218,19 +218,18 @@ def main(argv: list[str] | None = None) -> None:
     prefix = os.environ.get("MATCHED_FINEWEB_REMOTE_ROOT_PREFIX", "datasets").strip("/")
 
     hub = Hub(repo_id, prefix)
-    root = args.output
-    folder = root / "datasets" / f"fineweb10B_{args.variant}"
+    folder = args.output / "datasets" / f"fineweb10B_{args.variant}"
     count = args.train_shards if args.shards is None else args.shards
     wanted = select(hub, args.variant, count)
     if args.with_docs:
         require(DOCS in hub.files, f"{hub.repo_id} has no {hub.prefix}{DOCS}")
         wanted.append(hub.files[DOCS])
 
-    missing = missing_files(hub, wanted, folder, root)
-    download_all(hub, missing, root)
+    missing = missing_files(hub, wanted, folder, args.output)
+    download_all(hub, missing, args.output)
     if "manifest.json" in hub.files and not args.skip_manifest:
         # The one file that may differ: each repository has its own.
-        download_file(hub, root, hub.files["manifest.json"])
+        download_file(hub, args.output, hub.files["manifest.json"])
     gigabytes = sum(file.size for file in missing) / 1e9
     say(f"fetched {len(missing)} of {len(wanted)} files, {gigabytes:.2f} GB, into {folder}")
     if hub.repo_id != OFFICIAL_REPO:

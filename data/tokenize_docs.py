@@ -285,7 +285,7 @@ def write_dataset(
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     say(f"wrote {folder} and {model_path}")
-    write_manifest(folder, model_path.stem, stats, transformed)
+    write_manifest(folder, model_path.stem, dict(sorted(stats.items())), transformed)
 
 
 def read_manifest(path: Path) -> dict:
@@ -307,7 +307,6 @@ def read_manifest(path: Path) -> dict:
 
 def write_manifest(folder: Path, tokenizer_name: str, stats: dict, transformed: bool) -> None:
     """Add dataset and tokenizer to the manifest, in the challenge's keys; other entries stay."""
-    stats = dict(sorted(stats.items()))
     dataset = {"name": folder.name, "tokenizer_name": tokenizer_name, "stats": stats}
     if transformed:
         dataset["text_transform"] = lossless_case.NAME
