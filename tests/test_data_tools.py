@@ -75,14 +75,10 @@ def made(output: Path, *argv: object) -> Path:
     return output / "datasets" / "set"
 
 
-def final_files(folder: Path) -> dict[str, bytes]:
+def final_files(folder: Path) -> dict[Path, bytes]:
     """Return the files that a user or a trainer would take for results."""
-    files = {}
-    for path in folder.rglob("*"):
-        name = path.relative_to(folder).as_posix()
-        if path.suffix in (".bin", ".model") or path.name == "manifest.json":
-            files[name] = path.read_bytes()
-    return files
+    paths = [path for path in folder.rglob("*") if path.suffix in (".bin", ".model", ".json")]
+    return {path.relative_to(folder): path.read_bytes() for path in paths}
 
 
 def refused(output: Path, said: str, *argv: object) -> None:
@@ -93,14 +89,11 @@ def refused(output: Path, said: str, *argv: object) -> None:
     assert not list(output.rglob("*.partial"))
 
 
-def tokens_of(folder: Path, split: str) -> np.ndarray:
-    return np.concatenate([load_data_shard(p) for p in sorted(folder.glob(f"fineweb_{split}_*"))])
-
-
 def decoded(folder: Path, split: str, model_path: Path) -> list[str]:
     """Return the text of every document of a split, which begins with BOS."""
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(model_path))
-    tokens = tokens_of(folder, split)
+    paths = sorted(folder.glob(f"fineweb_{split}_*"))
+    tokens = np.concatenate([load_data_shard(path) for path in paths])
     assert tokens[0] == BOS_ID
     parts = np.split(tokens, np.flatnonzero(tokens == BOS_ID)[1:])
     return [tokenizer.decode(part[1:].tolist()) for part in parts]
@@ -134,6 +127,27 @@ def test_shards_decode_to_the_normalised_documents_in_order(documents, model, mo
     assert f"{sum(len(text.encode()) for text in documents[:10]):,} bytes" in result.out
 
 
+def test_a_document_of_validation_is_left_out_of_training_and_found_there(
+    documents, model_path, tmp_path
+):
+    """However its white space is, and wherever it ends: these shards are shorter than one."""
+    val, own = documents[:5], documents[5:30]
+    again = [val[2], val[4].replace(" ", " \n "), val[2]]
+    train = write_jsonl(tmp_path / "train.jsonl", val + own[:20] + again + own[20:])
+    argv = ("--train", train, "--tokenizer", model_path, "--shard-tokens", 97)
+    assert ", 3 left out that validation has" in run(tmp_path, *argv).out
+    folder = tmp_path / "datasets" / "set"
+    assert decoded(folder, "val", model_path) == normalised(val)
+    assert decoded(folder, "train", model_path) == normalised(own)
+    good = run_in_process(tokenize_docs.main, {}, tmp_path, "--verify", folder)
+    assert "25 training and 5 different validation documents, none in both splits" in good.out
+    count = len(list(folder.glob("fineweb_train_*.bin")))
+    for number, path in enumerate(sorted(folder.glob("fineweb_val_*.bin")), count):
+        (folder / f"fineweb_train_{number:06d}.bin").write_bytes(path.read_bytes())
+    bad = run_in_process(tokenize_docs.main, {}, tmp_path, "--verify", folder)
+    assert_refused(bad, "training document 26 is in validation, too")
+
+
 def test_all_input_forms_give_identical_shards(documents, model_path, tmp_path, monkeypatch):
     monkeypatch.setattr(tokenize_docs, "CHUNK_BYTES", 1000)  # less than one of the lines
     texts = [*documents[:29], random.Random(7).randbytes(4_000).hex()]
@@ -141,18 +155,15 @@ def test_all_input_forms_give_identical_shards(documents, model_path, tmp_path, 
     for suffix in COMPRESS:
         halves = [write_jsonl(tmp_path / f"a.jsonl{suffix}", texts[:15])]
         halves.append(write_jsonl(tmp_path / f"b.jsonl{suffix}", texts[15:]))
-        inputs[f"two files {suffix}"] = halves
         frames = tmp_path / f"frames.jsonl{suffix}"
         padding = b"\0" * 8  # which their formats allow
         frames.write_bytes(padding.join(half.read_bytes() for half in halves))
-        inputs[f"two frames {suffix}"] = [frames]
-    windows = tmp_path / "WINDOWS.JSONL"
+        inputs |= {f"two files {suffix}": halves, f"two frames {suffix}": [frames]}
+    windows, folder = tmp_path / "WINDOWS.JSONL", tmp_path / "folder"
+    inputs |= {"windows": [windows], "folder": [folder]}
     lines = inputs["plain"][0].read_bytes().replace(b"\n", b"\r\n\r\n").rstrip()
     windows.write_bytes(b"\xef\xbb\xbf" + lines)
-    inputs["windows"] = [windows]
-    folder = tmp_path / "folder"
     folder.mkdir()
-    inputs["folder"] = [folder]
     for i, text in enumerate(texts):
         mark = b"\xef\xbb\xbf" if i % 3 else b""
         (folder / f"{i:03d}{'.txt' if i % 2 else '.md'}").write_bytes(mark + text.encode())
@@ -226,7 +237,6 @@ def test_missing_empty_and_wrong_inputs_are_refused(train, model_path, tmp_path,
     for name in ("a.csv", "a.Parquet"):
         (tmp_path / name).touch()
     model = ("--tokenizer", model_path)
-    kinds = "no .jsonl (or .jsonl.bz2, .gz, .xz, .zst), .parquet, .txt or .md, nor a folder"
     without_space = tmp_path / "snowman.model"
     data = model_path.read_bytes().replace(b"\x03\xe2\x96\x81", b"\x03\xe2\x98\x83")
     without_space.write_bytes(data)  # another piece in the place of U+2581
@@ -235,7 +245,11 @@ def test_missing_empty_and_wrong_inputs_are_refused(train, model_path, tmp_path,
         "a.model: not a SentencePiece model": ("--train", train, "--tokenizer", tmp_path / "a.csv"),
         "missing.jsonl": ("--train", tmp_path / "missing.jsonl", *model),
         "gone.model": ("--train", train, "--tokenizer", tmp_path / "gone.model"),
-        f"a.csv: {kinds}": ("--train", tmp_path / "a.csv", *model),
+        "a.csv: no .jsonl (or .jsonl.bz2, .gz, .xz, .zst), .parquet": (
+            "--train",
+            tmp_path / "a.csv",
+            *model,
+        ),
         "pyarrow": ("--train", tmp_path / "a.Parquet", *model),
         "train split": ("--train", train, "--num-val-docs", 120, *model),
         "no document of its own": ("--train", train, "--val", train, *model),
@@ -246,15 +260,13 @@ def test_missing_empty_and_wrong_inputs_are_refused(train, model_path, tmp_path,
         refused(tmp_path / "out", expected, *argv)
 
 
-@pytest.mark.parametrize("writes_before", [0, 3])
-def test_an_interrupted_run_leaves_nothing(writes_before, train, model_path, tmp_path, monkeypatch):
-    fsync, calls = os.fsync, []
+def test_an_interrupted_run_leaves_nothing(train, model_path, tmp_path, monkeypatch):
+    descriptors = []
 
     def interrupted(descriptor):
-        calls.append(descriptor)
-        if len(calls) > writes_before:
+        descriptors.append(descriptor)
+        if len(descriptors) == 4:  # of the training shards
             raise KeyboardInterrupt
-        fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", interrupted)
     argv = ("--train", train, "--tokenizer", model_path, "--shard-tokens", 300)
@@ -290,31 +302,6 @@ def test_a_reader_that_has_left_is_no_error(train, model_path, tmp_path, monkeyp
     assert (tmp_path / "manifest.json").exists()
 
 
-# ---- Both splits
-
-
-def test_a_document_of_validation_is_left_out_of_training_and_found_there(
-    documents, model_path, tmp_path
-):
-    """However its white space is, and wherever it ends: these shards are shorter than one."""
-    val, own = documents[:5], documents[5:30]
-    again = [val[2], val[4].replace(" ", " \n "), val[2]]
-    train = write_jsonl(tmp_path / "train.jsonl", val + own[:20] + again + own[20:])
-    argv = ("--train", train, "--tokenizer", model_path, "--shard-tokens", 97)
-    assert ", 3 left out that validation has" in run(tmp_path, *argv).out
-    folder = tmp_path / "datasets" / "set"
-    assert decoded(folder, "val", model_path) == normalised(val)
-    assert decoded(folder, "train", model_path) == normalised(own)
-    good = run_in_process(tokenize_docs.main, {}, tmp_path, "--verify", folder)
-    said = "25 training and 5 different validation documents, none in both splits"
-    assert said in good.out
-    count = len(list(folder.glob("fineweb_train_*.bin")))
-    for number, path in enumerate(sorted(folder.glob("fineweb_val_*.bin")), count):
-        (folder / f"fineweb_train_{number:06d}.bin").write_bytes(path.read_bytes())
-    bad = run_in_process(tokenize_docs.main, {}, tmp_path, "--verify", folder)
-    assert_refused(bad, "training document 26 is in validation, too")
-
-
 # ---- The sample
 
 # Modules that go to validation, in every process, and some that go to training.
@@ -325,11 +312,7 @@ BEGUN, TWIN, TWICE = "part010", "part011", "part012"
 @pytest.fixture(scope="module")
 def texts() -> dict[str, list[str]]:
     """Return four docstrings for each of a hundred modules, three of which repeat others."""
-    rng, letters = random.Random(5), "abcdefghijklmnopqrstuvwxyz"
-    words = ["".join(rng.choices(letters, k=rng.randint(2, 9))) for _ in range(500)]
-    texts = {}
-    for i in range(100):
-        texts[f"part{i:03d}"] = [" ".join(rng.choices(words, k=60)) for _ in range(4)]
+    texts = {f"part{i:03d}": make_sentences(i, 4) for i in range(100)}
     texts[TWIN] = [*texts[TWICE], "only here: " + texts[TWIN][0]]
     begins = texts[BEGUN][0].split()[:20]
     texts[PARTLY][0] = " ".join(begins + texts[PARTLY][0].split()[20:])
@@ -337,7 +320,8 @@ def texts() -> dict[str, list[str]]:
 
 
 @pytest.fixture(scope="module")
-def package(texts, tmp_path_factory) -> Iterator[list[str]]:
+def sample(texts, tmp_path_factory) -> Iterator[Path]:
+    """Make the sample of a package that is found, but cannot be imported."""
     root = tmp_path_factory.mktemp("site") / "fakepkg"
     root.mkdir()
     (root / "__init__.py").write_text("raise RuntimeError('the package was imported')\n")
@@ -346,16 +330,11 @@ def package(texts, tmp_path_factory) -> Iterator[list[str]]:
         body = [f'"""{module}"""']
         body += [f'def f{i}():\n    """{text}\n    """' for i, text in enumerate(functions)]
         (root / f"{name}.py").write_text("\n".join(body) + "\n")
+    output = tmp_path_factory.mktemp("sample")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(root.parent))
-        yield ["fakepkg"]
-
-
-@pytest.fixture(scope="module")
-def sample(package, tmp_path_factory) -> Path:
-    output = tmp_path_factory.mktemp("sample")
-    make_sample.make_sample(output, package)
-    return output
+        make_sample.make_sample(output, ["fakepkg"])
+        yield output
 
 
 def test_no_text_of_the_sample_is_in_two_documents_or_in_both_splits(sample, texts):
@@ -368,15 +347,13 @@ def test_no_text_of_the_sample_is_in_two_documents_or_in_both_splits(sample, tex
     assert "only here" in train
 
 
-def test_the_sample_is_made_once_and_the_same_in_another_place(sample, package, tmp_path, capsys):
-    """The package, which cannot be imported, is read nevertheless; one that lacks is named."""
-    hp = train_gpt.Hyperparameters().override(
-        data_path=str(sample / "datasets" / "sample_sp1024"), vocab_size=1024
-    )
+def test_the_sample_is_made_once_and_the_same_in_another_place(sample, tmp_path, capsys):
+    folder = sample / "datasets" / "sample_sp1024"
+    hp = train_gpt.Hyperparameters().override(data_path=str(folder), vocab_size=1024)
     assert train_gpt.load_tokenizer(hp)[0].vocab_size() == 1024  # it is found beside the shards
-    make_sample.make_sample(sample, package)
+    make_sample.make_sample(sample, ["fakepkg"])
     assert "nothing to do" in capsys.readouterr().out
-    make_sample.make_sample(tmp_path / "again", package)
+    make_sample.make_sample(tmp_path / "again", ["fakepkg"])
     assert final_files(tmp_path / "again") == final_files(sample)
     with pytest.raises(train_gpt.ConfigError, match="package no_such_package is not installed"):
-        make_sample.make_sample(tmp_path / "more", [*package, "no_such_package"])
+        make_sample.make_sample(tmp_path / "more", ["fakepkg", "no_such_package"])

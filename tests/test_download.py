@@ -188,8 +188,7 @@ def test_byte_sidecars_come_along_and_no_shard_without_one(run, hub, content, tm
     # A variant that is transformed by its name lacks all of them.
     name = "sp1024_lossless_caps_caseops_v1"
     named = {path.replace(NAME, f"fineweb10B_{name}"): data for path, data in content.items()}
-    plain = {path: data for path, data in named.items() if "_val_bytes_" not in path}
-    hub.repositories[REPO] = repository(plain)
+    hub.repositories[REPO] = repository({p: named[p] for p in named if "_val_bytes_" not in p})
     assert_refused(run(0, "--variant", name), "no fineweb_val_bytes sidecar of")
 
 
@@ -208,8 +207,7 @@ def test_prefix_and_variant_name_what_is_fetched(run, hub, content, tmp_path):
     assert_refused(run(*options, **mirror), "in wrong/ (MATCHED_FINEWEB_REMOTE_ROOT_PREFIX)")
     assert_refused(run("--variant", "../sp1024"), "--variant ../sp1024: ")
     assert_refused(run(MATCHED_FINEWEB_REPO_ID="nobody"), "not of the form owner/name")
-    del hub.repositories[REPO][f"datasets/tokenizers/{MODEL}.model"]
-    del hub.repositories[REPO][f"datasets/tokenizers/{MODEL}.vocab"]
+    hub.repositories[REPO] = repository({p: content[p] for p in content if MODEL not in p})
     assert_refused(run(1), "no tokenizer of 1024 pieces")
 
 
@@ -261,13 +259,21 @@ def test_a_file_that_is_not_as_stated_never_gets_a_final_name(run, hub, content,
     assert files_below(tmp_path / "out") == expected(content, 1)
 
 
-def test_the_token_goes_to_the_hub_alone_and_a_refused_one_is_blamed(run, hub):
+def test_no_access_no_network_and_no_hub_are_one_line(run, hub, monkeypatch):
+    """The token goes to the hub alone, and a refused one is blamed."""
+    assert_refused(run(1, MATCHED_FINEWEB_REPO_ID="no/body"), "no/body", "no such dataset")
     hub.token = "hf_secret"
     assert_refused(run(1), REPO, "HTTP 401", "no such dataset repository or file, or it needs")
     refused = run(1, HF_TOKEN="hf_expired")
     assert_refused(refused, "HTTP 401", "refuses the token of HF_TOKEN", "public data needs none")
     ok(run(1, HF_TOKEN="hf_secret"))
     assert hub.tokens_elsewhere == [None] * 3
+    for status in (403, 500):
+        hub.status = status
+        assert_refused(run(1, HF_TOKEN="hf_secret"), REPO, f"HTTP {status}")
+    assert_refused(run(1, HF_ENDPOINT="http://127.0.0.1:9"), REPO, "connection failed")
+    monkeypatch.setattr(Handler, "do_GET", lambda self: self.answer(200, b"<html>"))
+    assert_refused(run(1), REPO, "connection failed")
 
 
 def test_no_secret_is_in_any_message(run, hub):
@@ -283,13 +289,3 @@ def test_no_secret_is_in_any_message(run, hub):
         result = run(1, **planted)
         assert_refused(result)
         assert "PLANTED" not in result.err + result.out
-
-
-def test_no_access_no_network_and_no_hub_are_one_line(run, hub, monkeypatch):
-    for status in (403, 500):
-        hub.status = status
-        assert_refused(run(1), REPO, f"HTTP {status}")
-    assert_refused(run(1, MATCHED_FINEWEB_REPO_ID="no/body"), "no/body", "no such dataset")
-    assert_refused(run(1, HF_ENDPOINT="http://127.0.0.1:9"), REPO, "connection failed")
-    monkeypatch.setattr(Handler, "do_GET", lambda self: self.answer(200, b"<html>"))
-    assert_refused(run(1), REPO, "connection failed")
