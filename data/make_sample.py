@@ -5,7 +5,6 @@ document. Equal versions of the packages give byte-identical shards and tokenize
 there is kept.
 """
 
-import argparse
 import ast
 import hashlib
 import importlib.util
@@ -126,7 +125,7 @@ def make_sample(output: Path, packages: Iterable[str] = PACKAGES) -> None:
 
 def main() -> None:
     """Make the sample in this folder. Raises ConfigError."""
-    argparse.ArgumentParser(description="Make the sample beside this script.").parse_args()
+    require(len(sys.argv) < 2, f"{sys.argv[-1]}: no arguments; the place is beside this script")
     make_sample(Path(__file__).resolve().parent)
 
 
