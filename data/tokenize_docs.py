@@ -325,7 +325,7 @@ def check_counts(folder: Path, split: str, docs: int, stats: dict) -> None:
     lengths = [train_gpt.shard_length(path) for path in train_gpt.list_shards(folder, split)]
     for unit, count in (("files", len(lengths)), ("tokens", sum(lengths)), ("docs", docs)):
         stated = stats.get(f"{unit}_{split}", count)
-        # As downloaded.
+        # There may be fewer, as downloaded.
         if (unit, split) == ("files", "train") and isinstance(stated, int) and count < stated:
             say(f"{count} of {stated} training shards are here")
             return
