@@ -141,7 +141,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, transformed: bool = F
     download_hf_docs_and_tokenize.py in openai/parameter-golf, with a hard limit of pieces and none
     of length. If `transformed`, its symbols have the operators. Raises ConfigError.
     """
-    # The trainer drops a whole document for one NUL.
+    # A NUL is no part of a word.
     sentences = [text.replace("\0", " ") for text in texts]
     if transformed:
         normalizer = spm.SentencePieceNormalizer(

@@ -40,7 +40,7 @@ def documents() -> list[str]:
 
 @pytest.fixture(scope="module")
 def model(documents) -> bytes:
-    return tokenize_docs.train_tokenizer([*documents, "y" * 500 + "\0"], 400)
+    return tokenize_docs.train_tokenizer(documents, 400)
 
 
 @pytest.fixture
@@ -195,7 +195,6 @@ def test_a_trained_tokenizer_has_the_challenge_settings(model):
     assert tokenizer.encode("12 12", out_type=str) == list("12\u258112")
     assert not tokenizer.encode("tokens", out_type=str)[0].startswith("\u2581")
     assert "xxxx" in "".join(pieces), "a document over 4,192 bytes was dropped"
-    assert "yyyy" in "".join(pieces), "a document with a NUL was dropped"
 
 
 # ---- What is refused
