@@ -165,8 +165,7 @@ def test_all_input_forms_give_identical_shards(documents, model_path, tmp_path, 
     windows.write_bytes(b"\xef\xbb\xbf" + lines)
     folder.mkdir()
     for i, text in enumerate(texts):
-        mark = b"\xef\xbb\xbf" if i % 3 else b""
-        (folder / f"{i:03d}{'.txt' if i % 2 else '.md'}").write_bytes(mark + text.encode())
+        (folder / f"{i:03d}{'.txt' if i % 2 else '.md'}").write_bytes(text.encode())
     (folder / "ignored.py").write_text("not a document")
     val = write_jsonl(tmp_path / "val.jsonl", documents[30:35])
     shards = {}
