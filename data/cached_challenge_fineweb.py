@@ -4,9 +4,8 @@
   python data/cached_challenge_fineweb.py 1               one training shard; later, 10 adds nine
   python data/cached_challenge_fineweb.py 0 --with-docs   the documents, to tokenize them anew
   MATCHED_FINEWEB_REPO_ID=kevclark/parameter-golf python data/cached_challenge_fineweb.py \\
-      --variant sp8192          from another dataset repository; CaseOps is in data/README.md
-
-HF_TOKEN, HF_ENDPOINT and MATCHED_FINEWEB_REMOTE_ROOT_PREFIX are explained in data/README.md.
+      --variant sp8192          from another dataset repository; CaseOps, tokens and other hubs
+                                are in data/README.md
 """
 
 import argparse
@@ -21,9 +20,6 @@ from pathlib import Path
 
 try:
     import huggingface_hub
-
-    if int(huggingface_hub.__version__.partition(".")[0]) < 1:
-        raise ImportError(f"huggingface_hub {huggingface_hub.__version__} is older than 1.0")
     from huggingface_hub import errors
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers, disable_progress_bars, logging
@@ -42,7 +38,7 @@ THREADS = 4
 DOCS = "docs_selected.jsonl"
 NO_ACCESS = "no such dataset repository or file, or it needs HF_TOKEN; see MATCHED_FINEWEB_REPO_ID"
 BAD_TOKEN = "the hub refuses the token of HF_TOKEN or `hf auth login`; public data needs none"
-MIRRORS = "for other repositories, as MATCHED_FINEWEB_REPO_ID names them, see data/README.md"
+NO_HUB = "the network, HF_ENDPOINT, HF_TOKEN or a proxy is amiss; the next run goes on"
 
 
 @dataclass(frozen=True)
@@ -65,10 +61,6 @@ class RemoteFile:
             digest = sha_fileobj(file).hex() if is_lfs else git_hash(file.read())
         return None if digest == self.digest else "another checksum than the repository states"
 
-    def partial(self, local: Path) -> Path:
-        """Return where the download to `local` collects; a changed file has another name."""
-        return local.with_name(f".{local.name}.{self.digest[:16]}.partial")
-
 
 @contextlib.contextmanager
 def refuse_hub_errors(what: str) -> Iterator[None]:
@@ -84,36 +76,32 @@ def refuse_hub_errors(what: str) -> Iterator[None]:
         if status == 401 and huggingface_hub.get_token():
             hint = BAD_TOKEN
         raise ConfigError(f"{what}: HTTP {status}, {hint}") from error
-    except (errors.HTTPError, errors.OfflineModeIsEnabled) as error:
-        reason = f"connection failed ({type(error).__name__})"
-        raise ConfigError(f"{what}: {reason}; the next run goes on") from error
-    except (OSError, ImportError, MemoryError):
+    except (ImportError, MemoryError):
         raise
     except Exception as error:  # of a class of any library below
-        reason = f"no hub, or no proxy, is addressed or answers like this ({type(error).__name__})"
-        raise ConfigError(f"{what}: {reason}") from error
+        # The disk's errors have a number.
+        if isinstance(error, OSError) and error.errno:
+            raise
+        reason = f"connection failed ({type(error).__name__})"
+        raise ConfigError(f"{what}: {reason}: {NO_HUB}") from error
 
 
 class Hub:
     """A dataset repository at its newest commit; raises ConfigError if it cannot be listed."""
 
-    def __init__(self, repo_id: str, prefix: str, endpoint: str | None):
+    def __init__(self, repo_id: str, prefix: str):
         self.repo_id = repo_id
         self.prefix = f"{prefix}/" if prefix else ""
+        self.files: dict[str, RemoteFile] = {}
 
         # An error is to be one line, and our own progress is shown.
         logging.set_verbosity_error()
         disable_progress_bars()
 
-        # A token that cannot be a header would be quoted by the error about it.
-        token = huggingface_hub.get_token() or ""
-        require(token.isascii() and token.isprintable(), "HF_TOKEN has characters no token has")
-
-        api = huggingface_hub.HfApi(endpoint=endpoint)
         with refuse_hub_errors(repo_id):
+            api = huggingface_hub.HfApi()
             info = api.dataset_info(repo_id, revision="main", timeout=30, files_metadata=True)
-            at = {"repo_type": "dataset", "revision": info.sha, "endpoint": endpoint}
-            self.files = {}
+            at = {"repo_type": "dataset", "revision": info.sha, "endpoint": api.endpoint}
             for file in info.siblings:
                 if file.rfilename.startswith(self.prefix):
                     path = file.rfilename.removeprefix(self.prefix)
@@ -122,37 +110,36 @@ class Hub:
                     self.files[path] = RemoteFile(path, file.size, digest, url)
 
 
-def download_file(hub: Hub, file: RemoteFile, local: Path) -> None:
-    """Download `file` beside `local`, check it and rename it. Raises ConfigError.
+def download_file(hub: Hub, root: Path, file: RemoteFile) -> int:
+    """Download `file` below `root`, check and rename it; return its size. Raises ConfigError.
 
     hf_hub_download would begin an interrupted file again, be it 200 MB of a shard or 48 GB of
     documents; http_get, which is below it, retries and appends.
     """
-    partial = file.partial(local)
-    with open(partial, "ab") as out, refuse_hub_errors(f"{hub.repo_id} {file.path}"):
+    name = f"{hub.repo_id} {file.path}"
+    local = root / file.path
+    # What has changed in the repository collects under another name.
+    partial = local.with_name(f".{local.name}.{file.digest[:16]}.partial")
+    local.parent.mkdir(parents=True, exist_ok=True)
+    with open(partial, "ab") as out, refuse_hub_errors(name):
         if out.tell() < file.size:
             http_get(file.url, out, resume_size=out.tell(), headers=build_hf_headers())
 
     flaw = file.flaw_of(partial)
     if flaw:
         partial.unlink()
-    arrived = f"{hub.repo_id} {file.path} arrived damaged: {flaw}; the next run retries"
-    require(flaw is None, arrived)
+        raise ConfigError(f"{name} arrived damaged: {flaw}; the next run retries")
     os.replace(partial, local)
+    return file.size
 
 
 def download_all(hub: Hub, files: list[RemoteFile], root: Path) -> None:
     """Download `files` with a few threads; the first failure ends all of them."""
-
-    def download(file: RemoteFile) -> int:
-        download_file(hub, file, root / file.path)
-        return file.size
-
     total = sum(file.size for file in files)
     arrived = 0
     # The pool's threads are daemons: after a failure or Ctrl-C nobody waits for their files.
     with ThreadPool(THREADS) as pool, Progress("downloading", total) as progress:
-        for size in pool.imap_unordered(download, files):
+        for size in pool.imap_unordered(lambda file: download_file(hub, root, file), files):
             arrived += size
             progress.update(arrived, f"{arrived / 1e9:.2f} of {total / 1e9:.2f} GB")
 
@@ -160,9 +147,7 @@ def download_all(hub: Hub, files: list[RemoteFile], root: Path) -> None:
 def select(hub: Hub, variant: str, train_shards: int) -> list[RemoteFile]:
     """Return tokenizers, validation and first training shards of `variant`. Raises ConfigError.
 
-    A tokenizer has the number of its pieces, which is that of the variant, in its name. Variants of
-    transformed text, as CaseOps is, state the bytes of every validation token in shards beside,
-    and a shard without its own would be scored by the wrong bytes.
+    A tokenizer has the number of its pieces, which is that of the variant, in its name.
     """
     kind = re.fullmatch(r"(?:byte|sp)(\d+)\w*", variant, re.ASCII)
     require(kind is not None, f"--variant {variant}: expected byte260 or sp and a size, as sp1024")
@@ -176,19 +161,21 @@ def select(hub: Hub, variant: str, train_shards: int) -> list[RemoteFile]:
     sidecars = files_like(rf"datasets/{name}/fineweb_val_bytes_\d+\.bin")
     train = files_like(rf"datasets/{name}/fineweb_train_\d+\.bin")
     tokenizers = files_like(rf"tokenizers/(\w[\w.-]*/)*\w+_{kind[1]}[_.][\w.-]*")
-    known = {path.split("/")[1] for path in hub.files if path.startswith("datasets/")}
-    only = f"only {', '.join(sorted(known))}" if known else "nor any other: it is another folder"
-    where = f"in {hub.prefix or '/'} (MATCHED_FINEWEB_REMOTE_ROOT_PREFIX)"
-    require(bool(val), f"{hub.repo_id} has no {name} {where}, {only}; {MIRRORS}")
+    known = sorted({path.split("/")[1] for path in hub.files if path.startswith("datasets/")})
+    where = f"{hub.prefix or '/'} (MATCHED_FINEWEB_REMOTE_ROOT_PREFIX)"
+    only = f"{', '.join(known) or 'other folders'}; for other repositories, see data/README.md"
+    require(bool(val), f"{hub.repo_id} has no {name} in {where}, only {only}")
     require(bool(tokenizers), f"{hub.repo_id} has no tokenizer of {kind[1]} pieces")
     enough = 0 <= train_shards <= len(train)
     require(enough, f"{hub.repo_id}: {train_shards} training shards of {name}, it has {len(train)}")
 
-    stated = {file.path.replace("_val_bytes_", "_val_") for file in sidecars}
-    unstated = [file.path for file in val if file.path not in stated]
-    is_plain = not sidecars and not re.search("caseops|lossless", variant)
-    lacks = f"{hub.repo_id}: no fineweb_val_bytes sidecar of {', '.join(unstated)}"
-    require(is_plain or not unstated, lacks)
+    # Without its sidecar, transformed text would be scored by the wrong bytes.
+    if sidecars or re.search("caseops|lossless", variant):
+        stated = {file.path.replace("_val_bytes_", "_val_") for file in sidecars}
+        unstated = [file.path for file in val if file.path not in stated]
+        require(
+            not unstated, f"{hub.repo_id}: no fineweb_val_bytes sidecar of {', '.join(unstated)}"
+        )
     return [*tokenizers, *val, *sidecars, *train[:train_shards]]
 
 
@@ -198,17 +185,15 @@ def missing_files(hub: Hub, wanted: list[RemoteFile], folder: Path, root: Path) 
     The shards of two repositories must not be mixed, so all in `folder` are compared.
     """
     present = {root / file.path for file in wanted if (root / file.path).exists()}
-    present = sorted(present | set(folder.glob("fineweb_*.bin")))
-    copies = set()
+    present.update(folder.glob("fineweb_*.bin"))
     with Progress("checking", len(present)) as progress:
-        for number, local in enumerate(present):
+        for number, local in enumerate(sorted(present)):
             progress.update(number, local.name)
             file = hub.files.get(local.relative_to(root).as_posix())
             flaw = file.flaw_of(local) if file else "no such file in the repository"
             advice = "delete or move what differs, or name another folder with --output"
             require(flaw is None, f"{local} is not what {hub.repo_id} has now: {flaw}; {advice}")
-            copies.add(file)
-    return [file for file in wanted if file not in copies]
+    return [file for file in wanted if root / file.path not in present]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -226,31 +211,25 @@ def main(argv: list[str] | None = None) -> None:
     add("--output", type=Path, default=output, metavar="FOLDER", help="default: %(default)s")
     args = parser.parse_args(argv)
 
-    # No value is shown: people paste addresses with their token.
+    # What is no name is not shown: people paste addresses with their token.
     repo_id = os.environ.get("MATCHED_FINEWEB_REPO_ID", OFFICIAL_REPO)
     named = re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id, re.ASCII)
     require(bool(named), "MATCHED_FINEWEB_REPO_ID is not of the form owner/name")
     prefix = os.environ.get("MATCHED_FINEWEB_REMOTE_ROOT_PREFIX", "datasets").strip("/")
-    endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or None
-    url = re.fullmatch(r"https?://[\w.-]+(:\d+)?(/\S*)?", endpoint or "https://default", re.ASCII)
-    require(bool(url), "HF_ENDPOINT is not of the form https://host")
 
-    hub = Hub(repo_id, prefix, endpoint)
-    root = args.output
-    folder = root / "datasets" / f"fineweb10B_{args.variant}"
+    hub = Hub(repo_id, prefix)
+    folder = args.output / "datasets" / f"fineweb10B_{args.variant}"
     count = args.train_shards if args.shards is None else args.shards
     wanted = select(hub, args.variant, count)
     if args.with_docs:
         require(DOCS in hub.files, f"{hub.repo_id} has no {hub.prefix}{DOCS}")
         wanted.append(hub.files[DOCS])
 
-    missing = missing_files(hub, wanted, folder, root)
-    for file in missing:
-        (root / file.path).parent.mkdir(parents=True, exist_ok=True)
-    download_all(hub, missing, root)
+    missing = missing_files(hub, wanted, folder, args.output)
+    download_all(hub, missing, args.output)
     if "manifest.json" in hub.files and not args.skip_manifest:
         # The one file that may differ: each repository has its own.
-        download_file(hub, hub.files["manifest.json"], root / "manifest.json")
+        download_file(hub, args.output, hub.files["manifest.json"])
     gigabytes = sum(file.size for file in missing) / 1e9
     say(f"fetched {len(missing)} of {len(wanted)} files, {gigabytes:.2f} GB, into {folder}")
     if hub.repo_id != OFFICIAL_REPO:

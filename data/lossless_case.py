@@ -8,7 +8,7 @@ import re
 import unicodedata
 
 import numpy as np
-import sentencepiece
+from sentencepiece import SentencePieceProcessor
 
 from train_gpt import require, token_bytes
 
@@ -67,16 +67,10 @@ def encode(text: str) -> str:
 
 def decode(text: str) -> str:
     """Undo `encode`; an operator with nothing to work on stays as it is."""
-    return OPERATION.sub(original, text)
+    return OPERATION.sub(lambda m: m[0][1:] if m[0][0] == ESC else m[0][1:].upper(), text)
 
 
-def original(operation: re.Match) -> str:
-    """Return what the characters in an operator's reach stand for."""
-    operator, reach = operation[0][0], operation[0][1:]
-    return reach if operator == ESC else reach.upper()
-
-
-class CaseTokenizer:
+class CaseTokenizer(SentencePieceProcessor):
     """Encodes as SentencePiece does, but what it has normalised passes `encode` before the pieces.
 
     In this order, because NFKC makes letters and joins them to marks: it would bring capitals
@@ -84,16 +78,16 @@ class CaseTokenizer:
     """
 
     def __init__(self, model: bytes):
-        self.normalizer = sentencepiece.SentencePieceProcessor(model_proto=model)
-        self.tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model + NO_NORMALIZER)
+        super().__init__(model_proto=model + NO_NORMALIZER)
+        self.normalizer = SentencePieceProcessor(model_proto=model)
 
     def encode(self, texts: list[str], **options) -> list[list[int]]:
         """Return the ids of every text; `options` are those of SentencePieceProcessor.encode."""
-        lower = [encode(text) for text in self.normalizer.normalize(texts)]
-        return self.tokenizer.encode(lower, **options)
+        texts = self.normalizer.normalize(texts)
+        return super().encode([encode(text) for text in texts], **options)
 
 
-def require_operators(tokenizer: sentencepiece.SentencePieceProcessor, name: str) -> None:
+def require_operators(tokenizer: SentencePieceProcessor, name: str) -> None:
     """Raise ConfigError unless the operators are pieces of their own and all text has pieces."""
     pieces = map(tokenizer.id_to_piece, range(tokenizer.vocab_size()))
     found = sorted(piece for piece in pieces if any(operator in piece for operator in OPERATORS))
@@ -103,9 +97,7 @@ def require_operators(tokenizer: sentencepiece.SentencePieceProcessor, name: str
     require(has_bytes, f"{name}: no pieces for bytes: --lossless-case would lose characters")
 
 
-def original_bytes(
-    tokenizer: sentencepiece.SentencePieceProcessor, tokens: np.ndarray
-) -> np.ndarray:
+def original_bytes(tokenizer: SentencePieceProcessor, tokens: np.ndarray) -> np.ndarray:
     """Return the UTF-8 bytes of original text that each of (n,) tokens stands for, (n,) uint16.
 
     Operators have none, nor has BOS. Which letters they raise does not matter: both of a pair have

@@ -6,17 +6,11 @@
       --train-tokenizer 1024 --name mine_sp1024 --lossless-case
   python data/tokenize_docs.py --verify data/datasets/mine_sp1024
 
-Inputs are .jsonl files with {"text": ...} on every line, plain, .bz2, .gz, .xz or .zst, .parquet
-files with a column "text", .txt and .md files, or folders of those. A training document that is
-a validation document, too, is left out. Formats, and the rules of --lossless-case, which writes
-capitals as operators before lower case, are in data/README.md.
+All is explained in data/README.md.
 """
 
 import argparse
 import bz2
-import collections
-import functools
-import hashlib
 import io
 import itertools
 import json
@@ -26,31 +20,26 @@ import re
 import shutil
 import sys
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
-import sentencepiece
+import sentencepiece as spm
 import zstandard
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 import lossless_case
-from lossless_case import CaseTokenizer
 
 import train_gpt
-from train_gpt import ConfigError, Progress, require, run_entry_point, write_atomically
+from train_gpt import BOS_ID, ConfigError, Progress, require, run_entry_point, write_atomically
 
-SPECIAL_IDS = (0, 1, 2, 3)  # of padding, BOS, EOS and unknown; the challenge's shards assume these
 NORMALIZATION = "nmt_nfkc"
-MAX_PIECES = 1 << 16  # shards store uint16
+SPECIAL_IDS = {"pad_id": 0, "bos_id": BOS_ID, "eos_id": 2, "unk_id": 3}
 DEFAULT_SHARD_TOKENS = 100_000_000
-TEXT_SUFFIXES = (".txt", ".md")
 COMPRESSED = {  # suffix -> what reads a frame
     ".bz2": bz2.BZ2Decompressor,
-    ".gz": functools.partial(zlib.decompressobj, wbits=31),
+    ".gz": lambda: zlib.decompressobj(wbits=31),
     ".xz": lzma.LZMADecompressor,
     # Its windows may be as large as those of `zstd --long=31`.
     ".zst": zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj,
@@ -59,32 +48,6 @@ READABLE = re.compile(r".*\.(jsonl(\.bz2|\.gz|\.xz|\.zst)?|parquet|txt|md)", re.
 CHUNK_BYTES = 1 << 18
 MAX_JSON_BYTES = 1 << 20  # of a manifest; as Python objects, text takes up to 50 times its size
 BATCH_DOCS = 64  # enough work for every thread of one encode call, and little memory
-
-
-@dataclass(frozen=True)
-class Destination:
-    """Final names of one dataset and of its tokenizer below `output`."""
-
-    output: Path
-    name: str
-    tokenizer_name: str
-    shard_tokens: int = DEFAULT_SHARD_TOKENS
-
-    @property
-    def folder(self) -> Path:
-        return self.output / "datasets" / self.name
-
-    @property
-    def model_path(self) -> Path:
-        return self.output / "tokenizers" / f"{self.tokenizer_name}.model"
-
-    def check_free(self, model: bytes | None) -> None:
-        """Refuse to touch a dataset, or a tokenizer other than `model`, that is there already."""
-        require(Path(self.name).name == self.name, f"{self.name!r} is not a plain folder name")
-        is_new = not self.folder.exists()
-        require(is_new, f"{self.folder} is there already; delete it, or choose another --name")
-        is_same = not self.model_path.exists() or self.model_path.read_bytes() == model
-        require(is_same, f"{self.model_path} is another tokenizer; move it, or change --output")
 
 
 def say(text: str) -> None:
@@ -103,101 +66,60 @@ def expand_inputs(paths: Iterable[Path]) -> list[Path]:
         require(path.exists(), f"{path}: no such file or folder")
         found = sorted(path.rglob("*")) if path.is_dir() else [path]
         found = [file for file in found if READABLE.fullmatch(file.name)]
-        kinds = f".jsonl (plain, {', '.join(COMPRESSED)}), .parquet, {', '.join(TEXT_SUFFIXES)}"
-        require(bool(found), f"{path}: not a file of {kinds}, nor a folder of those")
+        kinds = ".jsonl (or .jsonl.bz2, .gz, .xz, .zst), .parquet, .txt or .md"
+        require(bool(found), f"{path}: no {kinds}, nor a folder of those")
         files += found
     return files
 
 
-def frame_lines(raw: BinaryIO, new_frame: Callable) -> Iterator[bytes]:
+def frame_lines(raw: io.BufferedReader, new_frame: Callable) -> Iterator[bytes]:
     """Yield the lines of all frames in `raw`. Raises EOFError when the last one is cut short.
 
-    The libraries' own files lose text in silence: lzma.open() what follows padding or a damaged
-    frame, zstandard.open() what follows the first frame, and half a frame is a file to it.
+    The libraries' own files lose text in silence: bz2.open() and lzma.open() what follows padding
+    or a damaged frame, and half a frame is a whole file to zstandard.open().
     """
     frame = None
     rest = b""
     while data := raw.read(CHUNK_BYTES):
-        if frame is None:
-            data = data.lstrip(b"\0")
-        while data:
-            if frame is None:
-                frame = new_frame()
+        # Between frames may be padding.
+        while data := data if frame else data.lstrip(b"\0"):
+            frame = frame or new_frame()
             *lines, rest = (rest + frame.decompress(data)).split(b"\n")
             yield from lines
             data = b""
             if frame.eof:
-                data = frame.unused_data.lstrip(b"\0")
+                data = frame.unused_data
                 frame = None
-    if frame is not None:
-        raise EOFError
+    if frame:
+        raise EOFError("it is truncated")
     yield rest
 
 
-def decode_utf8(data: bytes, where: str) -> str:
-    """Decode strict UTF-8 without the byte-order mark that Windows adds. Raises ConfigError."""
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{where}: invalid UTF-8 at byte {error.start}") from error
-
-
-def parse_line(line: bytes, where: str) -> str:
-    """Return the "text" of one JSON line. Raises ConfigError naming `where`."""
-    try:
-        record = json.loads(decode_utf8(line, where))
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{where}: malformed JSON: {error}") from error
-    require(isinstance(record, dict) and "text" in record, f'{where}: no "text" key')
-    return checked_text(record["text"], where)
-
-
-def checked_text(text: object, where: str) -> str:
-    """Return `text` if UTF-8 can encode it. Raises ConfigError naming `where`."""
-    require(isinstance(text, str), f'{where}: "text" is a {type(text).__name__}, not a string')
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ConfigError(f"{where}: invalid UTF-8: half of a surrogate pair") from error
-    return text
-
-
-def parquet_texts(path: Path) -> Iterator[object]:
-    """Yield the column "text" of a Parquet file, as FineWeb is published. Raises ConfigError."""
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise ConfigError(f"{path}: pyarrow reads .parquet: pip install pyarrow") from error
-    try:
-        for batch in parquet.ParquetFile(path).iter_batches(columns=["text"]):
-            yield from batch.column("text").to_pylist()
-    except (pyarrow.ArrowException, OSError, KeyError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{path}: no Parquet file with a column of texts: {reason}") from error
-
-
-def parse_documents(path: Path, raw: BinaryIO) -> Iterator[str]:
-    """Yield the texts of one open file. Raises ConfigError naming file and line."""
+def parse_documents(path: Path, raw: io.BufferedReader) -> Iterator[str]:
+    """Yield the texts of one open file. Raises ConfigError naming file and line, or row."""
     suffix = path.suffix.lower()
-    if suffix in TEXT_SUFFIXES:
-        yield decode_utf8(raw.read(), str(path))
-        return
-    if suffix == ".parquet":
-        for number, text in enumerate(parquet_texts(path), 1):
-            yield checked_text(text, f"{path}, row {number}")
-        return
-
-    lines = frame_lines(raw, COMPRESSED[suffix]) if suffix in COMPRESSED else raw
-    number = 0
+    number = 1
     try:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                yield parse_line(line, f"{path}:{number}")
-    except EOFError as error:
-        raise ConfigError(f"{path}:{number + 1}: truncated {suffix} file") from error
-    except (OSError, zlib.error, lzma.LZMAError, zstandard.ZstdError) as error:
-        raise ConfigError(f"{path}:{number + 1}: damaged {suffix} file: {error}") from error
+        if suffix in (".txt", ".md"):
+            yield raw.read().decode("utf-8-sig")
+        elif suffix == ".parquet":
+            from pyarrow import parquet
+
+            for batch in parquet.ParquetFile(raw).iter_batches(columns=["text"]):
+                for text in batch.column("text").to_pylist():
+                    yield text.encode().decode()
+                    number += 1
+        else:
+            for line in frame_lines(raw, COMPRESSED[suffix]) if suffix in COMPRESSED else raw:
+                if line.strip():
+                    # Half of a surrogate pair, which JSON may have, is no UTF-8.
+                    yield json.loads(line)["text"].encode().decode()
+                number += 1
+    except (EOFError, OSError, zlib.error, lzma.LZMAError, zstandard.ZstdError) as error:
+        raise ConfigError(f"{path}:{number}: damaged {suffix} file: {error}") from error
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ConfigError(f'{path}:{number}: no "text" in UTF-8: {reason}') from error
 
 
 def read_documents(files: list[Path]) -> Iterator[str]:
@@ -217,21 +139,18 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, transformed: bool = F
 
     The trainer holds its text in memory. Equal texts give equal bytes. The settings are those of
     download_hf_docs_and_tokenize.py in openai/parameter-golf, with a hard limit of pieces and none
-    of length. If `transformed`, it learns the text in lower case, and the operators are its first
-    symbols. Raises ConfigError.
+    of length. If `transformed`, its symbols have the operators. Raises ConfigError.
     """
-    # The trainer drops a whole document for one NUL.
+    # A NUL is no part of a word.
     sentences = [text.replace("\0", " ") for text in texts]
-    symbols = ""
     if transformed:
-        symbols = ",".join(lossless_case.OPERATORS)
-        normalizer = sentencepiece.SentencePieceNormalizer(
+        normalizer = spm.SentencePieceNormalizer(
             rule_name=NORMALIZATION, add_dummy_prefix=False, escape_whitespaces=False
         )
         sentences = [lossless_case.encode(text) for text in normalizer.normalize(sentences)]
     model = io.BytesIO()
     try:
-        sentencepiece.SentencePieceTrainer.train(
+        spm.SentencePieceTrainer.train(
             sentence_iterator=iter(sentences),
             model_writer=model,
             model_type="bpe",
@@ -241,14 +160,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, transformed: bool = F
             byte_fallback=True,
             split_digits=True,
             normalization_rule_name=NORMALIZATION,
-            user_defined_symbols=symbols,
+            user_defined_symbols=",".join(lossless_case.OPERATORS if transformed else ()),
             add_dummy_prefix=False,
             max_sentence_length=1 << 30,  # bytes; by default, documents over 4,192 are dropped
-            pad_id=SPECIAL_IDS[0],
-            bos_id=SPECIAL_IDS[1],
-            eos_id=SPECIAL_IDS[2],
-            unk_id=SPECIAL_IDS[3],
             minloglevel=2,
+            **SPECIAL_IDS,
         )
     except RuntimeError as error:
         reason = " ".join(str(error).rsplit("]", 1)[-1].split()) or "no text to learn from"
@@ -256,19 +172,16 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, transformed: bool = F
     return model.getvalue()
 
 
-def load_tokenizer(model: bytes, name: str) -> sentencepiece.SentencePieceProcessor:
+def load_tokenizer(model: bytes, name: str) -> spm.SentencePieceProcessor:
     """Load a serialized model and check what shards and byte counts rely on. Raises ConfigError."""
     try:
         # b"" would pass for a model.
-        tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model or b"?")
+        tokenizer = spm.SentencePieceProcessor(model_proto=model or b"?")
     except RuntimeError as error:
         raise ConfigError(f"{name}: not a SentencePiece model") from error
 
-    pieces = tokenizer.vocab_size()
-    require(pieces <= MAX_PIECES, f"{name}: {pieces:,} pieces do not fit the uint16 of a shard")
-    ids = (tokenizer.pad_id(), tokenizer.bos_id(), tokenizer.eos_id(), tokenizer.unk_id())
-    expected = f"the challenge needs {SPECIAL_IDS}"
-    require(ids == SPECIAL_IDS, f"{name}: special ids (pad, bos, eos, unk) are {ids}, {expected}")
+    fits = tokenizer.vocab_size() <= 1 << 16 and tokenizer.bos_id() == BOS_ID
+    require(fits, f"{name}: shards need at most 65,536 pieces, of which BOS is number {BOS_ID}")
 
     # Without it a lone space counts as the three bytes of U+2581 (openai/parameter-golf #897).
     has_space = not tokenizer.is_unknown(tokenizer.piece_to_id("\u2581"))
@@ -276,22 +189,15 @@ def load_tokenizer(model: bytes, name: str) -> sentencepiece.SentencePieceProces
     return tokenizer
 
 
-def document_hash(tokens: np.ndarray) -> bytes:
-    """Return a hash of a document's token ids, (n,) uint16, BOS first."""
-    return hashlib.blake2b(tokens.tobytes(), digest_size=16).digest()
-
-
-def document_hashes(shards: Iterable[Path]) -> Iterator[bytes]:
-    """Yield the hash of every document of a split's shards, in order. Raises ConfigError."""
-    rest = np.empty(0, dtype="<u2")
-    for path in shards:
-        tokens = np.concatenate([rest, train_gpt.load_data_shard(path)])
-        starts = np.flatnonzero(tokens == train_gpt.BOS_ID)
-        for start, end in itertools.pairwise(starts):
-            yield document_hash(tokens[start:end])
-        rest = tokens[starts[-1] :] if len(starts) else tokens
+def documents_of(shards: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """Yield the token ids of every document of a split, (n,) uint16, of which BOS is the first."""
+    rest = np.empty(0, "<u2")
+    for shard in shards:
+        tokens = np.concatenate([rest, shard])
+        *documents, rest = np.split(tokens, np.flatnonzero(tokens == BOS_ID))
+        yield from filter(len, documents)
     if len(rest):
-        yield document_hash(rest)
+        yield rest
 
 
 def write_shard(path: Path, values: np.ndarray) -> None:
@@ -302,10 +208,7 @@ def write_shard(path: Path, values: np.ndarray) -> None:
 
 
 def encode(
-    texts: Iterable[str],
-    tokenizer: sentencepiece.SentencePieceProcessor | CaseTokenizer,
-    held_out: frozenset[bytes],
-    counts: collections.Counter,
+    texts: Iterable[str], tokenizer: spm.SentencePieceProcessor, held_out: set, counts: Counter
 ) -> Iterator[np.ndarray]:
     """Yield BOS + tokens of every document with text that is not one of `held_out`; count all."""
     texts = iter(texts)
@@ -314,9 +217,9 @@ def encode(
         for text, ids in zip(batch, encoded, strict=True):
             tokens = np.array(ids, dtype="<u2")
             if len(tokens) == 1:
-                counts["empty"] += 1
-            elif document_hash(tokens) in held_out:
-                counts["held out"] += 1
+                counts["empty ones skipped"] += 1
+            elif tokens.tobytes() in held_out:
+                counts["left out that validation has"] += 1
             else:
                 counts["docs"] += 1
                 counts["tokens"] += len(tokens)
@@ -337,65 +240,52 @@ def shards_of(documents: Iterable[np.ndarray], shard_tokens: int) -> Iterator[np
         yield np.frombuffer(held, "<u2")
 
 
-def write_sidecars(folder: Path, tokenizer: sentencepiece.SentencePieceProcessor) -> None:
-    """Write beside each validation shard the bytes of original text of its tokens.
-
-    The split is held in memory, as it is by those who score it.
-    """
-    paths = train_gpt.list_shards(folder, "val")
-    shards = [train_gpt.load_data_shard(path) for path in paths]
-    sizes = lossless_case.original_bytes(tokenizer, np.concatenate(shards))
-    ends = np.cumsum([len(shard) for shard in shards])
-    for path, part in zip(paths, np.split(sizes, ends[:-1]), strict=True):
-        write_shard(path.with_name(path.name.replace("val_", "val_bytes_")), part)
-
-
 def write_dataset(
-    destination: Destination,
+    folder: Path,
+    model_path: Path,
     model: bytes,
     val: Iterable[str],
     train: Iterable[str],
+    shard_tokens: int = DEFAULT_SHARD_TOKENS,
     transformed: bool = False,
 ) -> None:
     """Write tokenizer, shards and manifest; print the counts of each split. Raises ConfigError.
 
-    Training documents that validation has, too, are left out. The dataset's folder has its name
-    when all is complete. `transformed` is for the lossless case transform and its sidecars.
+    Training documents that validation has, too, are left out. `folder` has its name when all of it
+    is complete. `transformed` is for the lossless case transform, and sidecars beside validation.
     """
-    processor = load_tokenizer(model, destination.model_path.name)
-    tokenizer = processor
+    tokenizer = load_tokenizer(model, model_path.name)
     if transformed:
-        lossless_case.require_operators(processor, destination.model_path.name)
-        tokenizer = CaseTokenizer(model)
-    staging = destination.folder.with_name(f".{destination.name}.partial")
+        lossless_case.require_operators(tokenizer, model_path.name)
+        tokenizer = lossless_case.CaseTokenizer(model)
+    staging = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(staging, ignore_errors=True)
     stats = {}
     try:
         staging.mkdir(parents=True)
-        for split, documents in (("val", val), ("train", train)):
-            held_out = frozenset(document_hashes(sorted(staging.iterdir())))
-            counts = collections.Counter()
-            tokens = encode(documents, tokenizer, held_out, counts)
-            for shard in shards_of(tokens, destination.shard_tokens):
+        for split, texts in (("val", val), ("train", train)):
+            written = map(train_gpt.load_data_shard, sorted(staging.iterdir()))
+            held_out = {document.tobytes() for document in documents_of(written)}
+            counts = Counter()
+            tokens = encode(texts, tokenizer, held_out, counts)
+            for shard in shards_of(tokens, shard_tokens):
                 write_shard(staging / f"fineweb_{split}_{counts['files']:06d}.bin", shard)
                 counts["files"] += 1
-            stats[split] = counts
             require(counts["docs"] > 0, f"the {split} split has no document of its own")
+            say(f"{split}: {', '.join(f'{count:,} {unit}' for unit, count in counts.items())}")
+            stats |= {f"{unit}_{split}": counts[unit] for unit in ("docs", "files", "tokens")}
         if transformed:
-            write_sidecars(staging, processor)
-        write_atomically(destination.model_path, model)
-        os.replace(staging, destination.folder)
+            # In memory, as it is for those who score it.
+            shards = map(train_gpt.load_data_shard, train_gpt.list_shards(staging, "val"))
+            sizes = lossless_case.original_bytes(tokenizer, np.concatenate(list(shards)))
+            for number, shard in enumerate(shards_of([sizes], shard_tokens)):
+                write_shard(staging / f"fineweb_val_bytes_{number:06d}.bin", shard)
+        write_atomically(model_path, model)
+        os.replace(staging, folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    for split, counts in stats.items():
-        say(
-            f"{split}: {counts['docs']:,} documents ({counts['empty']:,} empty ones skipped, "
-            f"{counts['held out']:,} left out that validation has), "
-            f"{counts['tokens']:,} tokens, {counts['bytes']:,} bytes of text, "
-            f"{counts['tokens'] / counts['bytes']:.4f} tokens/byte, {counts['files']:,} shard(s)"
-        )
-    say(f"wrote {destination.folder} and {destination.model_path}")
-    write_manifest(destination, stats, transformed)
+    say(f"wrote {folder} and {model_path}")
+    write_manifest(folder, model_path.stem, dict(sorted(stats.items())), transformed)
 
 
 def read_manifest(path: Path) -> dict:
@@ -404,199 +294,151 @@ def read_manifest(path: Path) -> dict:
         return {"datasets": [], "tokenizers": []}
     readable = path.is_file() and path.stat().st_size <= MAX_JSON_BYTES
     require(readable, f"{path}: not a file of at most {MAX_JSON_BYTES:,} bytes")
-    what = f"{path}: not a manifest of datasets and tokenizers"
     try:
         manifest = json.loads(path.read_bytes())
-        names = [entry["name"] for key in ("datasets", "tokenizers") for entry in manifest[key]]
-        json.dumps(manifest, indent=2)  # what is too deep for it is to fail before the work
+        # A name that lacks, or what is too deep to be written, is to fail before the work.
+        for entry in [*manifest["datasets"], *manifest["tokenizers"]]:
+            entry["name"]
+        json.dumps(manifest, indent=2)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ConfigError(f"{what}: {error!r}") from error
-    for name in names:
-        require(isinstance(name, str) and name.isprintable(), f"{what}: the name {name!r}")
+        raise ConfigError(f"{path}: not a manifest of datasets: {error!r}") from error
     return manifest
 
 
-def write_manifest(
-    destination: Destination, stats: dict[str, collections.Counter], transformed: bool
-) -> None:
+def write_manifest(folder: Path, tokenizer_name: str, stats: dict, transformed: bool) -> None:
     """Add dataset and tokenizer to the manifest, in the challenge's keys; other entries stay."""
-    totals = {}
-    for unit in ("docs", "files", "tokens"):
-        for split in ("train", "val"):
-            totals[f"{unit}_{split}"] = stats[split][unit]
-    name = destination.tokenizer_name
-    entries = {
-        "datasets": {"name": destination.name, "tokenizer_name": name, "stats": totals},
-        "tokenizers": {"name": name, "model_path": f"tokenizers/{name}.model"},
-    }
+    dataset = {"name": folder.name, "tokenizer_name": tokenizer_name, "stats": stats}
     if transformed:
-        entries["datasets"]["text_transform"] = lossless_case.NAME
+        dataset["text_transform"] = lossless_case.NAME
+    tokenizer = {"name": tokenizer_name, "model_path": f"tokenizers/{tokenizer_name}.model"}
 
-    path = destination.output / "manifest.json"
+    path = train_gpt.data_root(folder) / "manifest.json"
     manifest = read_manifest(path)
-    for key, entry in entries.items():
+    for key, entry in (("datasets", dataset), ("tokenizers", tokenizer)):
         others = [old for old in manifest[key] if old["name"] != entry["name"]]
         manifest[key] = [*others, entry]
     write_atomically(path, (json.dumps(manifest, indent=2) + "\n").encode())
 
 
-def stated_stats(dataset: dict, path: Path) -> dict[str, int]:
-    """Return the counts of a manifest's entry, none if it has none. Raises ConfigError."""
-    try:
-        return {name: int(count) for name, count in dataset.get("stats", {}).items()}
-    except (AttributeError, TypeError, ValueError) as error:
-        raise ConfigError(f"{path}: the stats of {dataset['name']} are no counts") from error
-
-
-def check_counts(folder: Path, split: str, docs: int, stats: dict[str, int]) -> None:
-    """Compare a split with what the manifest states of it. Raises ConfigError.
-
-    There may be fewer training shards, as downloaded.
-    """
+def check_counts(folder: Path, split: str, docs: int, stats: dict) -> None:
+    """Compare a split with what the manifest states of it. Raises ConfigError."""
     lengths = [train_gpt.shard_length(path) for path in train_gpt.list_shards(folder, split)]
-    found = {"files": len(lengths), "tokens": sum(lengths), "docs": docs}
-    if split == "train" and len(lengths) < stats.get("files_train", 0):
-        say(f"{len(lengths)} of {stats['files_train']} training shards are here")
-        return
-    for unit, count in found.items():
+    for unit, count in (("files", len(lengths)), ("tokens", sum(lengths)), ("docs", docs)):
         stated = stats.get(f"{unit}_{split}", count)
-        what = f"{folder}: {split} has {count:,} {unit}, the manifest states {stated:,}"
+        # There may be fewer, as downloaded.
+        if (unit, split) == ("files", "train") and isinstance(stated, int) and count < stated:
+            say(f"{count} of {stated} training shards are here")
+            return
+        what = f"{folder}: {split} has {count} {unit}, the manifest states {stated!r}"
         require(count == stated, what)
 
 
-def check_splits(folder: Path, stats: dict[str, int]) -> str:
-    """Find documents that are in both splits, and compare the counts. Raises ConfigError.
-
-    Returns what there is.
-    """
-    val = list(document_hashes(train_gpt.list_shards(folder, "val")))
-    held_out = frozenset(val)
+def check_splits(folder: Path, val: list[np.ndarray]) -> int:
+    """Return how many documents are in training, none of them in `val`. Raises ConfigError."""
+    held_out = {document.tobytes() for document in val}
     count = 0
-    repeated = []
-    with Progress("hashing", 0) as progress:
-        for count, digest in enumerate(document_hashes(train_gpt.list_shards(folder, "train")), 1):
-            if digest in held_out:
-                repeated.append(count)
-            progress.update(0, f"{count:,} training documents, {len(repeated):,} of validation")
-
-    found = f"{folder}: {count:,} training and {len(held_out):,} different validation documents"
-    first = f"number {repeated[0]:,} is the first" if repeated else ""
-    require(not repeated, f"{found}, {len(repeated):,} of training are in validation, too; {first}")
-    check_counts(folder, "val", len(val), stats)
-    check_counts(folder, "train", count, stats)
-    return f"{found}, none in both splits"
-
-
-def check_bytes(folder: Path, tokenizer: sentencepiece.SentencePieceProcessor, name: str) -> str:
-    """Decode the validation split and compare its bytes with those that a score divides by.
-
-    The sidecars state them or, without any, the tokenizer. Returns what there is. Raises
-    ConfigError naming the first document of other bytes.
-    """
-    paths = train_gpt.list_shards(folder, "val")
-    shards = [train_gpt.load_data_shard(path, tokenizer.vocab_size()) for path in paths]
-    sizes = train_gpt.load_sidecars(paths, shards, tokenizer)
-    transformed = sizes is not None
-    tokens = np.concatenate(shards)
-    if transformed:
-        lossless_case.require_operators(tokenizer, name)
-    else:
-        sizes = np.concatenate([[0], train_gpt.token_bytes(tokenizer, tokens)])
-
-    starts = np.flatnonzero(tokens == train_gpt.BOS_ID)
-    require(starts[:1].tolist() == [0], f"{paths[0]}: does not begin with BOS")
-    total = 0
-    with Progress("decoding", len(starts)) as progress:
-        for number, (start, end) in enumerate(itertools.pairwise([*starts, len(tokens)]), 1):
-            text = tokenizer.decode(tokens[start:end].tolist())
-            text = lossless_case.decode(text) if transformed else text
-            true = len(text.encode())
-            counted = int(sizes[start:end].sum(dtype=np.int64))
-            source = "its sidecar states" if transformed else "the tokenizer counts"
-            what = f"{folder}: validation document {number:,} has {true:,} bytes of text"
-            require(true == counted, f"{what}, {source} {counted:,}")
-            total += true
-            progress.update(number, f"{total / 1e6:.1f} MB")
-    by = "sidecars, case undone" if transformed else "tokenizer"
-    return f"validation has {total:,} bytes of text, by decoding and by its {by}"
+    shards = map(train_gpt.load_data_shard, train_gpt.list_shards(folder, "train"))
+    with Progress("comparing", 0) as progress:
+        for count, document in enumerate(documents_of(shards), 1):
+            is_new = document.tobytes() not in held_out
+            require(is_new, f"{folder}: training document {count:,} is in validation, too")
+            progress.update(0, f"{count:,} training documents")
+    both = f"{count:,} training and {len(held_out):,} different validation documents"
+    say(f"{folder}: {both}, none in both splits")
+    return count
 
 
 def verify(folder: Path, model_path: Path | None) -> None:
-    """Check finished shards, of whatever tool, and print what there is. Raises ConfigError."""
+    """Check finished shards, of whatever tool, and print what there is. Raises ConfigError.
+
+    The bytes of every validation document are compared, as decoded, with those that a score
+    divides by: its sidecars state them or, without any, the tokenizer.
+    """
     folder = folder.absolute()
     output = train_gpt.data_root(folder)
     path = output / "manifest.json"
     manifest = read_manifest(path)
     dataset = next((entry for entry in manifest["datasets"] if entry["name"] == folder.name), {})
+    stats = dataset.get("stats", {})
+    require(isinstance(stats, dict), f"{path}: the stats of {folder.name} are no counts")
     if model_path is None:
         name = dataset.get("tokenizer_name")
-        models = [
-            entry.get("model_path") for entry in manifest["tokenizers"] if entry["name"] == name
-        ]
+        named = next((entry for entry in manifest["tokenizers"] if entry["name"] == name), {})
         unnamed = f"{folder}: {path} does not name its tokenizer; add --tokenizer MODEL"
-        require(len(models) == 1 and isinstance(models[0], str), unnamed)
-        model_path = output / models[0]
-
-    say(check_splits(folder, stated_stats(dataset, path)))
+        require("model_path" in named, unnamed)
+        model_path = output / str(named["model_path"])
     tokenizer = load_tokenizer(model_path.read_bytes(), model_path.name)
-    say(check_bytes(folder, tokenizer, model_path.name))
 
+    paths = train_gpt.list_shards(folder, "val")
+    shards = [train_gpt.load_data_shard(path, tokenizer.vocab_size()) for path in paths]
+    documents = list(documents_of(shards))
+    require(documents[0][0] == BOS_ID, f"{paths[0]}: does not begin with BOS")
+    check_counts(folder, "train", check_splits(folder, documents), stats)
+    check_counts(folder, "val", len(documents), stats)
 
-def positive_int(text: str) -> int:
-    """Parse an integer of at least 1, for argparse."""
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
-
-
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """Parse the options of the command line; a wrong one exits with status 2 and the usage."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--train", type=Path, nargs="+", metavar="FILE", help="training documents")
-    val = parser.add_mutually_exclusive_group().add_argument
-    val("--val", type=Path, nargs="+", metavar="FILE", help="validation documents")
-    val("--num-val-docs", type=positive_int, metavar="N", help="instead: the first N of --train")
-    tokenizer = parser.add_mutually_exclusive_group().add_argument
-    tokenizer("--tokenizer", type=Path, metavar="MODEL", help="SentencePiece model to reuse")
-    tokenizer("--train-tokenizer", type=positive_int, metavar="PIECES", help="instead: a new one")
-    add("--lossless-case", action="store_true", help="capitals as operators before lower case")
-    output = Path(__file__).resolve().parent
-    add("--output", type=Path, default=output, metavar="FOLDER", help="default: %(default)s")
-    add("--name", help="dataset name, for example fineweb10B_sp1024")
-    add("--shard-tokens", type=positive_int, default=DEFAULT_SHARD_TOKENS, metavar="N")
-    add("--verify", type=Path, metavar="FOLDER", help="instead of all: check finished shards")
-    args = parser.parse_args(argv)
-
-    needed = {
-        "--train": args.train,
-        "--val or --num-val-docs": args.val or args.num_val_docs,
-        "--tokenizer or --train-tokenizer": args.tokenizer or args.train_tokenizer,
-        "--name": args.name,
-    }
-    missing = [option for option, value in needed.items() if not value]
-    if missing and not args.verify:
-        parser.error(f"these are required, or --verify alone: {', '.join(missing)}")
-    return args
+    sizes = train_gpt.load_sidecars(paths, shards, tokenizer)
+    transformed = sizes is not None
+    by = "sidecars, case undone" if transformed else "tokenizer"
+    if transformed:
+        lossless_case.require_operators(tokenizer, model_path.name)
+    else:
+        sizes = np.insert(train_gpt.token_bytes(tokenizer, np.concatenate(shards)), 0, 0)
+    end = 0
+    with Progress("decoding", len(documents)) as progress:
+        for number, document in enumerate(documents, 1):
+            text = tokenizer.decode(document.tolist())
+            text = lossless_case.decode(text) if transformed else text
+            true = len(text.encode())
+            start, end = end, end + len(document)
+            counted = int(sizes[start:end].sum(dtype=np.int64))
+            what = f"{folder}: validation document {number:,} has {true:,} bytes of text"
+            require(true == counted, f"{what}, {counted:,} by its {by}")
+            progress.update(number)
+    say(f"validation has {sizes.sum(dtype=np.int64):,} bytes of text, by decoding and by its {by}")
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line; `argv` defaults to the process's own arguments. Raises ConfigError."""
-    args = parse_arguments(argv)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--train", type=Path, nargs="+", metavar="FILE", help="documents, or folders of them")
+    val = parser.add_mutually_exclusive_group().add_argument
+    val("--val", type=Path, nargs="+", metavar="FILE", help="validation documents")
+    val("--num-val-docs", type=int, metavar="N", help="instead: the first N of --train")
+    tokenizer = parser.add_mutually_exclusive_group().add_argument
+    tokenizer("--tokenizer", type=Path, metavar="MODEL", help="SentencePiece model to reuse")
+    tokenizer("--train-tokenizer", type=int, metavar="PIECES", help="instead: a new one")
+    add("--lossless-case", action="store_true", help="capitals as operators before lower case")
+    output = Path(__file__).resolve().parent
+    add("--output", type=Path, default=output, metavar="FOLDER", help="default: %(default)s")
+    add("--name", help="dataset name, for example fineweb10B_sp1024")
+    add("--shard-tokens", type=int, default=DEFAULT_SHARD_TOKENS, metavar="N")
+    add("--verify", type=Path, metavar="FOLDER", help="instead of all: check finished shards")
+    args = parser.parse_args(argv)
     if args.verify:
         verify(args.verify, args.tokenizer)
         return
 
+    sources = (args.val or args.num_val_docs, args.tokenizer or args.train_tokenizer)
+    if not all((args.train, args.name, *sources)):
+        parser.error("--train, a validation split, a tokenizer and --name are needed, or --verify")
+    if min(args.num_val_docs or 1, args.train_tokenizer or 1, args.shard_tokens) < 1:
+        parser.error("a number is less than 1")
+
     train_files = expand_inputs(args.train)
     val_files = expand_inputs(args.val or [])
-
-    tokenizer_name = args.tokenizer.stem if args.tokenizer else f"{args.name}_bpe"
-    destination = Destination(args.output, args.name, tokenizer_name, args.shard_tokens)
     model = args.tokenizer.read_bytes() if args.tokenizer else None
-    destination.check_free(model)
+
+    # Nothing that is there is replaced.
+    require(Path(args.name).name == args.name, f"{args.name!r} is not a plain folder name")
+    folder = args.output / "datasets" / args.name
+    require(not folder.exists(), f"{folder} is there already; delete it, or choose another --name")
+    tokenizer_name = args.tokenizer.stem if args.tokenizer else f"{args.name}_bpe"
+    model_path = args.output / "tokenizers" / f"{tokenizer_name}.model"
+    is_same = not model_path.exists() or model_path.read_bytes() == model
+    require(is_same, f"{model_path} is another tokenizer; move it, or change --output")
     read_manifest(args.output / "manifest.json")
 
     if model is None:
@@ -606,11 +448,11 @@ def main(argv: list[str] | None = None) -> None:
         model = train_tokenizer(texts, pieces, args.lossless_case)
 
     # Validation is read first, because it may be the beginning of the training files.
-    train_texts = read_documents(train_files)
-    val_texts = read_documents(val_files)
+    train = read_documents(train_files)
+    val = read_documents(val_files)
     if args.num_val_docs:
-        val_texts = itertools.islice(train_texts, args.num_val_docs)
-    write_dataset(destination, model, val_texts, train_texts, args.lossless_case)
+        val = itertools.islice(train, args.num_val_docs)
+    write_dataset(folder, model_path, model, val, train, args.shard_tokens, args.lossless_case)
 
 
 if __name__ == "__main__":

@@ -80,12 +80,7 @@ def test_an_epoch_uses_every_token_once_up_to_less_than_two_windows_per_shard(fo
     orders = {tuple(np.argsort([window[0] for window in epoch])) for epoch in epochs}
     assert len(orders) == 5
     assert tuple(range(WINDOWS_PER_EPOCH)) not in orders
-
-
-def test_the_order_is_a_function_of_the_seed_alone(folder):
-    stream = windows(loader_hp(folder), 120)
-    assert windows(loader_hp(folder, train_batch_tokens=2 * T, num_layers=3), 120) == stream
-    assert windows(loader_hp(folder, seed=1), 120) != stream
+    assert windows(loader_hp(folder, seed=1), WINDOWS_PER_EPOCH) != epochs[0]
 
 
 @pytest.mark.parametrize(("world_size", "micro_sequences"), [(1, 1000), (2, 2), (8, 1)])
@@ -185,10 +180,6 @@ TEXTS = [
 ]
 
 
-def processor(model: bytes) -> sentencepiece.SentencePieceProcessor:
-    return sentencepiece.SentencePieceProcessor(model_proto=model)
-
-
 def counted(sp: sentencepiece.SentencePieceProcessor, documents: list[list[int]]) -> list[int]:
     """Return the bytes of documents of token ids in a row, each after a BOS."""
     stream = np.concatenate([[BOS, *document] for document in documents])
@@ -206,25 +197,19 @@ def assert_bytes_of_texts(sp: sentencepiece.SentencePieceProcessor, texts: list[
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(texts=st.lists(st.text(max_size=40), min_size=1, max_size=4))
 @example(texts=TEXTS)
-@example(texts=[" ", "", "  "])
-@example(texts=["\u2581", "\u2581a", " \u2581"])
 def test_counted_bytes_are_those_of_any_documents_in_a_row(texts):
-    assert_bytes_of_texts(processor(tiny_tokenizer()), texts)
+    assert_bytes_of_texts(sentencepiece.SentencePieceProcessor(model_proto=tiny_tokenizer()), texts)
 
 
-@pytest.mark.parametrize("remove_extra_whitespaces", [False, True])
-def test_the_space_that_a_tokenizer_puts_before_every_document_has_no_bytes(
-    remove_extra_whitespaces,
-):
+@pytest.mark.parametrize("removed", [False, True])
+def test_the_space_that_a_tokenizer_puts_before_every_document_has_no_bytes(removed):
     """The challenge's tokenizers add none, SentencePiece's defaults do."""
     model = io.BytesIO()
     texts = {"sentence_iterator": iter(make_sentences(0, 200)), "model_writer": model}
-    ids = {"pad_id": 0, "bos_id": BOS, "eos_id": 2, "unk_id": 3}
-    options = {"byte_fallback": True, "remove_extra_whitespaces": remove_extra_whitespaces}
-    sentencepiece.SentencePieceTrainer.train(
-        model_type="bpe", vocab_size=VOCAB_SIZE, minloglevel=2, **texts, **ids, **options
-    )
-    sp = processor(model.getvalue())
+    ids = {"pad_id": 0, "bos_id": BOS, "eos_id": 2, "unk_id": 3, "minloglevel": 2}
+    options = {"byte_fallback": True, "remove_extra_whitespaces": removed, "model_type": "bpe"}
+    sentencepiece.SentencePieceTrainer.train(vocab_size=VOCAB_SIZE, **texts, **ids, **options)
+    sp = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     assert sp.id_to_piece(sp.encode("the")[0]).startswith("\u2581")
     assert_bytes_of_texts(sp, TEXTS)
 
@@ -232,7 +217,7 @@ def test_the_space_that_a_tokenizer_puts_before_every_document_has_no_bytes(
 @pytest.mark.parametrize("places", [[0], [2, 3], [99]])
 def test_an_unknown_token_has_no_bytes_and_parts_the_text_as_a_document_would(places):
     """SentencePiece decodes it as U+2047 between spaces, which were never in the text."""
-    sp = processor(tiny_tokenizer())
+    sp = sentencepiece.SentencePieceProcessor(model_proto=tiny_tokenizer())
     text = sp.encode("abc, hello " + make_sentences(0, 1)[0])
     parts = [part.tolist() for part in np.split(text, np.minimum(places, len(text)))]
     stream = list(itertools.chain(*([*part, sp.unk_id()] for part in parts)))

@@ -167,8 +167,8 @@ LIMITS = {  # lines as the formatter writes them; what is new has to find its ro
     "README.md": 170,
     "records/README.md": 97,
     "records/*.py records/*.sh": 2700,
-    "data/*.py": 1165,
-    "tests/*.py": 8039,
+    "data/*.py": 950,
+    "tests/*.py": 8000,
 }
 
 
