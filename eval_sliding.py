@@ -112,7 +112,8 @@ def check_tokenizer_made(tokens: Tensor, sp, source: Path) -> None:
     Of the tokens in a document, 99.9 % come again if this tokenizer made them, be it one word or
     a long text; with another of its size, or with permuted ids, 95 % at most.
     """
-    made, common = 0, 0
+    made = 0
+    common = 0
     for document in documents_of(tokens[:4096]) or [tokens[:4096]]:
         text = [token for token in document.tolist() if not sp.is_control(token)]
         again = Counter(sp.encode(sp.decode(text)))
@@ -252,31 +253,27 @@ def compile_on_random_tokens(
 
 
 @torch.no_grad()
-def plain_log_probs(model: GPT, val: ValData, window: list[int]) -> Tensor:
-    """Return the log probabilities of all tokens at the targets of a window, (n, V), unpadded.
+def plain_losses(model: GPT, val: ValData, windows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the targets of windows (W, 3) and their losses, nats, one unpadded window at a time.
 
-    By logits that know the inputs alone, and whose softmax is a distribution.
+    By the softmax of logits that know the inputs alone; also returns the last window's, (n, V).
     """
-    start, first, end = window
-    logits = model(val.tokens[None, start:end].long())[0, first - start :]
-    return logits.double().log_softmax(-1)
-
-
-def plain_losses(model: GPT, val: ValData, windows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the targets of windows (W, 3) and their losses, nats, one window at a time."""
-    targets, losses = [], []
-    for window in windows.tolist():
-        targets.append(torch.arange(window[1], window[2], device=windows.device))
-        true_ids = val.tokens[targets[-1] + 1, None].long()
-        losses.append(-plain_log_probs(model, val, window).gather(1, true_ids)[:, 0])
-    return torch.cat(targets), torch.cat(losses)
+    targets = []
+    losses = []
+    for start, first, end in windows.tolist():
+        logits = model(val.tokens[None, start:end].long())[0, first - start :]
+        log_probs = logits.double().log_softmax(-1)
+        true_ids = val.tokens[first + 1 : end + 1, None].long()
+        losses.append(-log_probs.gather(1, true_ids)[:, 0])
+        targets.append(torch.arange(first, end, device=windows.device))
+    return torch.cat(targets), torch.cat(losses), log_probs
 
 
 def self_check(scorer: Scorer, model: GPT, count: int, log: Callable) -> None:
     """Score `count` windows, evenly spread, again by `plain_losses`. Raises ConfigError."""
     total = len(scorer.windows)
     every = torch.linspace(0, total - 1, min(count, total)).round().long().unique()
-    targets, plain = plain_losses(model, scorer.val, scorer.windows[every])
+    targets, plain, _ = plain_losses(model, scorer.val, scorer.windows[every])
     fast = scorer.sums[0, targets]
     sizes = scorer.val.target_bytes[targets]
     worst = (plain - fast).abs().max().item()
@@ -304,7 +301,7 @@ NGRAM_AGE = torch.tensor([128, 1024]).int()  # of age
 NGRAM_BUCKETS = 9 * 8 * 3
 NGRAM_PRIOR = 0.1  # weight of the counts in a bucket of no targets, as if
 NGRAM_PRIOR_TARGETS = 4.0  # so many had been in it
-NGRAM_CHUNK = 4096  # targets at most between two updates of the weights
+NGRAM_CHUNK = 4096  # targets at most between two updates of the weights; few at first
 
 
 @dataclass
@@ -387,16 +384,6 @@ def count_contexts(tokens: Tensor) -> Iterator[Counts]:
         targets = pair_targets.index_select(0, again).add_(1)
 
 
-def chunk_sizes(num_targets: int) -> list[int]:
-    """Return how many targets are between two updates of the weights: few at first."""
-    sizes = []
-    done = 0
-    while done < num_targets:
-        sizes.append(min(max(done, 16), NGRAM_CHUNK, num_targets - done))
-        done += sizes[-1]
-    return sizes
-
-
 def weigh(counts: Counts, num_targets: int) -> tuple[Tensor, Tensor]:
     """Return the bucket of every target, uint8, and the share of its token, (num_targets,) each.
 
@@ -426,15 +413,17 @@ def mix_in(probs: Tensor, counts: Counts) -> None:
     total = torch.full((NGRAM_BUCKETS,), NGRAM_PRIOR_TARGETS, dtype=torch.float64)
     explained = NGRAM_PRIOR * total
     explained[0] = 0.0  # the context is new
-    sizes = chunk_sizes(len(probs))
-    parts = [tensor.split(sizes) for tensor in (probs, buckets, shares)]
-    for p, bucket, share in zip(*parts, strict=True):
-        bucket = bucket.long()
+    done = 0
+    while done < len(probs):
+        chunk = slice(done, done + min(max(done, 16), NGRAM_CHUNK))
+        p = probs[chunk]
+        bucket = buckets[chunk].long()
         weight = (explained / total).index_select(0, bucket)
-        gain = weight * share
+        gain = weight * shares[chunk]
         p.mul_(1 - weight).add_(gain)
         explained += torch.bincount(bucket, gain / p, NGRAM_BUCKETS)
         total += torch.bincount(bucket, minlength=NGRAM_BUCKETS)
+        done = chunk.stop
 
 
 def mix(losses: Tensor, tokens: Tensor, deadline: float = math.inf) -> tuple[Tensor, int]:
@@ -672,9 +661,7 @@ def audit_rows(model: GPT, config: EvalConfig, windowing: Windowing, val: ValDat
     at = max(i for i, (windows, _) in enumerate(states) if windows[0, 1] <= place)
     windows, weights = states[at]
     model.load_state_dict(weights)
-    targets, again = plain_losses(model, val, windows)
-    *_, window = windows.tolist()
-    log_probs = plain_log_probs(model, val, window)
+    targets, again, log_probs = plain_losses(model, val, windows)
     model.load_state_dict(artifact)
     apart = float((again - losses[targets]).abs().max())
     batch = f"batch {at + 1} of {len(states)}"
@@ -694,7 +681,7 @@ def audit_rows(model: GPT, config: EvalConfig, windowing: Windowing, val: ValDat
     yield "C4 single pass", test, f"{once} of {count} scored once", once == count
 
     if config.ngram == "on":
-        dists = {window[1]: log_probs[0], window[2] - 1: log_probs[-1]}
+        dists = {int(windows[-1, 1]): log_probs[0], int(windows[-1, 2]) - 1: log_probs[-1]}
         yield from audit_ngram(losses, val, dists)
 
     bpb = bits_per_byte(losses, val.target_bytes)
