@@ -17,7 +17,6 @@ the bit. All of it goes to the end of the training's log.
 
 import argparse
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -100,10 +99,9 @@ def bits_per_byte(losses: Tensor, target_bytes: Tensor) -> float:
     return losses.double().sum().item() / math.log(2) / int(target_bytes.sum())
 
 
-def documents_of(tokens: Tensor) -> list[Tensor]:
-    """Return the tokens of every document, BOS and what comes before the next one."""
-    starts = torch.nonzero(tokens == train_gpt.BOS_ID).flatten().tolist()
-    return [tokens[a:b] for a, b in itertools.pairwise([*starts, len(tokens)])]
+def split_documents(tokens: Tensor) -> tuple[Tensor, ...]:
+    """Return what comes before the first BOS, then every document with the BOS that begins it."""
+    return tokens.tensor_split(torch.nonzero(tokens == train_gpt.BOS_ID)[:, 0].cpu())
 
 
 def check_tokenizer_made(tokens: Tensor, sp, source: Path) -> None:
@@ -114,7 +112,8 @@ def check_tokenizer_made(tokens: Tensor, sp, source: Path) -> None:
     """
     made = 0
     common = 0
-    for document in documents_of(tokens[:4096]) or [tokens[:4096]]:
+    rest, *documents = split_documents(tokens[:4096])
+    for document in documents or [rest]:
         text = [token for token in document.tolist() if not sp.is_control(token)]
         again = Counter(sp.encode(sp.decode(text)))
         made += len(text)
@@ -129,10 +128,9 @@ def check_tokenizer_made(tokens: Tensor, sp, source: Path) -> None:
 def score_within_memory(scorer: Scorer, windows: Tensor) -> None:
     """Score windows (W, 3), with half the batch as long as memory runs out. Raises ConfigError."""
     while len(windows):
-        batch = windows[: scorer.batch_size]
         try:
-            scorer.score(batch)
-            windows = windows[len(batch) :]
+            scorer.score(windows[: scorer.batch_size])
+            windows = windows[scorer.batch_size :]
         except RuntimeError as error:
             if not train_gpt.out_of_memory(error):
                 raise
@@ -144,10 +142,7 @@ def score_within_memory(scorer: Scorer, windows: Tensor) -> None:
 
 
 def adapt(scorer: Scorer, optimizer: torch.optim.Optimizer, first: int, end: int) -> None:
-    """Take a step on the mean loss of the targets from `first` to before `end`, scored before.
-
-    They are read in windows that do not overlap, and have no context beyond these.
-    """
+    """Take a step on the mean loss of targets `first` to `end` - 1, read in disjoint windows."""
     tiles = train_gpt.scoring_windows(end - first, scorer.seq_len, scorer.seq_len) + first
     tiles = tiles.to(scorer.windows.device)
     count = tiles[-1, 2] - tiles[0, 1]
@@ -163,17 +158,16 @@ def adapt(scorer: Scorer, optimizer: torch.optim.Optimizer, first: int, end: int
 
 
 def chunks_of(scorer: Scorer, config: EvalConfig, segments: int) -> list:
-    """Return the chunks of windows (W, 3) that this rank scores in turn, of each of its segments.
+    """Return chunks of windows (W, 3) to score in turn, of every segment that is this rank's.
 
     Without test-time training all that it scores is one chunk.
     """
     if config.ttt == "off":
         return [[scorer.share]]
-    windows = scorer.windows
-    segments = min(segments, len(windows))
-    bounds = [len(windows) * i // segments for i in range(segments + 1)]
+    segments = min(segments, len(scorer.windows))
+    bounds = [len(scorer.windows) * i // segments for i in range(1, segments)]
     per_chunk = max(1, config.ttt_chunk_tokens // scorer.stride)
-    split = [windows[a:b].split(per_chunk) for a, b in itertools.pairwise(bounds)]
+    split = [part.split(per_chunk) for part in scorer.windows.tensor_split(bounds)]
     return split[scorer.dist.rank :: scorer.dist.world_size]
 
 
@@ -200,23 +194,21 @@ def score_split(
     epochs_asked = updates * config.ttt_epochs
     epochs_run = 0
     scorer.progress.total = sum(len(chunk) for chunks in segments_here for chunk in chunks)
-    seconds_scoring = 0.0
-    seconds_training = 0.0
     artifact = snapshot(model)
+    begun = elapsed()
+    seconds_training = 0.0
     for chunks in segments_here:
         model.load_state_dict(artifact)
         optimizer = torch.optim.SGD(model.parameters(), config.ttt_lr, TTT_MOMENTUM)
         for i, chunk in enumerate(chunks):
-            begun = elapsed()
             score_within_memory(scorer, chunk)
-            now = elapsed()
-            seconds_scoring += now - begun
             if i + 1 == len(chunks):
                 break
 
             # All updates to come get as many epochs.
+            now = elapsed()
             windows_left = scorer.progress.total - scorer.progress.done
-            to_score = windows_left * seconds_scoring / scorer.progress.done
+            to_score = windows_left * (now - begun - seconds_training) / scorer.progress.done
             spare = max(0.98 * limit - now - to_score, 0)
             per_epoch = seconds_training / max(epochs_run, 1)
             epochs = int(min(spare / max(per_epoch * updates, 1e-9), config.ttt_epochs))
@@ -235,15 +227,12 @@ def score_split(
 def compile_on_random_tokens(
     forward: Callable, model: GPT, config: EvalConfig, windowing: Windowing, dist: Dist
 ) -> Windowing:
-    """Run everything once on random tokens, which leaves the weights as they were.
-
-    Returns the windowing with the batch that fits the memory of every rank.
-    """
+    """Run all once on random tokens; return the windowing with a batch that fits on every rank."""
     count = windowing.stride + (config.ttt_chunk_tokens if config.ttt == "sgd" else 0)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(model.config.vocab_size, (count + 1,), generator=generator)
-    bytes_of_one = torch.ones(count, dtype=torch.int32, device=dist.device)
-    val = ValData(tokens.int().to(dist.device), bytes_of_one, "", False)
+    tokens = tokens.int().to(dist.device)
+    val = ValData(tokens, torch.ones_like(tokens[1:]), "", False)
     trial = replace(config, ttt_epochs=1, eval_max_seconds=0.0)
     scorer = Scorer(forward, val, Dist(0, 1, dist.device), windowing, "compile")
     with scorer.progress:
@@ -341,8 +330,7 @@ def count(
     places = torch.arange(len(targets), dtype=torch.int32)
     hits = torch.empty_like(begin).scatter_(0, by_pair, places - pair_begin)
 
-    first_times = (pair_begin == places).int()
-    first_times = torch.empty_like(begin).scatter_(0, by_pair, first_times)
+    first_times = (hits == 0).int()
     before = first_times.cumsum(0, dtype=torch.int32).sub_(first_times)
     distinct = before - before.index_select(0, begin)
     age = targets.diff(prepend=targets[:1]).int()
@@ -384,13 +372,14 @@ def count_contexts(tokens: Tensor) -> Iterator[Counts]:
         targets = pair_targets.index_select(0, again).add_(1)
 
 
-def weigh(counts: Counts, num_targets: int) -> tuple[Tensor, Tensor]:
-    """Return the bucket of every target, uint8, and the share of its token, (num_targets,) each.
+def mix_in(probs: Tensor, counts: Counts) -> None:
+    """Make `probs` p (targets,) into (1 - w) p + w hits / seen, in place: distributions all.
 
-    The bucket is known before the target. Bucket 0 is that of contexts not seen before.
+    The weight w is that of the target's bucket, which is known before the target: the mean of the
+    counts' posterior probability over the bucket's targets up to the chunk before, by online EM.
     """
-    buckets = torch.zeros(num_targets, dtype=torch.uint8)
-    shares = torch.zeros(num_targets, dtype=torch.float64)
+    buckets = torch.zeros(len(probs), dtype=torch.uint8)  # 0: the context was not seen before
+    shares = torch.zeros(len(probs), dtype=torch.float64)
     columns = (counts.targets, counts.seen, counts.hits, counts.distinct, counts.age)
     # Fresh memory costs more time than arithmetic; parts fit into the caches.
     for targets, seen, hits, distinct, age in zip(*(c.split(65_536) for c in columns), strict=True):
@@ -400,19 +389,10 @@ def weigh(counts: Counts, num_targets: int) -> tuple[Tensor, Tensor]:
         bucket = ((often * 8 + repeats) * 3 + recent) * (seen > 0)
         buckets.scatter_(0, targets, bucket.byte())
         shares.scatter_(0, targets, hits.double() / seen.clamp(min=1))
-    return buckets, shares
 
-
-def mix_in(probs: Tensor, counts: Counts) -> None:
-    """Make `probs` p (targets,) into (1 - w) p + w hits / seen, in place: distributions all.
-
-    The weight w is that of the target's bucket. It is the mean of the counts' posterior
-    probability over the bucket's targets up to the chunk before: online EM.
-    """
-    buckets, shares = weigh(counts, len(probs))
     total = torch.full((NGRAM_BUCKETS,), NGRAM_PRIOR_TARGETS, dtype=torch.float64)
     explained = NGRAM_PRIOR * total
-    explained[0] = 0.0  # the context is new
+    explained[0] = 0.0
     done = 0
     while done < len(probs):
         chunk = slice(done, done + min(max(done, 16), NGRAM_CHUNK))
@@ -450,10 +430,7 @@ def mix(losses: Tensor, tokens: Tensor, deadline: float = math.inf) -> tuple[Ten
 
 
 def plan_ngram(config: EvalConfig, num_targets: int, log: Callable) -> float:
-    """Log what n-gram mixing takes, and return its seconds, 0 when it is off.
-
-    Raises ConfigError when there is less memory than that, as far as Linux knows.
-    """
+    """Log what n-gram mixing takes, and return its seconds. Raises ConfigError for too much."""
     if config.ngram == "off":
         return 0.0
     needed = NGRAM_BYTES * num_targets
@@ -470,10 +447,9 @@ def plan_ngram(config: EvalConfig, num_targets: int, log: Callable) -> float:
 def remember(
     scorer: Scorer, score: train_gpt.Score, config: EvalConfig, started: float, log: Callable
 ) -> dict | None:
-    """Mix what all ranks scored with a memory of it; log that score and return its summary.
+    """Mix what all ranks scored with a memory of it, on rank 0; log that score, return its summary.
 
-    Returns None when NGRAM is off, when too little is left of EVAL_MAX_SECONDS since `started`,
-    and but for rank 0, which alone takes the memory.
+    Returns None without NGRAM and on other ranks, or if the evaluation began too long ago, s.
     """
     if config.ngram == "off" or scorer.dist.rank > 0:
         return None
@@ -505,32 +481,19 @@ Row = tuple[str, str, str, bool]  # condition, test, finding, whether it holds
 
 
 class Observed(Scorer):
-    """A Scorer of the model that keeps every batch of windows with the weights that scored it."""
+    """A Scorer that scores at once, in two segments, and keeps the weights that scored a batch."""
 
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
+    def __init__(
+        self, model: GPT, config: EvalConfig, windowing: Windowing, val: ValData, rank=0, ranks=1
+    ):
+        super().__init__(model, val, Dist(rank, ranks, val.tokens.device), windowing, "audit")
         self.states = []
+        score_split(self, model, config, 0.0, segments=2)
+        self.losses, self.times = self.sums[:, :-1]
 
     def score(self, windows: Tensor) -> None:
         self.states.append((windows, snapshot(self.forward)))
         super().score(windows)
-
-
-def observed_run(
-    model: GPT, config: EvalConfig, windowing: Windowing, val: ValData, ranks: int = 1
-) -> tuple[Tensor, Observed]:
-    """Score `val` by the code that scores, as so many ranks in turn.
-
-    Returns every target's loss in nats and how often it was scored, (2, targets), and the last
-    rank's scorer.
-    """
-    device = val.tokens.device
-    sums = torch.zeros(2, len(val.tokens) - 1, device=device)
-    for rank in range(ranks):
-        scorer = Observed(model, val, Dist(rank, ranks, device), windowing, "audit")
-        score_split(scorer, model, config, 0.0, segments=2)
-        sums += scorer.sums[:, :-1]
-    return sums, scorer
 
 
 def rewritten(val: ValData, where: slice, vocab_size: int) -> ValData:
@@ -548,22 +511,20 @@ def audit_bytes(val: ValData, sp, max_tokens: int = 1_000_000) -> Row:
     All of a sidecar is compared if the tokenizer has the operators of the lossless case transform;
     of another transform, it has to give BOS no bytes.
     """
-    undone = not sp.is_unknown(sp.piece_to_id("\ue004"))
     if val.sidecar:
         max_tokens = len(val.tokens)
     tokens = val.tokens[: max_tokens + 1].cpu()
     sizes = val.target_bytes[:max_tokens].cpu()
-    if val.sidecar and not undone:
+    if val.sidecar and sp.is_unknown(sp.piece_to_id("\ue004")):
         unpaid = int(sizes[tokens[1:] == train_gpt.BOS_ID].sum())
         finding = f"{int(sizes.sum())}; 0 expected for BOS, {unpaid} found"
         return "bytes", "sidecar: the original text's", finding, unpaid == 0
 
-    documents = documents_of(tokens)
-    first = len(tokens) - sum(map(len, documents))
+    rest, *documents = split_documents(tokens)
     is_cut = len(tokens) < len(val.tokens) or val.partial
     if is_cut and len(documents) > 1:
-        documents.pop()
-    counted = int(sizes[first : first + sum(map(len, documents)) - 1].sum())
+        tokens = tokens[: -len(documents.pop())]
+    counted = int(sizes[len(rest) : len(tokens) - 1].sum())
     decoded = 0
     for document in documents:
         text = sp.decode(document.tolist())
@@ -620,18 +581,16 @@ def audit_ngram(losses: Tensor, val: ValData, dists: dict[int, Tensor]) -> Itera
     test = f"each of {vocab_size} tokens as target {' and '.join(map(str, dists))}"
     yield "C2 n-gram", test, f"probabilities sum to 1 within {worst:.1e}", worst <= 1e-9
 
-    equal = 0
-    total = 0
+    equal = []
     for counts in count_contexts(tokens):
         for target in places:
             here = (counts.targets == target) & (counts.seen > 0)
             known = (counts.seen, counts.hits, counts.distinct, counts.age)
             ours = [int(values[here].sum()) for values in known]
             searched = search_counts(tokens.tolist(), target, counts.order, counts.is_local)
-            equal += ours == searched
-            total += 1
+            equal.append(ours == searched)
     test = "counts of a target's context, against a search of the text before it"
-    yield "C3 n-gram", test, f"{equal} of {total} equal", equal == total
+    yield "C3 n-gram", test, f"{sum(equal)} of {len(equal)} equal", all(equal)
 
 
 def audit_rows(model: GPT, config: EvalConfig, windowing: Windowing, val: ValData) -> Iterator[Row]:
@@ -640,7 +599,8 @@ def audit_rows(model: GPT, config: EvalConfig, windowing: Windowing, val: ValDat
     rounding = AUDIT_ROUNDING if model.config.is_grouped else 0.0
     vocab_size = model.config.vocab_size
     artifact = snapshot(model)
-    (losses, times), scorer = observed_run(model, config, windowing, val)
+    honest = Observed(model, config, windowing, val)
+    losses = honest.losses
     count = len(losses)
 
     # Amid the targets of a window, which then reads tokens that the first half must not know, and
@@ -648,23 +608,22 @@ def audit_rows(model: GPT, config: EvalConfig, windowing: Windowing, val: ValDat
     stride = windowing.stride
     place = 3 * count // 4 // stride * stride + (stride - 1) // 2
     other = rewritten(val, slice(place + 1, None), vocab_size)
-    (future, _), blind = observed_run(model, config, windowing, other)
-    leak = float((future - losses)[:place].abs().max())
+    blind = Observed(model, config, windowing, other)
+    leak = float((blind.losses - losses)[:place].abs().max())
     other = rewritten(val, slice(0, place), vocab_size)
-    (past, _), _ = observed_run(model, config, windowing, other)
-    control = float((past - losses)[place:].abs().max())
+    past = Observed(model, config, windowing, other)
+    control = float((past.losses - losses)[place:].abs().max())
     test = f"other tokens after the input of target {place}; control: before"
     finding = f"losses before it change by {leak:.1e} nats at most; control {control:.1e}"
     yield "C1 causal", test, finding, leak <= rounding and control > 1e-2
 
-    states = scorer.states
-    at = max(i for i, (windows, _) in enumerate(states) if windows[0, 1] <= place)
-    windows, weights = states[at]
+    at = max(i for i, (windows, _) in enumerate(honest.states) if windows[0, 1] <= place)
+    windows, weights = honest.states[at]
     model.load_state_dict(weights)
     targets, again, log_probs = plain_losses(model, val, windows)
     model.load_state_dict(artifact)
     apart = float((again - losses[targets]).abs().max())
-    batch = f"batch {at + 1} of {len(states)}"
+    batch = f"batch {at + 1} of {len(honest.states)}"
     test = f"{batch} again by the softmax of all {vocab_size} logits"
     yield "C2 normalised", test, f"losses within {apart:.1e} nats", apart <= AUDIT_ROUNDING
 
@@ -676,7 +635,7 @@ def audit_rows(model: GPT, config: EvalConfig, windowing: Windowing, val: ValDat
     holds = is_blind and is_trained == learns
     yield "C3 score before update", f"the weights that scored {batch}", finding, holds
 
-    once = int((times == 1).sum())
+    once = int((honest.times == 1).sum())
     test = "a counter on every target"
     yield "C4 single pass", test, f"{once} of {count} scored once", once == count
 
@@ -685,14 +644,14 @@ def audit_rows(model: GPT, config: EvalConfig, windowing: Windowing, val: ValDat
         yield from audit_ngram(losses, val, dists)
 
     bpb = bits_per_byte(losses, val.target_bytes)
-    single = replace(windowing, batch_size=1)
-    for name, test, other, ranks, bound in (
-        ("ranks", "two instead of one", windowing, 2, rounding),
-        ("batches", "of a single window", single, 1, AUDIT_ROUNDING),
-    ):
-        (again, _), _ = observed_run(model, config, other, val, ranks)
-        apart = abs(bits_per_byte(again, val.target_bytes) - bpb)
-        yield name, test, f"{apart:.1e} bits per byte apart", apart <= bound
+    halves = [Observed(model, config, windowing, val, rank, ranks=2).losses for rank in (0, 1)]
+    apart = abs(bits_per_byte(sum(halves), val.target_bytes) - bpb)
+    yield "ranks", "two instead of one", f"{apart:.1e} bits per byte apart", apart <= rounding
+
+    single = Observed(model, config, replace(windowing, batch_size=1), val).losses
+    apart = abs(bits_per_byte(single, val.target_bytes) - bpb)
+    finding = f"{apart:.1e} bits per byte apart"
+    yield "batches", "of a single window", finding, apart <= AUDIT_ROUNDING
 
     kept = same(artifact, snapshot(model))
     test = f"its {len(artifact)} tensors afterwards"
@@ -707,24 +666,24 @@ def audit(
     On the first targets of the split, in two segments of three chunks; logs a table. Returns
     whether all hold. `model` computes in float32, deterministically. Raises ConfigError.
     """
-    window = config.windowing(hp).seq_len
-    count = min(len(val.tokens) - 1, 3 * window)
+    windowing = config.windowing(hp)
+    count = min(len(val.tokens) - 1, 3 * windowing.seq_len)
     require(count >= 24, f"{count} targets are too few to audit")
     chunk = count // 6
     stride = max(min(config.eval_stride, chunk), chunk // 4)
-    config = replace(config, eval_stride=stride, ttt_chunk_tokens=chunk, eval_max_seconds=0.0)
+    config = replace(config, ttt_chunk_tokens=chunk, eval_max_seconds=0.0)
     # More than one batch for two ranks.
-    windowing = Windowing(window, stride, min(config.windowing(hp).batch_size, 4))
+    windowing = replace(windowing, stride=stride, batch_size=min(windowing.batch_size, 4))
     part = replace(val, tokens=val.tokens[: count + 1], target_bytes=val.target_bytes[:count])
 
-    log(f"audit of the first {count} targets, window:{window} stride:{stride} {config.stated()}")
+    shape = f"window:{windowing.seq_len} stride:{stride}"
+    log(f"audit of the first {count} targets, {shape} {config.stated()}")
     log("| condition | test | finding | |\n|---|---|---|---|")
-    all_hold = True
-    rows = audit_rows(model, config, windowing, part)
-    for name, test, finding, holds in [*rows, audit_bytes(val, train_gpt.load_tokenizer(hp)[0])]:
+    rows = list(audit_rows(model, config, windowing, part))
+    rows.append(audit_bytes(val, train_gpt.load_tokenizer(hp)[0]))
+    for name, test, finding, holds in rows:
         log(f"| {name} | {test} | {finding} | {'pass' if holds else 'FAIL'} |")
-        all_hold = all_hold and holds
-    return all_hold
+    return all(holds for *_, holds in rows)
 
 
 # ---- Command line --------------------------------------------------------------------------------
