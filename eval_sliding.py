@@ -71,19 +71,18 @@ class EvalConfig:
         return Windowing(window, self.eval_stride, max(1, hp.micro_batch_tokens // window))
 
     @property
-    def limit(self) -> str:
-        return f"EVAL_MAX_SECONDS={self.eval_max_seconds:g}"
+    def limit(self) -> float:
+        return self.eval_max_seconds or math.inf
 
     def stated(self) -> str:
         """Return the knobs of what is more than sliding for the log, or that it is off."""
-        words = ["ttt:off"]
+        knobs = {"ttt": "off"}
         if self.ttt != "off":
-            names = [name for name in vars(self) if name.startswith("ttt")]
-            words = [f"{name}:{vars(self)[name]}" for name in names]
-            words.append(f"ttt_segments:{TTT_SEGMENTS}")
+            knobs = {name: value for name, value in vars(self).items() if name.startswith("ttt")}
+            knobs["ttt_segments"] = TTT_SEGMENTS
         if self.ngram != "off":
-            words.append(f"ngram:{self.ngram} ngram_order:{NGRAM_ORDER}")
-        return " ".join(words)
+            knobs |= {"ngram": self.ngram, "ngram_order": NGRAM_ORDER}
+        return " ".join(f"{name}:{value}" for name, value in knobs.items())
 
 
 def snapshot(model: GPT) -> dict[str, Tensor]:
@@ -157,20 +156,6 @@ def adapt(scorer: Scorer, optimizer: torch.optim.Optimizer, first: int, end: int
     optimizer.step()
 
 
-def chunks_of(scorer: Scorer, config: EvalConfig, segments: int) -> list:
-    """Return chunks of windows (W, 3) to score in turn, of every segment that is this rank's.
-
-    Without test-time training all that it scores is one chunk.
-    """
-    if config.ttt == "off":
-        return [[scorer.share]]
-    segments = min(segments, len(scorer.windows))
-    bounds = [len(scorer.windows) * i // segments for i in range(1, segments)]
-    per_chunk = max(1, config.ttt_chunk_tokens // scorer.stride)
-    split = [part.split(per_chunk) for part in scorer.windows.tensor_split(bounds)]
-    return split[scorer.dist.rank :: scorer.dist.world_size]
-
-
 def score_split(
     scorer: Scorer, model: GPT, config: EvalConfig, started: float, segments: int = TTT_SEGMENTS
 ) -> Tensor:
@@ -178,18 +163,23 @@ def score_split(
 
     Each of `segments` contiguous parts of the split begins with the artifact's weights, so it
     does not matter how ranks share them. A part's last chunk is not trained on. The evaluation
-    began at `started` on the host's clock, s. Leaves `model` as it was. Returns epochs run and
-    asked for, (2,): as many as EVAL_MAX_SECONDS allows, less 2 %, after all that is to be scored.
-    Raises ConfigError.
+    began at `started` on the host's clock, s. Returns epochs run and asked for, (2,): as many as
+    98 % of EVAL_MAX_SECONDS allow beside all scoring. Leaves `model` as it was. Raises ConfigError.
     """
-    limit = config.eval_max_seconds or math.inf
 
     def elapsed() -> float:
         if scorer.dist.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - started
 
-    segments_here = chunks_of(scorer, config, segments)
+    segments_here = [[scorer.share]]
+    if config.ttt != "off":
+        segments = min(segments, len(scorer.windows))
+        bounds = [len(scorer.windows) * i // segments for i in range(1, segments)]
+        per_chunk = max(1, config.ttt_chunk_tokens // scorer.stride)
+        split = [part.split(per_chunk) for part in scorer.windows.tensor_split(bounds)]
+        segments_here = split[scorer.dist.rank :: scorer.dist.world_size]
+
     updates = sum(len(chunks) - 1 for chunks in segments_here)
     epochs_asked = updates * config.ttt_epochs
     epochs_run = 0
@@ -209,7 +199,7 @@ def score_split(
             now = elapsed()
             windows_left = scorer.progress.total - scorer.progress.done
             to_score = windows_left * (now - begun - seconds_training) / scorer.progress.done
-            spare = max(0.98 * limit - now - to_score, 0)
+            spare = max(0.98 * config.limit - now - to_score, 0)
             per_epoch = seconds_training / max(epochs_run, 1)
             epochs = int(min(spare / max(per_epoch * updates, 1e-9), config.ttt_epochs))
             cosine = 0.5 * (1 + math.cos(math.pi * i / (len(chunks) - 1)))
@@ -447,21 +437,19 @@ def plan_ngram(config: EvalConfig, num_targets: int, log: Callable) -> float:
 def remember(
     scorer: Scorer, score: train_gpt.Score, config: EvalConfig, started: float, log: Callable
 ) -> dict | None:
-    """Mix what all ranks scored with a memory of it, on rank 0; log that score, return its summary.
-
-    Returns None without NGRAM and on other ranks, or if the evaluation began too long ago, s.
-    """
+    """Mix what all ranks scored with a memory of it; log that and return a summary, or None."""
+    # Rank 0 alone takes the memory.
     if config.ngram == "off" or scorer.dist.rank > 0:
         return None
     begun = time.perf_counter()
-    deadline = started + (config.eval_max_seconds or math.inf)
+    deadline = started + config.limit
     if begun + NGRAM_SECONDS * score.target_tokens > deadline:
-        log(f"{config.limit}: no time for n-gram mixing")
+        log(f"EVAL_MAX_SECONDS={config.limit:g}: no time for n-gram mixing")
         return None
 
     losses, order = mix(scorer.sums[0, :-1], scorer.val.tokens, deadline=deadline)
     if order < NGRAM_ORDER:
-        log(f"{config.limit}: no n-gram contexts of more than {order} tokens")
+        log(f"EVAL_MAX_SECONDS={config.limit:g}: no n-gram contexts of more than {order} tokens")
     nats = math.fsum(float(part.sum()) for part in losses.split(NGRAM_CHUNK))
     bpb = nats / math.log(2) / score.scored_bytes
     seconds = time.perf_counter() - begun
@@ -487,7 +475,7 @@ class Observed(Scorer):
         self, model: GPT, config: EvalConfig, windowing: Windowing, val: ValData, rank=0, ranks=1
     ):
         super().__init__(model, val, Dist(rank, ranks, val.tokens.device), windowing, "audit")
-        self.states = []
+        self.states = []  # batches of windows and weights
         score_split(self, model, config, 0.0, segments=2)
         self.losses, self.times = self.sums[:, :-1]
 
@@ -611,8 +599,8 @@ def audit_rows(model: GPT, config: EvalConfig, windowing: Windowing, val: ValDat
     blind = Observed(model, config, windowing, other)
     leak = float((blind.losses - losses)[:place].abs().max())
     other = rewritten(val, slice(0, place), vocab_size)
-    past = Observed(model, config, windowing, other)
-    control = float((past.losses - losses)[place:].abs().max())
+    past = Observed(model, config, windowing, other).losses
+    control = float((past - losses)[place:].abs().max())
     test = f"other tokens after the input of target {place}; control: before"
     finding = f"losses before it change by {leak:.1e} nats at most; control {control:.1e}"
     yield "C1 causal", test, finding, leak <= rounding and control > 1e-2
@@ -713,10 +701,8 @@ def parse_arguments() -> argparse.Namespace:
 def score_or_stop(
     scorer: Scorer, model: GPT, config: EvalConfig, log: train_gpt.Log, started: float
 ):
-    """Run `score_split`; SIGINT and SIGTERM end it with a PARTIAL score of what is scored here.
-
-    TTT leaves the time that n-gram mixing takes, as if all had begun that much earlier.
-    """
+    """Run `score_split`; SIGINT and SIGTERM end it with a PARTIAL score of what is scored here."""
+    # TTT leaves the time that n-gram mixing takes.
     begun = started - plan_ngram(config, scorer.num_targets, log)
     try:
         with scorer.progress:
@@ -784,15 +770,15 @@ def main() -> None:
     if config.ttt != "off":
         log(f"ttt_epochs: {epochs_run} of {epochs_asked}")
     if epochs_run < epochs_asked:
-        log(f"{config.limit}: fewer epochs of TTT, all targets")
+        log(f"EVAL_MAX_SECONDS={config.limit:g}: fewer epochs of TTT, all targets")
     if args.self_check:
         self_check(scorer, model, args.self_check, log)
     ngram = remember(scorer, score, config, started, log)
 
     spent = time.perf_counter() - started
     log(f"total_eval_time:{spent:.1f}s")
-    if 0 < config.eval_max_seconds < spent:
-        log(f"warning: {spent:.1f} s are more than {config.limit}")
+    if spent > config.limit:
+        log(f"warning: {spent:.1f} s are more than EVAL_MAX_SECONDS={config.limit:g}")
     summary = {
         "event": "eval_summary",
         "artifact_path": str(path),
