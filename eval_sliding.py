@@ -255,13 +255,14 @@ def self_check(scorer: Scorer, model: GPT, count: int, log: Callable) -> None:
     targets, plain, _ = plain_losses(model, scorer.val, scorer.windows[every])
     fast = scorer.sums[0, targets]
     sizes = scorer.val.target_bytes[targets]
+    plain_bpb = bits_per_byte(plain, sizes)
+    fast_bpb = bits_per_byte(fast, sizes)
     worst = (plain - fast).abs().max().item()
-    apart = abs(bits_per_byte(fast, sizes) - bits_per_byte(plain, sizes))
     log(
-        f"self_check: {len(every)} of {total} windows one at a time: "
-        f"plain_bpb:{bits_per_byte(plain, sizes):.8f} fast_bpb:{bits_per_byte(fast, sizes):.8f} "
-        f"largest_difference:{worst:.1e} nats"
+        f"self_check: {len(every)} of {total} windows one at a time: plain_bpb:{plain_bpb:.8f} "
+        f"fast_bpb:{fast_bpb:.8f} largest_difference:{worst:.1e} nats"
     )
+    apart = abs(fast_bpb - plain_bpb)
     bound = 1e-6 if model.dtype == torch.float32 else 1e-3
     require(apart <= bound, f"self-check failed: {apart:.1e} bits per byte apart")
 
@@ -403,8 +404,7 @@ def mix(losses: Tensor, tokens: Tensor, deadline: float = math.inf) -> tuple[Ten
     those whose turn would end after `deadline` on the host's clock, s, are left out.
     """
     # PyTorch does not share so few among threads, whose number would change the rounding.
-    parts = losses.cpu().split(NGRAM_CHUNK)
-    probs = torch.cat([(-part.double()).exp() for part in parts])
+    probs = torch.cat([(-part.double()).exp() for part in losses.cpu().split(NGRAM_CHUNK)])
     order = NGRAM_ORDER
     slowest = 0.0
     begun = time.perf_counter()
@@ -494,15 +494,11 @@ def rewritten(val: ValData, where: slice, vocab_size: int) -> ValData:
 
 
 def audit_bytes(val: ValData, sp, max_tokens: int = 1_000_000) -> Row:
-    """Compare, over whole documents, bytes as counted with those of the decoded text.
-
-    All of a sidecar is compared if the tokenizer has the operators of the lossless case transform;
-    of another transform, it has to give BOS no bytes.
-    """
-    if val.sidecar:
-        max_tokens = len(val.tokens)
-    tokens = val.tokens[: max_tokens + 1].cpu()
-    sizes = val.target_bytes[:max_tokens].cpu()
+    """Compare bytes as counted with those of the decoded text, over whole documents."""
+    count = len(val.tokens) if val.sidecar else max_tokens
+    tokens = val.tokens[: count + 1].cpu()
+    sizes = val.target_bytes[:count].cpu()
+    # A transform other than the lossless case's is not undone here.
     if val.sidecar and sp.is_unknown(sp.piece_to_id("\ue004")):
         unpaid = int(sizes[tokens[1:] == train_gpt.BOS_ID].sum())
         finding = f"{int(sizes.sum())}; 0 expected for BOS, {unpaid} found"
@@ -649,15 +645,11 @@ def audit_rows(model: GPT, config: EvalConfig, windowing: Windowing, val: ValDat
 def audit(
     model: GPT, hp: train_gpt.Hyperparameters, config: EvalConfig, val: ValData, log: Callable
 ) -> bool:
-    """Test the challenge's conditions C1 to C4, byte count and invariances by the code that scores.
-
-    On the first targets of the split, in two segments of three chunks; logs a table. Returns
-    whether all hold. `model` computes in float32, deterministically. Raises ConfigError.
-    """
+    """Log a table of tests of the code that scores; return whether all hold. Raises ConfigError."""
     windowing = config.windowing(hp)
     count = min(len(val.tokens) - 1, 3 * windowing.seq_len)
     require(count >= 24, f"{count} targets are too few to audit")
-    chunk = count // 6
+    chunk = count // 6  # three of them in each of two segments
     stride = max(min(config.eval_stride, chunk), chunk // 4)
     config = replace(config, ttt_chunk_tokens=chunk, eval_max_seconds=0.0)
     # More than one batch for two ranks.
