@@ -233,12 +233,10 @@ def compile_on_random_tokens(
 
 @torch.no_grad()
 def plain_losses(model: GPT, val: ValData, windows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the targets of windows (W, 3) and their losses, nats, one unpadded window at a time.
-
-    By the softmax of logits that know the inputs alone; also returns the last window's, (n, V).
-    """
+    """Return targets of windows (W, 3), losses, nats, and the last one's log softmax, (n, V)."""
     targets = []
     losses = []
+    # Without padding, and by logits that know the inputs alone.
     for start, first, end in windows.tolist():
         logits = model(val.tokens[None, start:end].long())[0, first - start :]
         log_probs = logits.double().log_softmax(-1)
