@@ -17,7 +17,6 @@ the bit. All of it goes to the end of the training's log.
 
 import argparse
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -72,19 +71,18 @@ class EvalConfig:
         return Windowing(window, self.eval_stride, max(1, hp.micro_batch_tokens // window))
 
     @property
-    def limit(self) -> str:
-        return f"EVAL_MAX_SECONDS={self.eval_max_seconds:g}"
+    def limit(self) -> float:
+        return self.eval_max_seconds or math.inf
 
     def stated(self) -> str:
         """Return the knobs of what is more than sliding for the log, or that it is off."""
-        words = ["ttt:off"]
+        knobs = {"ttt": "off"}
         if self.ttt != "off":
-            names = [name for name in vars(self) if name.startswith("ttt")]
-            words = [f"{name}:{vars(self)[name]}" for name in names]
-            words.append(f"ttt_segments:{TTT_SEGMENTS}")
+            knobs = {name: value for name, value in vars(self).items() if name.startswith("ttt")}
+            knobs["ttt_segments"] = TTT_SEGMENTS
         if self.ngram != "off":
-            words.append(f"ngram:{self.ngram} ngram_order:{NGRAM_ORDER}")
-        return " ".join(words)
+            knobs |= {"ngram": self.ngram, "ngram_order": NGRAM_ORDER}
+        return " ".join(f"{name}:{value}" for name, value in knobs.items())
 
 
 def snapshot(model: GPT) -> dict[str, Tensor]:
@@ -100,10 +98,9 @@ def bits_per_byte(losses: Tensor, target_bytes: Tensor) -> float:
     return losses.double().sum().item() / math.log(2) / int(target_bytes.sum())
 
 
-def documents_of(tokens: Tensor) -> list[Tensor]:
-    """Return the tokens of every document, BOS and what comes before the next one."""
-    starts = torch.nonzero(tokens == train_gpt.BOS_ID).flatten().tolist()
-    return [tokens[a:b] for a, b in itertools.pairwise([*starts, len(tokens)])]
+def split_documents(tokens: Tensor) -> tuple[Tensor, ...]:
+    """Return what comes before the first BOS, then every document with the BOS that begins it."""
+    return tokens.tensor_split(torch.nonzero(tokens == train_gpt.BOS_ID)[:, 0].cpu())
 
 
 def check_tokenizer_made(tokens: Tensor, sp, source: Path) -> None:
@@ -112,8 +109,10 @@ def check_tokenizer_made(tokens: Tensor, sp, source: Path) -> None:
     Of the tokens in a document, 99.9 % come again if this tokenizer made them, be it one word or
     a long text; with another of its size, or with permuted ids, 95 % at most.
     """
-    made, common = 0, 0
-    for document in documents_of(tokens[:4096]) or [tokens[:4096]]:
+    made = 0
+    common = 0
+    rest, *documents = split_documents(tokens[:4096])
+    for document in documents or [rest]:
         text = [token for token in document.tolist() if not sp.is_control(token)]
         again = Counter(sp.encode(sp.decode(text)))
         made += len(text)
@@ -128,10 +127,9 @@ def check_tokenizer_made(tokens: Tensor, sp, source: Path) -> None:
 def score_within_memory(scorer: Scorer, windows: Tensor) -> None:
     """Score windows (W, 3), with half the batch as long as memory runs out. Raises ConfigError."""
     while len(windows):
-        batch = windows[: scorer.batch_size]
         try:
-            scorer.score(batch)
-            windows = windows[len(batch) :]
+            scorer.score(windows[: scorer.batch_size])
+            windows = windows[scorer.batch_size :]
         except RuntimeError as error:
             if not train_gpt.out_of_memory(error):
                 raise
@@ -143,10 +141,7 @@ def score_within_memory(scorer: Scorer, windows: Tensor) -> None:
 
 
 def adapt(scorer: Scorer, optimizer: torch.optim.Optimizer, first: int, end: int) -> None:
-    """Take a step on the mean loss of the targets from `first` to before `end`, scored before.
-
-    They are read in windows that do not overlap, and have no context beyond these.
-    """
+    """Take a step on the mean loss of targets `first` to `end` - 1, read in disjoint windows."""
     tiles = train_gpt.scoring_windows(end - first, scorer.seq_len, scorer.seq_len) + first
     tiles = tiles.to(scorer.windows.device)
     count = tiles[-1, 2] - tiles[0, 1]
@@ -161,21 +156,6 @@ def adapt(scorer: Scorer, optimizer: torch.optim.Optimizer, first: int, end: int
     optimizer.step()
 
 
-def chunks_of(scorer: Scorer, config: EvalConfig, segments: int) -> list:
-    """Return the chunks of windows (W, 3) that this rank scores in turn, of each of its segments.
-
-    Without test-time training all that it scores is one chunk.
-    """
-    if config.ttt == "off":
-        return [[scorer.share]]
-    windows = scorer.windows
-    segments = min(segments, len(windows))
-    bounds = [len(windows) * i // segments for i in range(segments + 1)]
-    per_chunk = max(1, config.ttt_chunk_tokens // scorer.stride)
-    split = [windows[a:b].split(per_chunk) for a, b in itertools.pairwise(bounds)]
-    return split[scorer.dist.rank :: scorer.dist.world_size]
-
-
 def score_split(
     scorer: Scorer, model: GPT, config: EvalConfig, started: float, segments: int = TTT_SEGMENTS
 ) -> Tensor:
@@ -183,40 +163,43 @@ def score_split(
 
     Each of `segments` contiguous parts of the split begins with the artifact's weights, so it
     does not matter how ranks share them. A part's last chunk is not trained on. The evaluation
-    began at `started` on the host's clock, s. Leaves `model` as it was. Returns epochs run and
-    asked for, (2,): as many as EVAL_MAX_SECONDS allows, less 2 %, after all that is to be scored.
-    Raises ConfigError.
+    began at `started` on the host's clock, s. Returns epochs run and asked for, (2,): as many as
+    98 % of EVAL_MAX_SECONDS allow beside all scoring. Leaves `model` as it was. Raises ConfigError.
     """
-    limit = config.eval_max_seconds or math.inf
 
     def elapsed() -> float:
         if scorer.dist.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - started
 
-    segments_here = chunks_of(scorer, config, segments)
+    segments_here = [[scorer.share]]
+    if config.ttt != "off":
+        segments = min(segments, len(scorer.windows))
+        bounds = [len(scorer.windows) * i // segments for i in range(1, segments)]
+        per_chunk = max(1, config.ttt_chunk_tokens // scorer.stride)
+        split = [part.split(per_chunk) for part in scorer.windows.tensor_split(bounds)]
+        segments_here = split[scorer.dist.rank :: scorer.dist.world_size]
+
     updates = sum(len(chunks) - 1 for chunks in segments_here)
     epochs_asked = updates * config.ttt_epochs
     epochs_run = 0
     scorer.progress.total = sum(len(chunk) for chunks in segments_here for chunk in chunks)
-    seconds_scoring = 0.0
-    seconds_training = 0.0
     artifact = snapshot(model)
+    begun = elapsed()
+    seconds_training = 0.0
     for chunks in segments_here:
         model.load_state_dict(artifact)
         optimizer = torch.optim.SGD(model.parameters(), config.ttt_lr, TTT_MOMENTUM)
         for i, chunk in enumerate(chunks):
-            begun = elapsed()
             score_within_memory(scorer, chunk)
-            now = elapsed()
-            seconds_scoring += now - begun
             if i + 1 == len(chunks):
                 break
 
             # All updates to come get as many epochs.
+            now = elapsed()
             windows_left = scorer.progress.total - scorer.progress.done
-            to_score = windows_left * seconds_scoring / scorer.progress.done
-            spare = max(0.98 * limit - now - to_score, 0)
+            to_score = windows_left * (now - begun - seconds_training) / scorer.progress.done
+            spare = max(0.98 * config.limit - now - to_score, 0)
             per_epoch = seconds_training / max(epochs_run, 1)
             epochs = int(min(spare / max(per_epoch * updates, 1e-9), config.ttt_epochs))
             cosine = 0.5 * (1 + math.cos(math.pi * i / (len(chunks) - 1)))
@@ -234,15 +217,12 @@ def score_split(
 def compile_on_random_tokens(
     forward: Callable, model: GPT, config: EvalConfig, windowing: Windowing, dist: Dist
 ) -> Windowing:
-    """Run everything once on random tokens, which leaves the weights as they were.
-
-    Returns the windowing with the batch that fits the memory of every rank.
-    """
+    """Run all once on random tokens; return the windowing with a batch that fits on every rank."""
     count = windowing.stride + (config.ttt_chunk_tokens if config.ttt == "sgd" else 0)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(model.config.vocab_size, (count + 1,), generator=generator)
-    bytes_of_one = torch.ones(count, dtype=torch.int32, device=dist.device)
-    val = ValData(tokens.int().to(dist.device), bytes_of_one, "", False)
+    tokens = tokens.int().to(dist.device)
+    val = ValData(tokens, torch.ones_like(tokens[1:]), "", False)
     trial = replace(config, ttt_epochs=1, eval_max_seconds=0.0)
     scorer = Scorer(forward, val, Dist(0, 1, dist.device), windowing, "compile")
     with scorer.progress:
@@ -252,40 +232,35 @@ def compile_on_random_tokens(
 
 
 @torch.no_grad()
-def plain_log_probs(model: GPT, val: ValData, window: list[int]) -> Tensor:
-    """Return the log probabilities of all tokens at the targets of a window, (n, V), unpadded.
-
-    By logits that know the inputs alone, and whose softmax is a distribution.
-    """
-    start, first, end = window
-    logits = model(val.tokens[None, start:end].long())[0, first - start :]
-    return logits.double().log_softmax(-1)
-
-
-def plain_losses(model: GPT, val: ValData, windows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the targets of windows (W, 3) and their losses, nats, one window at a time."""
-    targets, losses = [], []
-    for window in windows.tolist():
-        targets.append(torch.arange(window[1], window[2], device=windows.device))
-        true_ids = val.tokens[targets[-1] + 1, None].long()
-        losses.append(-plain_log_probs(model, val, window).gather(1, true_ids)[:, 0])
-    return torch.cat(targets), torch.cat(losses)
+def plain_losses(model: GPT, val: ValData, windows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return targets of windows (W, 3), losses, nats, and the last one's log softmax, (n, V)."""
+    targets = []
+    losses = []
+    # Without padding, and by logits that know the inputs alone.
+    for start, first, end in windows.tolist():
+        logits = model(val.tokens[None, start:end].long())[0, first - start :]
+        log_probs = logits.double().log_softmax(-1)
+        true_ids = val.tokens[first + 1 : end + 1, None].long()
+        losses.append(-log_probs.gather(1, true_ids)[:, 0])
+        targets.append(torch.arange(first, end, device=windows.device))
+    return torch.cat(targets), torch.cat(losses), log_probs
 
 
 def self_check(scorer: Scorer, model: GPT, count: int, log: Callable) -> None:
     """Score `count` windows, evenly spread, again by `plain_losses`. Raises ConfigError."""
     total = len(scorer.windows)
     every = torch.linspace(0, total - 1, min(count, total)).round().long().unique()
-    targets, plain = plain_losses(model, scorer.val, scorer.windows[every])
+    targets, plain, _ = plain_losses(model, scorer.val, scorer.windows[every])
     fast = scorer.sums[0, targets]
     sizes = scorer.val.target_bytes[targets]
+    plain_bpb = bits_per_byte(plain, sizes)
+    fast_bpb = bits_per_byte(fast, sizes)
     worst = (plain - fast).abs().max().item()
-    apart = abs(bits_per_byte(fast, sizes) - bits_per_byte(plain, sizes))
     log(
-        f"self_check: {len(every)} of {total} windows one at a time: "
-        f"plain_bpb:{bits_per_byte(plain, sizes):.8f} fast_bpb:{bits_per_byte(fast, sizes):.8f} "
-        f"largest_difference:{worst:.1e} nats"
+        f"self_check: {len(every)} of {total} windows one at a time: plain_bpb:{plain_bpb:.8f} "
+        f"fast_bpb:{fast_bpb:.8f} largest_difference:{worst:.1e} nats"
     )
+    apart = abs(fast_bpb - plain_bpb)
     bound = 1e-6 if model.dtype == torch.float32 else 1e-3
     require(apart <= bound, f"self-check failed: {apart:.1e} bits per byte apart")
 
@@ -304,7 +279,7 @@ NGRAM_AGE = torch.tensor([128, 1024]).int()  # of age
 NGRAM_BUCKETS = 9 * 8 * 3
 NGRAM_PRIOR = 0.1  # weight of the counts in a bucket of no targets, as if
 NGRAM_PRIOR_TARGETS = 4.0  # so many had been in it
-NGRAM_CHUNK = 4096  # targets at most between two updates of the weights
+NGRAM_CHUNK = 4096  # targets at most between two updates of the weights; few at first
 
 
 @dataclass
@@ -344,8 +319,7 @@ def count(
     places = torch.arange(len(targets), dtype=torch.int32)
     hits = torch.empty_like(begin).scatter_(0, by_pair, places - pair_begin)
 
-    first_times = (pair_begin == places).int()
-    first_times = torch.empty_like(begin).scatter_(0, by_pair, first_times)
+    first_times = (hits == 0).int()
     before = first_times.cumsum(0, dtype=torch.int32).sub_(first_times)
     distinct = before - before.index_select(0, begin)
     age = targets.diff(prepend=targets[:1]).int()
@@ -387,23 +361,14 @@ def count_contexts(tokens: Tensor) -> Iterator[Counts]:
         targets = pair_targets.index_select(0, again).add_(1)
 
 
-def chunk_sizes(num_targets: int) -> list[int]:
-    """Return how many targets are between two updates of the weights: few at first."""
-    sizes = []
-    done = 0
-    while done < num_targets:
-        sizes.append(min(max(done, 16), NGRAM_CHUNK, num_targets - done))
-        done += sizes[-1]
-    return sizes
+def mix_in(probs: Tensor, counts: Counts) -> None:
+    """Make `probs` p (targets,) into (1 - w) p + w hits / seen, in place: distributions all.
 
-
-def weigh(counts: Counts, num_targets: int) -> tuple[Tensor, Tensor]:
-    """Return the bucket of every target, uint8, and the share of its token, (num_targets,) each.
-
-    The bucket is known before the target. Bucket 0 is that of contexts not seen before.
+    The weight w is that of the target's bucket, which is known before the target: the mean of the
+    counts' posterior probability over the bucket's targets up to the chunk before, by online EM.
     """
-    buckets = torch.zeros(num_targets, dtype=torch.uint8)
-    shares = torch.zeros(num_targets, dtype=torch.float64)
+    buckets = torch.zeros(len(probs), dtype=torch.uint8)  # 0: the context was not seen before
+    shares = torch.zeros(len(probs), dtype=torch.float64)
     columns = (counts.targets, counts.seen, counts.hits, counts.distinct, counts.age)
     # Fresh memory costs more time than arithmetic; parts fit into the caches.
     for targets, seen, hits, distinct, age in zip(*(c.split(65_536) for c in columns), strict=True):
@@ -413,28 +378,21 @@ def weigh(counts: Counts, num_targets: int) -> tuple[Tensor, Tensor]:
         bucket = ((often * 8 + repeats) * 3 + recent) * (seen > 0)
         buckets.scatter_(0, targets, bucket.byte())
         shares.scatter_(0, targets, hits.double() / seen.clamp(min=1))
-    return buckets, shares
 
-
-def mix_in(probs: Tensor, counts: Counts) -> None:
-    """Make `probs` p (targets,) into (1 - w) p + w hits / seen, in place: distributions all.
-
-    The weight w is that of the target's bucket. It is the mean of the counts' posterior
-    probability over the bucket's targets up to the chunk before: online EM.
-    """
-    buckets, shares = weigh(counts, len(probs))
     total = torch.full((NGRAM_BUCKETS,), NGRAM_PRIOR_TARGETS, dtype=torch.float64)
     explained = NGRAM_PRIOR * total
-    explained[0] = 0.0  # the context is new
-    sizes = chunk_sizes(len(probs))
-    parts = [tensor.split(sizes) for tensor in (probs, buckets, shares)]
-    for p, bucket, share in zip(*parts, strict=True):
-        bucket = bucket.long()
+    explained[0] = 0.0
+    done = 0
+    while done < len(probs):
+        chunk = slice(done, done + min(max(done, 16), NGRAM_CHUNK))
+        p = probs[chunk]
+        bucket = buckets[chunk].long()
         weight = (explained / total).index_select(0, bucket)
-        gain = weight * share
+        gain = weight * shares[chunk]
         p.mul_(1 - weight).add_(gain)
         explained += torch.bincount(bucket, gain / p, NGRAM_BUCKETS)
         total += torch.bincount(bucket, minlength=NGRAM_BUCKETS)
+        done = chunk.stop
 
 
 def mix(losses: Tensor, tokens: Tensor, deadline: float = math.inf) -> tuple[Tensor, int]:
@@ -444,8 +402,7 @@ def mix(losses: Tensor, tokens: Tensor, deadline: float = math.inf) -> tuple[Ten
     those whose turn would end after `deadline` on the host's clock, s, are left out.
     """
     # PyTorch does not share so few among threads, whose number would change the rounding.
-    parts = losses.cpu().split(NGRAM_CHUNK)
-    probs = torch.cat([(-part.double()).exp() for part in parts])
+    probs = torch.cat([(-part.double()).exp() for part in losses.cpu().split(NGRAM_CHUNK)])
     order = NGRAM_ORDER
     slowest = 0.0
     begun = time.perf_counter()
@@ -461,10 +418,7 @@ def mix(losses: Tensor, tokens: Tensor, deadline: float = math.inf) -> tuple[Ten
 
 
 def plan_ngram(config: EvalConfig, num_targets: int, log: Callable) -> float:
-    """Log what n-gram mixing takes, and return its seconds, 0 when it is off.
-
-    Raises ConfigError when there is less memory than that, as far as Linux knows.
-    """
+    """Log what n-gram mixing takes, and return its seconds. Raises ConfigError for too much."""
     if config.ngram == "off":
         return 0.0
     needed = NGRAM_BYTES * num_targets
@@ -481,22 +435,19 @@ def plan_ngram(config: EvalConfig, num_targets: int, log: Callable) -> float:
 def remember(
     scorer: Scorer, score: train_gpt.Score, config: EvalConfig, started: float, log: Callable
 ) -> dict | None:
-    """Mix what all ranks scored with a memory of it; log that score and return its summary.
-
-    Returns None when NGRAM is off, when too little is left of EVAL_MAX_SECONDS since `started`,
-    and but for rank 0, which alone takes the memory.
-    """
+    """Mix what all ranks scored with a memory of it; log that and return a summary, or None."""
+    # Rank 0 alone takes the memory.
     if config.ngram == "off" or scorer.dist.rank > 0:
         return None
     begun = time.perf_counter()
-    deadline = started + (config.eval_max_seconds or math.inf)
+    deadline = started + config.limit
     if begun + NGRAM_SECONDS * score.target_tokens > deadline:
-        log(f"{config.limit}: no time for n-gram mixing")
+        log(f"EVAL_MAX_SECONDS={config.limit:g}: no time for n-gram mixing")
         return None
 
     losses, order = mix(scorer.sums[0, :-1], scorer.val.tokens, deadline=deadline)
     if order < NGRAM_ORDER:
-        log(f"{config.limit}: no n-gram contexts of more than {order} tokens")
+        log(f"EVAL_MAX_SECONDS={config.limit:g}: no n-gram contexts of more than {order} tokens")
     nats = math.fsum(float(part.sum()) for part in losses.split(NGRAM_CHUNK))
     bpb = nats / math.log(2) / score.scored_bytes
     seconds = time.perf_counter() - begun
@@ -516,32 +467,19 @@ Row = tuple[str, str, str, bool]  # condition, test, finding, whether it holds
 
 
 class Observed(Scorer):
-    """A Scorer of the model that keeps every batch of windows with the weights that scored it."""
+    """A Scorer that scores at once, in two segments, and keeps the weights that scored a batch."""
 
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
-        self.states = []
+    def __init__(
+        self, model: GPT, config: EvalConfig, windowing: Windowing, val: ValData, rank=0, ranks=1
+    ):
+        super().__init__(model, val, Dist(rank, ranks, val.tokens.device), windowing, "audit")
+        self.states = []  # batches of windows and weights
+        score_split(self, model, config, 0.0, segments=2)
+        self.losses, self.times = self.sums[:, :-1]
 
     def score(self, windows: Tensor) -> None:
         self.states.append((windows, snapshot(self.forward)))
         super().score(windows)
-
-
-def observed_run(
-    model: GPT, config: EvalConfig, windowing: Windowing, val: ValData, ranks: int = 1
-) -> tuple[Tensor, Observed]:
-    """Score `val` by the code that scores, as so many ranks in turn.
-
-    Returns every target's loss in nats and how often it was scored, (2, targets), and the last
-    rank's scorer.
-    """
-    device = val.tokens.device
-    sums = torch.zeros(2, len(val.tokens) - 1, device=device)
-    for rank in range(ranks):
-        scorer = Observed(model, val, Dist(rank, ranks, device), windowing, "audit")
-        score_split(scorer, model, config, 0.0, segments=2)
-        sums += scorer.sums[:, :-1]
-    return sums, scorer
 
 
 def rewritten(val: ValData, where: slice, vocab_size: int) -> ValData:
@@ -554,27 +492,21 @@ def rewritten(val: ValData, where: slice, vocab_size: int) -> ValData:
 
 
 def audit_bytes(val: ValData, sp, max_tokens: int = 1_000_000) -> Row:
-    """Compare, over whole documents, bytes as counted with those of the decoded text.
-
-    All of a sidecar is compared if the tokenizer has the operators of the lossless case transform;
-    of another transform, it has to give BOS no bytes.
-    """
-    undone = not sp.is_unknown(sp.piece_to_id("\ue004"))
-    if val.sidecar:
-        max_tokens = len(val.tokens)
-    tokens = val.tokens[: max_tokens + 1].cpu()
-    sizes = val.target_bytes[:max_tokens].cpu()
-    if val.sidecar and not undone:
+    """Compare bytes as counted with those of the decoded text, over whole documents."""
+    count = len(val.tokens) if val.sidecar else max_tokens
+    tokens = val.tokens[: count + 1].cpu()
+    sizes = val.target_bytes[:count].cpu()
+    # A transform other than the lossless case's is not undone here.
+    if val.sidecar and sp.is_unknown(sp.piece_to_id("\ue004")):
         unpaid = int(sizes[tokens[1:] == train_gpt.BOS_ID].sum())
         finding = f"{int(sizes.sum())}; 0 expected for BOS, {unpaid} found"
         return "bytes", "sidecar: the original text's", finding, unpaid == 0
 
-    documents = documents_of(tokens)
-    first = len(tokens) - sum(map(len, documents))
+    rest, *documents = split_documents(tokens)
     is_cut = len(tokens) < len(val.tokens) or val.partial
     if is_cut and len(documents) > 1:
-        documents.pop()
-    counted = int(sizes[first : first + sum(map(len, documents)) - 1].sum())
+        tokens = tokens[: -len(documents.pop())]
+    counted = int(sizes[len(rest) : len(tokens) - 1].sum())
     decoded = 0
     for document in documents:
         text = sp.decode(document.tolist())
@@ -631,18 +563,16 @@ def audit_ngram(losses: Tensor, val: ValData, dists: dict[int, Tensor]) -> Itera
     test = f"each of {vocab_size} tokens as target {' and '.join(map(str, dists))}"
     yield "C2 n-gram", test, f"probabilities sum to 1 within {worst:.1e}", worst <= 1e-9
 
-    equal = 0
-    total = 0
+    equal = []
     for counts in count_contexts(tokens):
         for target in places:
             here = (counts.targets == target) & (counts.seen > 0)
             known = (counts.seen, counts.hits, counts.distinct, counts.age)
             ours = [int(values[here].sum()) for values in known]
             searched = search_counts(tokens.tolist(), target, counts.order, counts.is_local)
-            equal += ours == searched
-            total += 1
+            equal.append(ours == searched)
     test = "counts of a target's context, against a search of the text before it"
-    yield "C3 n-gram", test, f"{equal} of {total} equal", equal == total
+    yield "C3 n-gram", test, f"{sum(equal)} of {len(equal)} equal", all(equal)
 
 
 def audit_rows(model: GPT, config: EvalConfig, windowing: Windowing, val: ValData) -> Iterator[Row]:
@@ -651,7 +581,8 @@ def audit_rows(model: GPT, config: EvalConfig, windowing: Windowing, val: ValDat
     rounding = AUDIT_ROUNDING if model.config.is_grouped else 0.0
     vocab_size = model.config.vocab_size
     artifact = snapshot(model)
-    (losses, times), scorer = observed_run(model, config, windowing, val)
+    honest = Observed(model, config, windowing, val)
+    losses = honest.losses
     count = len(losses)
 
     # Amid the targets of a window, which then reads tokens that the first half must not know, and
@@ -659,25 +590,22 @@ def audit_rows(model: GPT, config: EvalConfig, windowing: Windowing, val: ValDat
     stride = windowing.stride
     place = 3 * count // 4 // stride * stride + (stride - 1) // 2
     other = rewritten(val, slice(place + 1, None), vocab_size)
-    (future, _), blind = observed_run(model, config, windowing, other)
-    leak = float((future - losses)[:place].abs().max())
+    blind = Observed(model, config, windowing, other)
+    leak = float((blind.losses - losses)[:place].abs().max())
     other = rewritten(val, slice(0, place), vocab_size)
-    (past, _), _ = observed_run(model, config, windowing, other)
+    past = Observed(model, config, windowing, other).losses
     control = float((past - losses)[place:].abs().max())
     test = f"other tokens after the input of target {place}; control: before"
     finding = f"losses before it change by {leak:.1e} nats at most; control {control:.1e}"
     yield "C1 causal", test, finding, leak <= rounding and control > 1e-2
 
-    states = scorer.states
-    at = max(i for i, (windows, _) in enumerate(states) if windows[0, 1] <= place)
-    windows, weights = states[at]
+    at = max(i for i, (windows, _) in enumerate(honest.states) if windows[0, 1] <= place)
+    windows, weights = honest.states[at]
     model.load_state_dict(weights)
-    targets, again = plain_losses(model, val, windows)
-    *_, window = windows.tolist()
-    log_probs = plain_log_probs(model, val, window)
+    targets, again, log_probs = plain_losses(model, val, windows)
     model.load_state_dict(artifact)
     apart = float((again - losses[targets]).abs().max())
-    batch = f"batch {at + 1} of {len(states)}"
+    batch = f"batch {at + 1} of {len(honest.states)}"
     test = f"{batch} again by the softmax of all {vocab_size} logits"
     yield "C2 normalised", test, f"losses within {apart:.1e} nats", apart <= AUDIT_ROUNDING
 
@@ -689,23 +617,23 @@ def audit_rows(model: GPT, config: EvalConfig, windowing: Windowing, val: ValDat
     holds = is_blind and is_trained == learns
     yield "C3 score before update", f"the weights that scored {batch}", finding, holds
 
-    once = int((times == 1).sum())
+    once = int((honest.times == 1).sum())
     test = "a counter on every target"
     yield "C4 single pass", test, f"{once} of {count} scored once", once == count
 
     if config.ngram == "on":
-        dists = {window[1]: log_probs[0], window[2] - 1: log_probs[-1]}
+        dists = {int(windows[-1, 1]): log_probs[0], int(windows[-1, 2]) - 1: log_probs[-1]}
         yield from audit_ngram(losses, val, dists)
 
     bpb = bits_per_byte(losses, val.target_bytes)
-    single = replace(windowing, batch_size=1)
-    for name, test, other, ranks, bound in (
-        ("ranks", "two instead of one", windowing, 2, rounding),
-        ("batches", "of a single window", single, 1, AUDIT_ROUNDING),
-    ):
-        (again, _), _ = observed_run(model, config, other, val, ranks)
-        apart = abs(bits_per_byte(again, val.target_bytes) - bpb)
-        yield name, test, f"{apart:.1e} bits per byte apart", apart <= bound
+    halves = [Observed(model, config, windowing, val, rank, ranks=2).losses for rank in (0, 1)]
+    apart = abs(bits_per_byte(sum(halves), val.target_bytes) - bpb)
+    yield "ranks", "two instead of one", f"{apart:.1e} bits per byte apart", apart <= rounding
+
+    single = Observed(model, config, replace(windowing, batch_size=1), val).losses
+    apart = abs(bits_per_byte(single, val.target_bytes) - bpb)
+    finding = f"{apart:.1e} bits per byte apart"
+    yield "batches", "of a single window", finding, apart <= AUDIT_ROUNDING
 
     kept = same(artifact, snapshot(model))
     test = f"its {len(artifact)} tensors afterwards"
@@ -715,29 +643,25 @@ def audit_rows(model: GPT, config: EvalConfig, windowing: Windowing, val: ValDat
 def audit(
     model: GPT, hp: train_gpt.Hyperparameters, config: EvalConfig, val: ValData, log: Callable
 ) -> bool:
-    """Test the challenge's conditions C1 to C4, byte count and invariances by the code that scores.
-
-    On the first targets of the split, in two segments of three chunks; logs a table. Returns
-    whether all hold. `model` computes in float32, deterministically. Raises ConfigError.
-    """
-    window = config.windowing(hp).seq_len
-    count = min(len(val.tokens) - 1, 3 * window)
+    """Log a table of tests of the code that scores; return whether all hold. Raises ConfigError."""
+    windowing = config.windowing(hp)
+    count = min(len(val.tokens) - 1, 3 * windowing.seq_len)
     require(count >= 24, f"{count} targets are too few to audit")
-    chunk = count // 6
+    chunk = count // 6  # three of them in each of two segments
     stride = max(min(config.eval_stride, chunk), chunk // 4)
-    config = replace(config, eval_stride=stride, ttt_chunk_tokens=chunk, eval_max_seconds=0.0)
+    config = replace(config, ttt_chunk_tokens=chunk, eval_max_seconds=0.0)
     # More than one batch for two ranks.
-    windowing = Windowing(window, stride, min(config.windowing(hp).batch_size, 4))
+    windowing = replace(windowing, stride=stride, batch_size=min(windowing.batch_size, 4))
     part = replace(val, tokens=val.tokens[: count + 1], target_bytes=val.target_bytes[:count])
 
-    log(f"audit of the first {count} targets, window:{window} stride:{stride} {config.stated()}")
+    shape = f"window:{windowing.seq_len} stride:{stride}"
+    log(f"audit of the first {count} targets, {shape} {config.stated()}")
     log("| condition | test | finding | |\n|---|---|---|---|")
-    all_hold = True
-    rows = audit_rows(model, config, windowing, part)
-    for name, test, finding, holds in [*rows, audit_bytes(val, train_gpt.load_tokenizer(hp)[0])]:
+    rows = list(audit_rows(model, config, windowing, part))
+    rows.append(audit_bytes(val, train_gpt.load_tokenizer(hp)[0]))
+    for name, test, finding, holds in rows:
         log(f"| {name} | {test} | {finding} | {'pass' if holds else 'FAIL'} |")
-        all_hold = all_hold and holds
-    return all_hold
+    return all(holds for *_, holds in rows)
 
 
 # ---- Command line --------------------------------------------------------------------------------
@@ -767,10 +691,8 @@ def parse_arguments() -> argparse.Namespace:
 def score_or_stop(
     scorer: Scorer, model: GPT, config: EvalConfig, log: train_gpt.Log, started: float
 ):
-    """Run `score_split`; SIGINT and SIGTERM end it with a PARTIAL score of what is scored here.
-
-    TTT leaves the time that n-gram mixing takes, as if all had begun that much earlier.
-    """
+    """Run `score_split`; SIGINT and SIGTERM end it with a PARTIAL score of what is scored here."""
+    # TTT leaves the time that n-gram mixing takes.
     begun = started - plan_ngram(config, scorer.num_targets, log)
     try:
         with scorer.progress:
@@ -838,15 +760,15 @@ def main() -> None:
     if config.ttt != "off":
         log(f"ttt_epochs: {epochs_run} of {epochs_asked}")
     if epochs_run < epochs_asked:
-        log(f"{config.limit}: fewer epochs of TTT, all targets")
+        log(f"EVAL_MAX_SECONDS={config.limit:g}: fewer epochs of TTT, all targets")
     if args.self_check:
         self_check(scorer, model, args.self_check, log)
     ngram = remember(scorer, score, config, started, log)
 
     spent = time.perf_counter() - started
     log(f"total_eval_time:{spent:.1f}s")
-    if 0 < config.eval_max_seconds < spent:
-        log(f"warning: {spent:.1f} s are more than {config.limit}")
+    if spent > config.limit:
+        log(f"warning: {spent:.1f} s are more than EVAL_MAX_SECONDS={config.limit:g}")
     summary = {
         "event": "eval_summary",
         "artifact_path": str(path),
