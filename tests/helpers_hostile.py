@@ -24,6 +24,7 @@ from train_gpt import (
     layout,
     pack,
     quantize,
+    streams_of,
 )
 
 SHA = "ab" * 32
@@ -55,7 +56,7 @@ class Pieces:
     def of(cls, data: bytes) -> "Pieces":
         offset = PREFIX.size + PREFIX.unpack_from(data)[2]
         header = json.loads(data[PREFIX.size : offset])
-        plan = layout(shapes_of(ModelConfig(**header["model"])), header["storage"])
+        plan = streams_of(layout(ModelConfig(**header["model"]), header["storage"]))
         streams = {}
         for name, (_, size) in zip(plan, header["streams"], strict=True):
             streams[name] = data[offset : offset + size]
