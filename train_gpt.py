@@ -853,8 +853,6 @@ def rotary_tables(
 def apply_rotary(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the first dimensions of every head, half-split; the rest stays (partial RoPE)."""
     half = cos.size(-1)
-    cos = cos.to(x_BTHK.dtype)
-    sin = sin.to(x_BTHK.dtype)
     x1, x2, rest = x_BTHK.split([half, half, x_BTHK.size(-1) - 2 * half], dim=-1)
     return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin, rest], dim=-1)
 
@@ -1005,16 +1003,11 @@ def expert_linear_backward(
     return x_grad, weight_grad
 
 
-@expert_linear.register_fake
-def _(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    return x.new_empty(len(x), weight.size(1))
-
-
-@expert_linear_backward.register_fake
-def _(grad: Tensor, x: Tensor, weight: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(weight)
-
-
+# Their shapes alone, for the compiler.
+expert_linear.register_fake(lambda x, weight, ends: x.new_empty(len(x), weight.size(1)))
+expert_linear_backward.register_fake(
+    lambda grad, x, weight, ends: (torch.empty_like(x), torch.empty_like(weight))
+)
 expert_linear.register_autograd(
     lambda ctx, grad: (*expert_linear_backward(grad, *ctx.saved_tensors), None),
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
@@ -1048,14 +1041,14 @@ class TokenRoutedMLP(nn.Module):
 
     def forward(self, x: Tensor, route: Any) -> tuple[Tensor, Tensor | float]:
         """Apply the MLP by the layer's dispatch. Also returns a learned choice's Switch loss."""
-        if not self.config.is_routed:
-            return self.down(activate(self.up(x), self.config.activation)), 0.0
+        if self.config.is_routed and not self.config.is_grouped:
+            share_BTE, balance = self.choose(x, route)
+            down = torch.cat([self.down.weight, *self.expert_down], dim=-1)
+            return F.linear(self.hidden(x, share_BTE), down.to(x.dtype)), balance
+        y = self.down(activate(self.up(x), self.config.activation))
         if self.config.is_grouped:
-            shared = self.down(activate(self.up(x), self.config.activation))
-            return shared + self.grouped(x, route), 0.0
-        share_BTE, balance = self.choose(x, route)
-        down = torch.cat([self.down.weight, *self.expert_down], dim=-1)
-        return F.linear(self.hidden(x, share_BTE), down.to(x.dtype)), balance
+            y = y + self.grouped(x, route)
+        return y, 0.0
 
     def choose(self, x: Tensor, table_BTE: Tensor) -> tuple[Tensor, Tensor | float]:
         """Return the factor on each expert's output, (B, T, E), and the Switch loss, at best 1."""
@@ -1249,7 +1242,8 @@ class GPT(nn.Module):
         config = self.config
         x = self.tok_emb(input_ids).to(self.dtype)
         x0 = norm(self.smear(x, input_ids) if config.smear_gate else x)
-        rotary = rotary_tables(input_ids.size(1), self.rope_base, config.rope_dims, x.device)
+        angles = rotary_tables(input_ids.size(1), self.rope_base, config.rope_dims, x.device)
+        rotary = [table.to(self.dtype) for table in angles]
         mu = None
         if config.mu != "off":
             mu = norm(self.mu_init.to(self.dtype)).expand(*input_ids.shape, -1)
@@ -1279,11 +1273,7 @@ class GPT(nn.Module):
         looped: bool = True,
         scored: Tensor | None = None,
     ) -> Tensor:
-        """Return logits (B, T, V) or, given targets, cross-entropy in nats.
-
-        `looped` is off until the recurrence begins. With `scored` positions (B, S) int64 the
-        result is theirs alone. In training the mean includes the Switch losses.
-        """
+        """Return logits (B, T, V) or, given targets, nats; of `scored` positions (B, S) alone."""
         x, switch_loss = self.features(input_ids, looped)
         if scored is not None:
             x = x[torch.arange(len(x), device=x.device)[:, None], scored]
@@ -1294,6 +1284,7 @@ class GPT(nn.Module):
         loss = F.cross_entropy(logits.flatten(0, 1), target_ids.flatten(), reduction=reduction)
         if reduction == "none":
             return loss.view_as(target_ids)
+        # The mean; that of training includes the Switch losses.
         return loss + SWITCH_LOSS * switch_loss if self.training else loss
 
 
@@ -1480,12 +1471,8 @@ def lr_scale(hp: Hyperparameters, frac: float) -> float:
 
     # Cosine cycles with warm restarts (SGDR, arXiv 1608.03983), the second 0.7 times as high.
     restart = sgdr_restart(hp)
-    if frac < restart:
-        peak = 1.0
-        position = frac / restart
-    else:
-        peak = 0.7
-        position = min((frac - restart) / (1 - restart), 1.0)
+    begin, end, peak = (0.0, restart, 1.0) if frac < restart else (restart, 1.0, 0.7)
+    position = min((frac - begin) / (end - begin), 1.0)
     height = max(peak - hp.min_lr, 0.0)
     return hp.min_lr + height * 0.5 * (1 + math.cos(math.pi * position))
 
@@ -1727,19 +1714,21 @@ def round_by_gptq(
     weight = torch.cat([state[name][index] for name, index in parts], -1)
     scale = torch.cat([scales[name][index] for name, index in parts], -1)
     symbols = torch.cat([quantized[name].symbols[index] for name, index in parts], -1).float()
-    limits = []  # the largest symbol of every column; 0 = stays as it is
+    columns = []  # the largest symbol of each; 0 = stays as it is
     for name, _ in parts:
         bits, _ = bits_and_clip(hp, name)
         limit = 0 if hp.trains_rounded(bits) else largest_symbol(bits)
-        limits += [limit] * state[name].size(-1)
+        columns += [limit] * state[name].size(-1)
 
-    limits = torch.tensor(limits)
+    limits = torch.tensor(columns)
     free = limits.nonzero()[:, 0]
-    rounded_again = gptq(weight[:, free], scale[:, free], limits[free], hessian[free][:, free])
-    if rounded_again is None:
+    if len(free) == 0:
+        return True
+    result = gptq(weight[:, free], scale[:, free], limits[free], hessian[free][:, free])
+    if result is None:
         return False
     # In a row of zeros the errors of others would become weights.
-    symbols[:, free] = rounded_again.where(scale[:, free] > SCALES[0], symbols[:, free])
+    symbols[:, free] = result.where(scale[:, free] > SCALES[0], symbols[:, free])
     widths = [state[name].size(-1) for name, _ in parts]
     for (name, index), part in zip(parts, symbols.split(widths, -1), strict=True):
         quantized[name].symbols[index] = part
@@ -1767,7 +1756,8 @@ def quantize(
 
 # ---- Artifact ------------------------------------------------------------------------------------
 # PREFIX | JSON header | streams, each compressed by itself. The model's knobs in the header give
-# names and shapes of all tensors, `storage` a letter for each, `streams` codecs and bytes.
+# names and shapes of all tensors, `storage` a letter for each (q = symbols and codes of scales,
+# h = float16, t = uint8), `streams` codecs and bytes.
 
 PREFIX = struct.Struct("<8sHI32s")  # magic, version, bytes of the header, SHA-256 of all else
 ARTIFACT_MAGIC = b"TRMOE\r\n\x1a"
@@ -1815,8 +1805,7 @@ def decompress(data: bytes, codec: int, size: int) -> bytes:
         if len(payload) != size:
             raise ValueError("it is longer or shorter")
     except ImportError as error:
-        package = error.name
-        raise ConfigError(f"needs the Python package {package}: pip install {package}") from None
+        raise ConfigError(f"needs the package {error.name}: pip install {error.name}") from None
     except Exception as error:  # each codec has an error class of its own
         reason = f"a stream does not unpack to {size} bytes ({error})"
         raise ConfigError(f"damaged artifact, {reason}") from error
@@ -1824,10 +1813,7 @@ def decompress(data: bytes, codec: int, size: int) -> bytes:
 
 
 def layout(config: ModelConfig, storage: str) -> dict[str, QuantizedTensor | Tensor]:
-    """Return what an artifact holds of every tensor, to be filled. Raises ConfigError.
-
-    `storage` has a letter for each: q = symbols and codes, h = float16, t = uint8.
-    """
+    """Return what an artifact of this `storage` holds, to be filled. Raises ConfigError."""
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
     weights = sum(map(math.prod, shapes.values()))
@@ -1891,7 +1877,7 @@ def pack(
 
 
 def unpack(data: bytes, dtype: torch.dtype, context: int) -> tuple[GPT, str]:
-    """Return an artifact's model and the SHA-256 of its tokenizer. Raises for a bad header."""
+    """Return an artifact's model, for windows of `context` tokens, and its tokenizer's SHA-256."""
     magic, version, header_bytes, digest = PREFIX.unpack_from(data)
     require(magic == ARTIFACT_MAGIC, "not an artifact of this trainer")
     readable = f"artifact version {version}, this trainer reads {ARTIFACT_VERSION}"
@@ -1936,11 +1922,7 @@ def unpack(data: bytes, dtype: torch.dtype, context: int) -> tuple[GPT, str]:
 def load_artifact(
     path: Path, hp: Hyperparameters, device: torch.device, context: int = 0
 ) -> tuple[GPT, Hyperparameters, str]:
-    """Read an artifact, of which this is the only reader. Raises ConfigError.
-
-    Returns the model for windows of `context` tokens, 0 = as trained, `hp` with the artifact's
-    model, and its tokenizer's SHA-256.
-    """
+    """Read its model, `hp` with that, and the SHA-256 of its tokenizer. Raises ConfigError."""
     require(path.is_file(), f"{path}: no such artifact")
     fits = PREFIX.size <= path.stat().st_size < MAX_SUBMISSION_BYTES
     require(fits, f"{path}: too short or too long for an artifact")
@@ -1980,16 +1962,13 @@ def budget_table(fitted: Fitted) -> str:
     """Return a table of what every role takes, and the entropy of its symbols as the floor."""
     lines = [f"{'role':<10}{'weights':>12}{'bytes':>12}{'bits/weight':>13}{'entropy floor':>15}"]
     for role, size in fitted.sizes.items():
-        symbols = []
-        for name, tensor in fitted.tensors.items():
-            if role_of(name) == role and isinstance(tensor, QuantizedTensor):
-                symbols.append(tensor.symbols)
-        if not symbols:
-            lines.append(f"{role:<10}{'':>12}{size:>12,}")
-            continue
+        tensors = [tensor for name, tensor in fitted.tensors.items() if role_of(name) == role]
+        symbols = [tensor.symbols for tensor in tensors if isinstance(tensor, QuantizedTensor)]
         weights = sum(tensor.numel() for tensor in symbols)
-        floor = entropy_bytes(symbols)
-        line = f"{role:<10}{weights:>12,}{size:>12,}{8 * size / weights:>13.3f}{floor:>15,.0f}"
+        line = f"{role:<10}{'':>12}{size:>12,}"
+        if symbols:
+            line = f"{role:<10}{weights:>12,}{size:>12,}{8 * size / weights:>13.3f}"
+            line += f"{entropy_bytes(symbols):>15,.0f}"
         lines.append(line)
     lines.append(f"{'total':<22}{len(fitted.artifact):>12,}  (k x {fitted.factor:.4f})")
     return "\n".join(lines)
