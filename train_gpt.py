@@ -1068,8 +1068,7 @@ class TokenRoutedMLP(nn.Module):
         """Return the hidden units [shared | expert 0 | ... | expert E-1] of one GEMM."""
         E, D = self.config.num_experts, self.config.model_dim
         routed_width = E * self.config.expert_dim
-        expert_up = self.expert_up.unflatten(1, (self.rows, -1)).transpose(0, 1)
-        expert_up = expert_up.reshape(self.rows, routed_width, D)
+        expert_up = self.expert_up.unflatten(1, (self.rows, -1)).transpose(0, 1).flatten(1, 2)
         up = torch.cat([self.up.weight.view(self.rows, self.width, D), expert_up], dim=1)
 
         h = activate(F.linear(x, up.view(-1, D).to(x.dtype)), self.config.activation)
