@@ -1331,7 +1331,8 @@ def choose_attention(name: str, model: GPT, device: torch.device, log: Callable)
     candidates = ["fa3", "cudnn", "flash", "math"] if name == "auto" else [name]
     trial = {"device": device, "dtype": model.dtype, "requires_grad": True}
     q = torch.zeros(1, 128, config.num_heads, config.head_dim, **trial)
-    kv = torch.zeros(1, 128, config.num_kv_heads, config.head_dim, **trial)
+    k = torch.zeros(1, 128, config.num_kv_heads, config.head_dim, **trial)
+    v = torch.zeros_like(k, requires_grad=True)
     failures = []
     for kernel in candidates:
         torch.backends.cuda.enable_cudnn_sdp(kernel in ("cudnn", "fa3"))
@@ -1342,7 +1343,7 @@ def choose_attention(name: str, model: GPT, device: torch.device, log: Callable)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # PyTorch's reasons for not using a kernel
-                attend(q, kv, kv).sum().backward()
+                attend(q, k, v).sum().backward()
         except (Exception, SystemExit) as error:  # of an optional kernel, anything
             reason = (str(error) or type(error).__name__).splitlines()[0]
             failures.append(f"not {kernel}: {reason[:60]}")
