@@ -853,8 +853,6 @@ def rotary_tables(
 def apply_rotary(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the first dimensions of every head, half-split; the rest stays (partial RoPE)."""
     half = cos.size(-1)
-    cos = cos.to(x_BTHK.dtype)
-    sin = sin.to(x_BTHK.dtype)
     x1, x2, rest = x_BTHK.split([half, half, x_BTHK.size(-1) - 2 * half], dim=-1)
     return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin, rest], dim=-1)
 
@@ -876,15 +874,12 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return y.transpose(1, 2)
 
 
-def flash_attention_3() -> Callable:
-    """Return FlashAttention-3's kernel with the shapes of `sdpa_attention`. Raises ImportError."""
+def flash_attention_3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attend by FlashAttention-3, like `sdpa_attention`. Raises ImportError without it."""
     from flash_attn_interface import flash_attn_func
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        y = flash_attn_func(q, k, v, causal=True)
-        return y[0] if isinstance(y, tuple) else y  # some versions return the log-sum-exp too
-
-    return attend
+    y = flash_attn_func(q, k, v, causal=True)
+    return y[0] if isinstance(y, tuple) else y  # some versions return the log-sum-exp too
 
 
 class CausalSelfAttention(nn.Module):
@@ -908,21 +903,17 @@ class CausalSelfAttention(nn.Module):
         elif config.mu != "off":
             self.mu_gain = nn.Parameter(torch.zeros(3, D))  # of mu in the inputs of q, k and v
 
-    def qkv(self, x: Tensor, mu: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Project the normalised input, guided by mu -> q (B, T, D), k and v (B, T, Hkv * K)."""
-        if mu is None:
-            return self.c_q(x), self.c_k(x), self.c_v(x)
-        if self.config.mu == "full":
-            q, k, v = self.c_q(x), self.c_k(x), self.c_v(x)
-            mu_q, mu_k, mu_v = self.mu_read(mu).split([q.size(-1), k.size(-1), v.size(-1)], dim=-1)
-            return q + mu_q, k + mu_k, v + mu_v
-        q_gain, k_gain, v_gain = self.mu_gain.to(x.dtype)
-        return self.c_q(x + q_gain * mu), self.c_k(x + k_gain * mu), self.c_v(x + v_gain * mu)
-
     def forward(self, x: Tensor, mu: Tensor | None, rotary: tuple[Tensor, Tensor]) -> Tensor:
         """Attend causally, normalised (B, T, D) -> (B, T, D); rotary holds cosines and sines."""
         config = self.config
-        q, k, v = self.qkv(x, mu)
+        x_q, x_k, x_v = x, x, x
+        if config.mu in ("vector", "pid"):
+            x_q, x_k, x_v = (x + gain * mu for gain in self.mu_gain.to(x.dtype))
+        q, k, v = self.c_q(x_q), self.c_k(x_k), self.c_v(x_v)
+        if config.mu == "full":
+            mu_q, mu_k, mu_v = self.mu_read(mu).split([q.size(-1), k.size(-1), v.size(-1)], dim=-1)
+            q, k, v = q + mu_q, k + mu_k, v + mu_v
+
         q = norm(q.unflatten(-1, (-1, config.head_dim)))
         k = norm(k.unflatten(-1, (-1, config.head_dim)))
         v = v.unflatten(-1, (-1, config.head_dim))
@@ -1012,16 +1003,11 @@ def expert_linear_backward(
     return x_grad, weight_grad
 
 
-@expert_linear.register_fake
-def _(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    return x.new_empty(len(x), weight.size(1))
-
-
-@expert_linear_backward.register_fake
-def _(grad: Tensor, x: Tensor, weight: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(weight)
-
-
+# Their shapes alone, for the compiler.
+expert_linear.register_fake(lambda x, weight, ends: x.new_empty(len(x), weight.size(1)))
+expert_linear_backward.register_fake(
+    lambda grad, x, weight, ends: (torch.empty_like(x), torch.empty_like(weight))
+)
 expert_linear.register_autograd(
     lambda ctx, grad: (*expert_linear_backward(grad, *ctx.saved_tensors), None),
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
@@ -1055,14 +1041,14 @@ class TokenRoutedMLP(nn.Module):
 
     def forward(self, x: Tensor, route: Any) -> tuple[Tensor, Tensor | float]:
         """Apply the MLP by the layer's dispatch. Also returns a learned choice's Switch loss."""
-        if not self.config.is_routed:
-            return self.down(activate(self.up(x), self.config.activation)), 0.0
+        if self.config.is_routed and not self.config.is_grouped:
+            share_BTE, balance = self.choose(x, route)
+            down = torch.cat([self.down.weight, *self.expert_down], dim=-1)
+            return F.linear(self.hidden(x, share_BTE), down.to(x.dtype)), balance
+        y = self.down(activate(self.up(x), self.config.activation))
         if self.config.is_grouped:
-            shared = self.down(activate(self.up(x), self.config.activation))
-            return shared + self.grouped(x, route), 0.0
-        share_BTE, balance = self.choose(x, route)
-        down = torch.cat([self.down.weight, *self.expert_down], dim=-1)
-        return F.linear(self.hidden(x, share_BTE), down.to(x.dtype)), balance
+            y = y + self.grouped(x, route)
+        return y, 0.0
 
     def choose(self, x: Tensor, table_BTE: Tensor) -> tuple[Tensor, Tensor | float]:
         """Return the factor on each expert's output, (B, T, E), and the Switch loss, at best 1."""
@@ -1082,8 +1068,7 @@ class TokenRoutedMLP(nn.Module):
         """Return the hidden units [shared | expert 0 | ... | expert E-1] of one GEMM."""
         E, D = self.config.num_experts, self.config.model_dim
         routed_width = E * self.config.expert_dim
-        expert_up = self.expert_up.unflatten(1, (self.rows, -1)).transpose(0, 1)
-        expert_up = expert_up.reshape(self.rows, routed_width, D)
+        expert_up = self.expert_up.unflatten(1, (self.rows, -1)).transpose(0, 1).flatten(1, 2)
         up = torch.cat([self.up.weight.view(self.rows, self.width, D), expert_up], dim=1)
 
         h = activate(F.linear(x, up.view(-1, D).to(x.dtype)), self.config.activation)
@@ -1105,7 +1090,7 @@ class Guide(NamedTuple):
     """What a layer hands the next beside the stream."""
 
     mu: Tensor | None  # (B, T, D), None when MU=off
-    velocity: Tensor | None  # (B, T, D) for MU=pid
+    velocity: Tensor | None  # (B, T, D), for MU=pid
 
 
 class Block(nn.Module):
@@ -1256,12 +1241,12 @@ class GPT(nn.Module):
         config = self.config
         x = self.tok_emb(input_ids).to(self.dtype)
         x0 = norm(self.smear(x, input_ids) if config.smear_gate else x)
-        rotary = rotary_tables(input_ids.size(1), self.rope_base, config.rope_dims, x.device)
+        angles = rotary_tables(input_ids.size(1), self.rope_base, config.rope_dims, x.device)
+        rotary = [table.to(self.dtype) for table in angles]
         mu = None
         if config.mu != "off":
             mu = norm(self.mu_init.to(self.dtype)).expand(*input_ids.shape, -1)
-        # pid's velocity starts as mu: from zero its first gain would never learn.
-        guide = Guide(mu, mu if config.mu == "pid" else None)
+        guide = Guide(mu, velocity=mu)  # pid's; from zero its first gain would never learn
 
         order = config.execution_order(looped)
         routes = self.routes(input_ids, order)
@@ -1287,11 +1272,7 @@ class GPT(nn.Module):
         looped: bool = True,
         scored: Tensor | None = None,
     ) -> Tensor:
-        """Return logits (B, T, V) or, given targets, cross-entropy in nats.
-
-        `looped` is off until the recurrence begins. With `scored` positions (B, S) int64 the
-        result is theirs alone. In training the mean includes the Switch losses.
-        """
+        """Return logits (B, T, V) or, given targets, nats; of `scored` positions (B, S) alone."""
         x, switch_loss = self.features(input_ids, looped)
         if scored is not None:
             x = x[torch.arange(len(x), device=x.device)[:, None], scored]
@@ -1302,32 +1283,33 @@ class GPT(nn.Module):
         loss = F.cross_entropy(logits.flatten(0, 1), target_ids.flatten(), reduction=reduction)
         if reduction == "none":
             return loss.view_as(target_ids)
+        # The mean; that of training includes the Switch losses.
         return loss + SWITCH_LOSS * switch_loss if self.training else loss
 
 
 class Role(NamedTuple):
-    """What tensors of a kind are called, which optimizer trains and which rule stores them."""
+    """What tensors of a kind are called, which optimizer trains them, how they are stored."""
 
     name: str
     pattern: str  # of the whole name in the state dict
     optimizer: str  # muon | embedding (AdamW with decay) | adamw | none
-    rule: str  # matrix | expert | embedding: bits and k of the knobs; int8 | float16 | uint8
+    storage: str  # what `layout` may hold of one: q | h | t, of qh the first that is close
 
 
 ROLES = (
-    Role("embedding", r"tok_emb\.weight", "embedding", "embedding"),
-    Role("matrix", r"blocks\.\d+\.(attn\.(c_[qkv]|proj)|mlp\.(up|down))\.weight", "muon", "matrix"),
-    Role("expert", r"blocks\.\d+\.mlp\.expert_(up|down)", "muon", "expert"),
-    Role("mu_matrix", r"blocks\.\d+\.(attn\.mu_read|mu_write)\.weight", "adamw", "matrix"),
-    Role("router", r"blocks\.\d+\.mlp\.router", "adamw", "float16"),
+    Role("embedding", r"tok_emb\.weight", "embedding", "q"),
+    Role("matrix", r"blocks\.\d+\.(attn\.(c_[qkv]|proj)|mlp\.(up|down))\.weight", "muon", "q"),
+    Role("expert", r"blocks\.\d+\.mlp\.expert_(up|down)", "muon", "q"),
+    Role("mu_matrix", r"blocks\.\d+\.(attn\.mu_read|mu_write)\.weight", "adamw", "q"),
+    Role("router", r"blocks\.\d+\.mlp\.router", "adamw", "h"),
     Role(
         "vector",
         r"skip_(weights|gates)|smear_(gate|scale)|mu_init|blocks\.\d+\."
         r"(attn\.(q_gain|gate|mu_gain)|(attn|mlp)_scale|resid_mix|mu_mix|mu_base|pid_gains)",
         "adamw",
-        "int8",
+        "qh",
     ),
-    Role("table", r"expert_table", "none", "uint8"),
+    Role("table", r"expert_table", "none", "t"),
 )
 
 
@@ -1347,21 +1329,21 @@ def choose_attention(name: str, model: GPT, device: torch.device, log: Callable)
     """Give `model` the first kernel of ATTENTION that runs, and log which. Raises ConfigError."""
     config = model.config
     candidates = ["fa3", "cudnn", "flash", "math"] if name == "auto" else [name]
+    trial = {"device": device, "dtype": model.dtype, "requires_grad": True}
+    q = torch.zeros(1, 128, config.num_heads, config.head_dim, **trial)
+    k = torch.zeros(1, 128, config.num_kv_heads, config.head_dim, **trial)
+    v = torch.zeros_like(k, requires_grad=True)
     failures = []
     for kernel in candidates:
         torch.backends.cuda.enable_cudnn_sdp(kernel in ("cudnn", "fa3"))
         torch.backends.cuda.enable_flash_sdp(kernel in ("flash", "fa3"))
         torch.backends.cuda.enable_mem_efficient_sdp(kernel == "fa3")
         torch.backends.cuda.enable_math_sdp(kernel in ("math", "fa3"))
-        inputs = []
-        for heads in (config.num_heads, config.num_kv_heads, config.num_kv_heads):
-            shape = (1, 128, heads, config.head_dim)
-            inputs.append(torch.zeros(shape, device=device, dtype=model.dtype, requires_grad=True))
+        attend = flash_attention_3 if kernel == "fa3" else sdpa_attention
         try:
-            attend = flash_attention_3() if kernel == "fa3" else sdpa_attention
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # PyTorch's reasons for not using a kernel
-                attend(*inputs).sum().backward()
+                attend(q, k, v).sum().backward()
         except (Exception, SystemExit) as error:  # of an optional kernel, anything
             reason = (str(error) or type(error).__name__).splitlines()[0]
             failures.append(f"not {kernel}: {reason[:60]}")
@@ -1489,12 +1471,8 @@ def lr_scale(hp: Hyperparameters, frac: float) -> float:
 
     # Cosine cycles with warm restarts (SGDR, arXiv 1608.03983), the second 0.7 times as high.
     restart = sgdr_restart(hp)
-    if frac < restart:
-        peak = 1.0
-        position = frac / restart
-    else:
-        peak = 0.7
-        position = min((frac - restart) / (1 - restart), 1.0)
+    begin, end, peak = (0.0, restart, 1.0) if frac < restart else (restart, 1.0, 0.7)
+    position = min((frac - begin) / (end - begin), 1.0)
     height = max(peak - hp.min_lr, 0.0)
     return hp.min_lr + height * 0.5 * (1 + math.cos(math.pi * position))
 
@@ -1573,29 +1551,16 @@ def largest_symbol(bits: int) -> int:
 
 def bits_and_clip(hp: Hyperparameters, name: str) -> tuple[int, float] | None:
     """Return bits and k of a tensor; k = 0: by the largest weight; None: not rounded."""
-    rule = find_role(name).rule
-    if rule == "matrix":
+    role = role_of(name)
+    if role in ("matrix", "mu_matrix"):
         bits, clip = hp.matrix_bits, hp.matrix_clip
-    elif rule == "expert":
+    elif role == "expert":
         bits, clip = hp.expert_bits, hp.matrix_clip
-    elif rule == "embedding":
+    elif role == "embedding":
         bits, clip = hp.embed_bits, hp.embed_clip
     else:
-        return (8, 0.0) if rule == "int8" else None
+        return (8, 0.0) if role == "vector" else None
     return bits, CLIP_OF_FEW_LEVELS.get(bits, clip)
-
-
-def row_scale_codes(weight: Tensor, bits: int, clip: float) -> Tensor:
-    """Return the code of every row's scale, (..., C) -> (..., 1) uint8."""
-    # By the standard deviation (SDClip, PR #1394), which sets the entropy and hence the size.
-    weight = weight.float()
-    std = (weight - weight.mean(-1, keepdim=True)).square().mean(-1, keepdim=True).sqrt()
-    codes = (CODES_PER_OCTAVE * (clip * std / largest_symbol(bits)).log2()).round()
-    if bits not in CLIP_OF_FEW_LEVELS:
-        outlier = weight.abs().amax(-1, keepdim=True) / largest_symbol(bits)
-        needed = CODES_PER_OCTAVE * outlier.log2() - 1e-3  # one that just fits is large enough
-        codes = torch.maximum(codes, needed.ceil())
-    return (codes + UNIT_CODE).clamp(0, 255).to(torch.uint8)
 
 
 def column_scale_codes(hessian: Tensor | None, weight: Tensor) -> Tensor:
@@ -1619,10 +1584,19 @@ def quantize_tensor(
     weight: Tensor, bits: int, clip: float, column_codes: Tensor | None = None
 ) -> QuantizedTensor:
     """Round to nearest, with a scale for every row and, given codes, a factor on every column."""
+    largest = largest_symbol(bits)
     balanced = weight if column_codes is None else weight / decode_scales(column_codes)
-    row_codes = row_scale_codes(balanced, bits, clip)
-    scale = decode_scales(row_codes, column_codes)
-    symbols = round_to_nearest(weight, scale, largest_symbol(bits))
+
+    # By the standard deviation (SDClip, PR #1394), which sets the entropy and hence the size.
+    std = (balanced - balanced.mean(-1, keepdim=True)).square().mean(-1, keepdim=True).sqrt()
+    codes = (CODES_PER_OCTAVE * (clip * std / largest).log2()).round()
+    if bits not in CLIP_OF_FEW_LEVELS:
+        outlier = balanced.abs().amax(-1, keepdim=True) / largest
+        needed = CODES_PER_OCTAVE * outlier.log2() - 1e-3  # one that just fits is large enough
+        codes = torch.maximum(codes, needed.ceil())
+    row_codes = (codes + UNIT_CODE).clamp(0, 255).to(torch.uint8)
+
+    symbols = round_to_nearest(weight, decode_scales(row_codes, column_codes), largest)
     return QuantizedTensor(symbols.to(torch.int8), row_codes, column_codes)
 
 
@@ -1634,14 +1608,14 @@ def is_close(quantized: QuantizedTensor, weight: Tensor) -> Tensor:
 def store_tensor(
     hp: Hyperparameters, name: str, weight: Tensor, factor: float, hessian: Tensor | None
 ) -> QuantizedTensor | Tensor:
-    """Round one tensor by its role's rule, to symbols or float16. Raises ConfigError."""
-    rule = find_role(name).rule
+    """Round one tensor as its role asks, to symbols or float16. Raises ConfigError."""
+    role = role_of(name)
     precision = bits_and_clip(hp, name)
     column_codes = None
     limit = torch.tensor(torch.finfo(torch.float16).max)
     if precision:
         limit = SCALES[-1] * largest_symbol(precision[0])
-    if rule == "embedding":
+    if role == "embedding":
         of_training = hp.trains_rounded(precision[0])
         column_codes = column_scale_codes(None if of_training else hessian, weight)
         limit = limit * decode_scales(column_codes)
@@ -1654,9 +1628,8 @@ def store_tensor(
     if not (hp.uses_gptq and hp.trains_rounded(bits)):
         clip *= factor
     quantized = quantize_tensor(weight, bits, clip, column_codes)
-    if rule == "int8" and not is_close(quantized, weight):
-        return weight.half()
-    return quantized
+    is_kept = role == "vector" and not is_close(quantized, weight)
+    return weight.half() if is_kept else quantized
 
 
 def as_stored(hp: Hyperparameters, name: str, weight: Tensor) -> Tensor:
@@ -1665,7 +1638,7 @@ def as_stored(hp: Hyperparameters, name: str, weight: Tensor) -> Tensor:
     if precision is None:
         return weight.half().float()
     quantized = quantize_tensor(weight, *precision)
-    if find_role(name).rule == "int8":
+    if role_of(name) == "vector":
         return torch.where(is_close(quantized, weight), quantized.dequantize(), weight.half())
     return quantized.dequantize() if hp.trains_rounded(precision[0]) else weight
 
@@ -1688,11 +1661,10 @@ def rounded(hp: Hyperparameters, model: GPT, on: bool = True) -> Iterator[None]:
 
 
 def gptq(weight: Tensor, scale: Tensor, limits: Tensor, hessian: Tensor) -> Tensor | None:
-    """Round by GPTQ (arXiv 2210.17323) with act-order, the most active input's column first.
+    """Round by GPTQ (arXiv 2210.17323) with act-order: errors move to less active inputs' columns.
 
-    Each column's error moves to the columns still to come; an input that was never active takes
-    none. weight and scale (R, C), largest symbols (C,), second moments of the input
-    (C, C) -> symbols (R, C) float32, or None if these are not finite or not positive definite.
+    weight and scale (R, C), largest symbols (C,), second moments of the input (C, C) -> symbols
+    (R, C) float32, or None if the moments are not finite or not positive definite.
     """
     hessian = hessian.double()
     diagonal = hessian.diagonal()
@@ -1738,32 +1710,28 @@ def round_by_gptq(
     hp: Hyperparameters, state: dict, quantized: dict, parts: list[tuple], hessian: Tensor
 ) -> bool:
     """Round a matrix in place, but for parts trained rounded. Returns False for a bad Hessian."""
-    chosen = []
-    columns = []  # of the Hessian
-    start = 0
-    for name, index in parts:
-        weight = state[name][index]
-        end = start + weight.size(-1)
+    scales = {name: quantized[name].scale().expand_as(state[name]) for name, _ in parts}
+    weight = torch.cat([state[name][index] for name, index in parts], -1)
+    scale = torch.cat([scales[name][index] for name, index in parts], -1)
+    symbols = torch.cat([quantized[name].symbols[index] for name, index in parts], -1).float()
+    columns = []  # the largest symbol of each; 0 = stays as it is
+    for name, _ in parts:
         bits, _ = bits_and_clip(hp, name)
-        if not hp.trains_rounded(bits):
-            scale = quantized[name].scale().expand_as(state[name])[index]
-            limits = torch.full((end - start,), largest_symbol(bits))
-            chosen.append((weight, scale, limits, quantized[name].symbols[index]))
-            columns.append(torch.arange(start, end))
-        start = end
-    if not chosen:
-        return True
+        limit = 0 if hp.trains_rounded(bits) else largest_symbol(bits)
+        columns += [limit] * state[name].size(-1)
 
-    weights, scales, limits, symbols = zip(*chosen, strict=True)
-    kept = torch.cat(columns)
-    matrix = torch.cat(weights, -1)
-    result = gptq(matrix, torch.cat(scales, -1), torch.cat(limits), hessian[kept][:, kept])
+    limits = torch.tensor(columns)
+    free = limits.nonzero()[:, 0]
+    if len(free) == 0:
+        return True
+    result = gptq(weight[:, free], scale[:, free], limits[free], hessian[free][:, free])
     if result is None:
         return False
-    new_parts = result.split([len(part) for part in columns], -1)
-    for old, scale, new in zip(symbols, scales, new_parts, strict=True):
-        # In a row of zeros the errors of others would become weights.
-        old.copy_(torch.where(scale > SCALES[0], new, old))
+    # In a row of zeros the errors of others would become weights.
+    symbols[:, free] = result.where(scale[:, free] > SCALES[0], symbols[:, free])
+    widths = [state[name].size(-1) for name, _ in parts]
+    for (name, index), part in zip(parts, symbols.split(widths, -1), strict=True):
+        quantized[name].symbols[index] = part
     return True
 
 
@@ -1788,7 +1756,8 @@ def quantize(
 
 # ---- Artifact ------------------------------------------------------------------------------------
 # PREFIX | JSON header | streams, each compressed by itself. The model's knobs in the header give
-# names and shapes of all tensors, `storage` a letter for each, `streams` codecs and bytes.
+# names and shapes of all tensors, `storage` a letter for each (q = symbols and codes of scales,
+# h = float16, t = uint8), `streams` codecs and bytes.
 
 PREFIX = struct.Struct("<8sHI32s")  # magic, version, bytes of the header, SHA-256 of all else
 ARTIFACT_MAGIC = b"TRMOE\r\n\x1a"
@@ -1796,14 +1765,7 @@ ARTIFACT_VERSION = 4
 ZSTD, BROTLI = 1, 2  # numbers of the codecs in the header
 MAX_WEIGHTS = 1 << 27  # bounds what a stranger's file may cost: seconds, and 2 GiB
 MAX_HEADER_BYTES = 1 << 16
-STORAGE = {  # letters that a rule allows
-    "matrix": "q",
-    "expert": "q",
-    "embedding": "q",
-    "int8": "qh",
-    "float16": "h",
-    "uint8": "t",
-}
+STORED_DTYPES = {"q": torch.int8, "h": torch.float16, "t": torch.uint8}  # by a storage's letter
 
 
 def find_brotli() -> Any:
@@ -1827,73 +1789,61 @@ def compress(data: bytes, fast: bool = False) -> tuple[int, bytes]:
     return (BROTLI, smaller) if len(smaller) < len(packed[1]) else packed
 
 
-def decompress(data: bytes, codec: int, size: int, source: Path) -> bytes:
+def decompress(data: bytes, codec: int, size: int) -> bytes:
     """Unpack `size` bytes. Raises ConfigError when there are more, or fewer, or damaged ones."""
-    damaged = f"{source}: damaged artifact"
-    require(codec in (ZSTD, BROTLI), f"{damaged}, no codec {codec}")
     try:
         if codec == ZSTD:
             import zstandard
 
             payload = zstandard.ZstdDecompressor().stream_reader(data).read(size + 1)
-        else:
+        elif codec == BROTLI:
             import brotli
 
             payload = brotli.Decompressor().process(data, output_buffer_limit=size + 1)
+        else:
+            raise ValueError(f"no codec {codec}")
+        if len(payload) != size:
+            raise ValueError("it is longer or shorter")
     except ImportError as error:
-        package = error.name
-        message = f"{source} needs the Python package {package}: pip install {package}"
-        raise ConfigError(message) from None
+        raise ConfigError(f"needs the package {error.name}: pip install {error.name}") from None
     except Exception as error:  # each codec has an error class of its own
-        raise ConfigError(f"{damaged}, a stream does not unpack ({error})") from error
-    require(len(payload) == size, f"{damaged}, a stream does not unpack to {size} bytes")
+        reason = f"a stream does not unpack to {size} bytes ({error})"
+        raise ConfigError(f"damaged artifact, {reason}") from error
     return payload
 
 
-class Part(NamedTuple):
-    """A piece of a tensor in a stream."""
-
-    tensor: str
-    field: str  # of QuantizedTensor, or "kept"
-    dtype: np.dtype
-    shape: tuple[int, ...]
-
-
-def stored_fields(tensor: QuantizedTensor | Tensor) -> dict[str, Tensor]:
-    """Return what an artifact stores of a tensor, by the field of the `Part`."""
-    if not isinstance(tensor, QuantizedTensor):
-        return {"kept": tensor}
-    return {name: part for name, part in vars(tensor).items() if part is not None}
-
-
-def stored_parts(tensors: Iterable[QuantizedTensor | Tensor]) -> list[Tensor]:
-    """Return every tensor that an artifact of these stores."""
-    return [part for tensor in tensors for part in stored_fields(tensor).values()]
-
-
-def layout(shapes: dict[str, tuple[int, ...]], storage: str) -> dict[str, list[Part]]:
-    """Return the streams in order, by name; tensors share those of vectors, codes and float16.
-
-    `storage`, a letter each: q = symbols and codes, h = float16, t = uint8. Raises ConfigError.
-    """
+def layout(config: ModelConfig, storage: str) -> dict[str, QuantizedTensor | Tensor]:
+    """Return what an artifact of this `storage` holds, to be filled. Raises ConfigError."""
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
     weights = sum(map(math.prod, shapes.values()))
     require(weights <= MAX_WEIGHTS, f"too large a model, over {MAX_WEIGHTS:,} weights")
     require(len(storage) == len(shapes), f"storage of {len(storage)} tensors, not {len(shapes)}")
-    streams = collections.defaultdict(list)
+    tensors = {}
     for (name, shape), letter in zip(shapes.items(), storage, strict=True):
         role = find_role(name)
-        require(letter in STORAGE[role.rule], f"{name} cannot be stored as {letter!r}")
-        if letter == "h":
-            streams["float16"].append(Part(name, "kept", np.dtype("<f2"), shape))
-        elif letter == "t":
-            streams["table"].append(Part(name, "kept", np.dtype("u1"), shape))
+        require(letter in role.storage, f"{name} cannot be stored as {letter!r}")
+        tensors[name] = torch.empty(shape, dtype=STORED_DTYPES[letter])
+        if letter == "q":
+            row_codes = torch.empty(*shape[:-1], 1, dtype=torch.uint8)
+            has_columns = role.name == "embedding"
+            column_codes = torch.empty(shape[-1], dtype=torch.uint8) if has_columns else None
+            tensors[name] = QuantizedTensor(tensors[name], row_codes, column_codes)
+    return tensors
+
+
+def streams_of(tensors: dict[str, QuantizedTensor | Tensor]) -> dict[str, list[Tensor]]:
+    """Return what each stream holds, in order; vectors, codes and float16 have one together."""
+    streams = collections.defaultdict(list)
+    for name, tensor in tensors.items():
+        if isinstance(tensor, QuantizedTensor):
+            is_vector = role_of(name) == "vector"
+            streams["vector" if is_vector else name].append(tensor.symbols)
+            streams["scales"].append(tensor.row_codes)
+            if tensor.column_codes is not None:
+                streams["scales"].append(tensor.column_codes)
         else:
-            symbols = role.name if role.name == "vector" else name
-            row_shape = (*shape[:-1], 1)
-            streams[symbols].append(Part(name, "symbols", np.dtype("i1"), shape))
-            streams["scales"].append(Part(name, "row_codes", np.dtype("u1"), row_shape))
-            if role.rule == "embedding":
-                streams["scales"].append(Part(name, "column_codes", np.dtype("u1"), shape[-1:]))
+            streams["float16" if tensor.dtype == torch.float16 else "table"].append(tensor)
     return streams
 
 
@@ -1901,20 +1851,15 @@ def pack(
     config: ModelConfig, tensors: dict, tokenizer_sha256: str, fast: bool = False
 ) -> tuple[bytes, dict[str, int]]:
     """Return the artifact of quantized tensors, and its bytes by role or shared stream."""
-    letters = {torch.int8: "q", torch.float16: "h", torch.uint8: "t"}
-    stored = {name: stored_fields(tensor) for name, tensor in tensors.items()}
+    letters = {dtype: letter for letter, dtype in STORED_DTYPES.items()}
     storage = ""
-    shapes = {}
-    for name, tensor in tensors.items():
-        whole = stored[name].get("symbols", tensor)
+    for tensor in tensors.values():
+        whole = tensor.symbols if isinstance(tensor, QuantizedTensor) else tensor
         storage += letters[whole.dtype]
-        shapes[name] = tuple(whole.shape)
-    plan = layout(shapes, storage)
+    layout(config, storage)  # refuses what the reader would
 
-    raw = []
-    for parts in plan.values():
-        arrays = [stored[p.tensor][p.field].cpu().numpy().astype(p.dtype) for p in parts]
-        raw.append(b"".join(array.tobytes() for array in arrays))
+    plan = streams_of(tensors)
+    raw = [b"".join(part.cpu().numpy().tobytes() for part in parts) for parts in plan.values()]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         streams = list(pool.map(partial(compress, fast=fast), raw))
 
@@ -1931,66 +1876,63 @@ def pack(
     return unsigned[:-32] + digest + body, dict(sizes)
 
 
+def unpack(data: bytes, dtype: torch.dtype, context: int) -> tuple[GPT, str]:
+    """Return an artifact's model, for windows of `context` tokens, and its tokenizer's SHA-256."""
+    magic, version, header_bytes, digest = PREFIX.unpack_from(data)
+    require(magic == ARTIFACT_MAGIC, "not an artifact of this trainer")
+    readable = f"artifact version {version}, this trainer reads {ARTIFACT_VERSION}"
+    require(version == ARTIFACT_VERSION, readable)
+    unsigned = data[: PREFIX.size - 32] + bytes(32) + data[PREFIX.size :]
+    is_intact = hashlib.sha256(unsigned).digest() == digest
+    require(is_intact, "damaged artifact, the checksum does not match")
+    is_short = header_bytes <= MAX_HEADER_BYTES
+    require(is_short, f"damaged artifact, a header of {header_bytes:,} bytes")
+
+    offset = PREFIX.size + header_bytes
+    header = json.loads(data[PREFIX.size : offset])
+    streams = [(int(codec), int(size)) for codec, size in header["streams"]]
+    knobs = {name: header["model"][name] for name in knob_fields(ModelConfig)}
+    config = ModelConfig(**knobs).validate()
+    tensors = layout(config, str(header["storage"]))
+    plan = streams_of(tensors)
+    sizes = [size for _, size in streams]
+    is_filled = len(sizes) == len(plan) and min(sizes) >= 0 and offset + sum(sizes) == len(data)
+    require(is_filled, "damaged artifact, its streams do not fill it")
+
+    for parts, (codec, size) in zip(plan.values(), streams, strict=True):
+        unpacked = sum(part.nbytes for part in parts)
+        stream = io.BytesIO(decompress(data[offset : offset + size], codec, unpacked))
+        offset += size
+        for part in parts:
+            stream.readinto(part.numpy())
+    state = {}
+    for name, tensor in tensors.items():
+        state[name] = tensor.dequantize() if isinstance(tensor, QuantizedTensor) else tensor
+
+    is_finite = all(bool(tensor.isfinite().all()) for tensor in state.values())
+    require(is_finite, "damaged artifact, a weight is not finite")
+    experts_exist = bool((state["expert_table"] < config.num_experts).all())
+    require(experts_exist, "damaged artifact, an expert that does not exist")
+    with torch.device("meta"):
+        model = GPT(config, dtype, context)
+    model.load_state_dict(state, strict=True, assign=True)
+    return model.float().eval(), str(header["tokenizer_sha256"])
+
+
 def load_artifact(
     path: Path, hp: Hyperparameters, device: torch.device, context: int = 0
 ) -> tuple[GPT, Hyperparameters, str]:
-    """Read an artifact, of which this is the only reader. Raises ConfigError.
-
-    Returns the model for windows of `context` tokens, 0 = as trained, `hp` with the artifact's
-    model, and its tokenizer's SHA-256.
-    """
+    """Read its model, `hp` with that, and the SHA-256 of its tokenizer. Raises ConfigError."""
     require(path.is_file(), f"{path}: no such artifact")
     fits = PREFIX.size <= path.stat().st_size < MAX_SUBMISSION_BYTES
     require(fits, f"{path}: too short or too long for an artifact")
-    data = path.read_bytes()
-    magic, version, header_bytes, digest = PREFIX.unpack_from(data)
-    require(magic == ARTIFACT_MAGIC, f"{path} is not an artifact of this trainer")
-    readable = f"{path}: artifact version {version}, this trainer reads {ARTIFACT_VERSION}"
-    require(version == ARTIFACT_VERSION, readable)
-    damaged = f"{path}: damaged artifact"
-    unsigned = data[: PREFIX.size - 32] + bytes(32) + data[PREFIX.size :]
-    is_intact = hashlib.sha256(unsigned).digest() == digest
-    require(is_intact, f"{damaged}, the checksum does not match")
-    require(header_bytes <= MAX_HEADER_BYTES, f"{damaged}, a header of {header_bytes:,} bytes")
-
-    offset = PREFIX.size + header_bytes
     try:
-        header = json.loads(data[PREFIX.size : offset])
-        tokenizer_sha256 = str(header["tokenizer_sha256"])
-        streams = [(int(codec), int(size)) for codec, size in header["streams"]]
-        knobs = {name: header["model"][name] for name in knob_fields(ModelConfig)}
-        config = ModelConfig(**knobs).validate()
-        with torch.device("meta"):
-            model = GPT(config, hp.torch_dtype, context)
-        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        plan = layout(shapes, str(header["storage"]))
+        model, tokenizer_sha256 = unpack(path.read_bytes(), hp.torch_dtype, context)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise ConfigError(f"{damaged}, bad header ({error})") from error
-    sizes = [size for _, size in streams]
-    is_filled = len(sizes) == len(plan) and min(sizes) >= 0 and offset + sum(sizes) == len(data)
-    require(is_filled, f"{damaged}, its streams do not fill it")
-
-    fields_of = {name: {} for name in shapes}
-    for parts, (codec, size) in zip(plan.values(), streams, strict=True):
-        unpacked = sum(math.prod(part.shape) * part.dtype.itemsize for part in parts)
-        stream = io.BytesIO(decompress(data[offset : offset + size], codec, unpacked, path))
-        offset += size
-        for part in parts:
-            raw = stream.read(math.prod(part.shape) * part.dtype.itemsize)
-            array = np.frombuffer(raw, part.dtype).astype(part.dtype.newbyteorder("="))
-            fields_of[part.tensor][part.field] = torch.from_numpy(array.reshape(part.shape))
-    state = {}
-    for name, found in fields_of.items():
-        state[name] = found["kept"] if "kept" in found else QuantizedTensor(**found).dequantize()
-
-    is_finite = all(bool(tensor.isfinite().all()) for tensor in state.values())
-    require(is_finite, f"{damaged}, a weight is not finite")
-    experts_exist = bool((state["expert_table"] < config.num_experts).all())
-    require(experts_exist, f"{damaged}, an expert that does not exist")
-    model.load_state_dict(state, strict=True, assign=True)
-    return model.float().to(device).eval(), replace(hp, model=config), tokenizer_sha256
+        raise ConfigError(f"{path}: damaged artifact, bad header ({error})") from error
+    return model.to(device), replace(hp, model=model.config), tokenizer_sha256
 
 
 @dataclass(frozen=True)
@@ -2020,16 +1962,13 @@ def budget_table(fitted: Fitted) -> str:
     """Return a table of what every role takes, and the entropy of its symbols as the floor."""
     lines = [f"{'role':<10}{'weights':>12}{'bytes':>12}{'bits/weight':>13}{'entropy floor':>15}"]
     for role, size in fitted.sizes.items():
-        symbols = []
-        for name, tensor in fitted.tensors.items():
-            if role_of(name) == role and isinstance(tensor, QuantizedTensor):
-                symbols.append(tensor.symbols)
-        if not symbols:
-            lines.append(f"{role:<10}{'':>12}{size:>12,}")
-            continue
+        tensors = [tensor for name, tensor in fitted.tensors.items() if role_of(name) == role]
+        symbols = [tensor.symbols for tensor in tensors if isinstance(tensor, QuantizedTensor)]
         weights = sum(tensor.numel() for tensor in symbols)
-        floor = entropy_bytes(symbols)
-        line = f"{role:<10}{weights:>12,}{size:>12,}{8 * size / weights:>13.3f}{floor:>15,.0f}"
+        line = f"{role:<10}{'':>12}{size:>12,}"
+        if symbols:
+            line = f"{role:<10}{weights:>12,}{size:>12,}{8 * size / weights:>13.3f}"
+            line += f"{entropy_bytes(symbols):>15,.0f}"
         lines.append(line)
     lines.append(f"{'total':<22}{len(fitted.artifact):>12,}  (k x {fitted.factor:.4f})")
     return "\n".join(lines)
@@ -2045,12 +1984,12 @@ def factor_for(hp: Hyperparameters, state: dict[str, Tensor], goal: float) -> tu
 
     def entropy(exponent: float) -> float:
         quantized, _ = quantize(hp, state, 2.0**exponent)
-        return entropy_bytes(stored_parts(quantized.values()))
+        return sum(map(entropy_bytes, streams_of(quantized).values()))
 
     fine = math.log2(FINEST)
-    if entropy(fine) <= goal:
-        return FINEST, entropy(fine)
     coarse = math.log2(COARSEST)  # the answer if none is coarse enough
+    if entropy(fine) <= goal:
+        coarse = fine
     while coarse - fine > 2**-12:
         middle = (fine + coarse) / 2
         if entropy(middle) <= goal:
@@ -2090,16 +2029,16 @@ def fit(
         factor, entropy = factor_for(hp, state, aim * target / ratio)
         fitted = attempt(factor)
         size = len(fitted.artifact)
-        if size <= target:
-            if factor == FINEST or size >= 0.999 * target:
-                return fitted
-            if best is None or size > len(best.artifact):
-                best = fitted
-        is_hopeless = best is None and (aim == AIMS[-1] or factor == COARSEST)
-        large = f"TARGET_BYTES={hp.target_bytes}: {size - target:,} bytes too large"
-        remedy = f"lower MODEL_DIM={hp.model.model_dim} or NUM_LAYERS={hp.model.num_layers}"
-        require(not is_hopeless, f"{large}; {remedy}")
         ratio = size / entropy
+        fits = size <= target
+        if fits and (best is None or size > len(best.artifact)):
+            best = fitted
+        is_hopeless = best is None and factor == COARSEST
+        if is_hopeless or (fits and (factor == FINEST or size >= 0.999 * target)):
+            break
+    large = f"TARGET_BYTES={hp.target_bytes}: {size - target:,} bytes too large"
+    remedy = f"lower MODEL_DIM={hp.model.model_dim} or NUM_LAYERS={hp.model.num_layers}"
+    require(best is not None, f"{large}; {remedy}")
     return best
 
 

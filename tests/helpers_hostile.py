@@ -44,7 +44,9 @@ class Pieces:
     def of(cls, data: bytes) -> "Pieces":
         offset = PREFIX.size + PREFIX.unpack_from(data)[2]
         header = json.loads(data[PREFIX.size : offset])
-        plan = train_gpt.layout(shapes_of(ModelConfig(**header["model"])), header["storage"])
+        plan = train_gpt.streams_of(
+            train_gpt.layout(ModelConfig(**header["model"]), header["storage"])
+        )
         streams = {}
         for name, (_, size) in zip(plan, header["streams"], strict=True):
             streams[name] = data[offset : offset + size]
