@@ -17,6 +17,7 @@ the bit. All of it goes to the end of the training's log.
 
 import argparse
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -75,7 +76,7 @@ class EvalConfig:
         return self.eval_max_seconds or math.inf
 
     def stated(self) -> str:
-        """Return the knobs of what is more than sliding for the log, or that it is off."""
+        """Return for the log the knobs of test-time training, or that it is off, and of n-grams."""
         knobs = {"ttt": "off"}
         if self.ttt != "off":
             knobs = {name: value for name, value in vars(self).items() if name.startswith("ttt")}
@@ -227,8 +228,8 @@ def compile_on_random_tokens(
     scorer = Scorer(forward, val, Dist(0, 1, dist.device), windowing, "compile")
     with scorer.progress:
         score_split(scorer, model, trial, 0.0, segments=1)
-    (largest,) = dist.all_max(-scorer.batch_size)
-    return replace(windowing, batch_size=-int(largest))
+    (negative,) = dist.all_max(-scorer.batch_size)
+    return replace(windowing, batch_size=-int(negative))
 
 
 @torch.no_grad()
@@ -250,7 +251,8 @@ def self_check(scorer: Scorer, model: GPT, count: int, log: Callable) -> None:
     """Score `count` windows, evenly spread, again by `plain_losses`. Raises ConfigError."""
     total = len(scorer.windows)
     every = torch.linspace(0, total - 1, min(count, total)).round().long().unique()
-    targets, plain, _ = plain_losses(model, scorer.val, scorer.windows[every])
+    with train_gpt.Progress("self-check", 1):
+        targets, plain, _ = plain_losses(model, scorer.val, scorer.windows[every])
     fast = scorer.sums[0, targets]
     sizes = scorer.val.target_bytes[targets]
     plain_bpb = bits_per_byte(plain, sizes)
@@ -277,8 +279,8 @@ NGRAM_SEEN = torch.tensor([1, 2, 3, 5, 9, 20, 50, 200]).int()  # edges of bucket
 NGRAM_REPEATS = torch.tensor([1.01, 1.3, 1.7, 2.2, 3.0, 5.0, 10.0])  # of seen / distinct
 NGRAM_AGE = torch.tensor([128, 1024]).int()  # of age
 NGRAM_BUCKETS = 9 * 8 * 3
-NGRAM_PRIOR = 0.1  # weight of the counts in a bucket of no targets, as if
-NGRAM_PRIOR_TARGETS = 4.0  # so many had been in it
+NGRAM_PRIOR = 0.1  # weight of the counts in a bucket without targets
+NGRAM_PRIOR_TARGETS = 4.0  # targets that this prior counts for
 NGRAM_CHUNK = 4096  # targets at most between two updates of the weights; few at first
 
 
@@ -306,13 +308,13 @@ def starts_of_runs(*keys: Tensor) -> Tensor:
     return starts
 
 
-def count(
+def count_pasts(
     targets: Tensor, by_pair: Tensor, keys: list[Tensor], pair_keys: list[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return seen, hits, distinct and age of `Counts`.
 
-    Places with equal `keys` are runs, in which targets ascend. Sorted by `by_pair`, those with
-    equal `pair_keys` are. A place's past is what its run has before it.
+    Places of equal `keys` form runs, in which targets ascend; those of equal `pair_keys` do so
+    once sorted by `by_pair`. A place's past is the part of its run before it.
     """
     begin = starts_of_runs(*keys)
     pair_begin = starts_of_runs(*pair_keys)
@@ -344,9 +346,9 @@ def count_contexts(tokens: Tensor) -> Iterator[Counts]:
         if order <= NGRAM_LOCAL_ORDER:
             keys = [context, document.index_select(0, targets)]
             pair_keys = [pair, document.index_select(0, pair_targets)]
-            yield Counts(order, True, targets, *count(targets, by_pair, keys, pair_keys))
+            yield Counts(order, True, targets, *count_pasts(targets, by_pair, keys, pair_keys))
         if order > 0:
-            yield Counts(order, False, targets, *count(targets, by_pair, [context], [pair]))
+            yield Counts(order, False, targets, *count_pasts(targets, by_pair, [context], [pair]))
 
         # Contexts that the text has but once have no past, and none that contain them has.
         goes_on = pair[1:] == pair[:-1]
@@ -445,7 +447,8 @@ def remember(
         log(f"EVAL_MAX_SECONDS={config.limit:g}: no time for n-gram mixing")
         return None
 
-    losses, order = mix(scorer.sums[0, :-1], scorer.val.tokens, deadline=deadline)
+    with train_gpt.Progress("mix n-grams", 1):
+        losses, order = mix(scorer.sums[0, :-1], scorer.val.tokens, deadline=deadline)
     if order < NGRAM_ORDER:
         log(f"EVAL_MAX_SECONDS={config.limit:g}: no n-gram contexts of more than {order} tokens")
     nats = math.fsum(float(part.sum()) for part in losses.split(NGRAM_CHUNK))
@@ -657,11 +660,14 @@ def audit(
     shape = f"window:{windowing.seq_len} stride:{stride}"
     log(f"audit of the first {count} targets, {shape} {config.stated()}")
     log("| condition | test | finding | |\n|---|---|---|---|")
-    rows = list(audit_rows(model, config, windowing, part))
-    rows.append(audit_bytes(val, train_gpt.load_tokenizer(hp)[0]))
-    for name, test, finding, holds in rows:
-        log(f"| {name} | {test} | {finding} | {'pass' if holds else 'FAIL'} |")
-    return all(holds for *_, holds in rows)
+    all_hold = True
+    with train_gpt.Progress("audit", 1):
+        rows = audit_rows(model, config, windowing, part)
+        bytes_row = audit_bytes(val, train_gpt.load_tokenizer(hp)[0])
+        for name, test, finding, holds in itertools.chain(rows, [bytes_row]):
+            log(f"| {name} | {test} | {finding} | {'pass' if holds else 'FAIL'} |")
+            all_hold = all_hold and holds
+    return all_hold
 
 
 # ---- Command line --------------------------------------------------------------------------------
@@ -690,7 +696,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def score_or_stop(
     scorer: Scorer, model: GPT, config: EvalConfig, log: train_gpt.Log, started: float
-):
+) -> Tensor:
     """Run `score_split`; SIGINT and SIGTERM end it with a PARTIAL score of what is scored here."""
     # TTT leaves the time that n-gram mixing takes.
     begun = started - plan_ngram(config, scorer.num_targets, log)

@@ -4,7 +4,7 @@
 #   bash run_8xh100.sh                    8 GPUs: the record profile, 600 s. 1, 2 or 4 GPUs: the same batch and compute
 #                                         by gradient accumulation. No GPU: the cpu profile, minutes on 2 cores.
 #   PROFILE=smoke bash run_8xh100.sh      the whole chain in under a minute on 2 cores
-#   SEED=42 MU=off bash run_8xh100.sh     any knob of train_gpt.py; what you set beats the profile
+#   SEED=42 TTT=sgd bash run_8xh100.sh    any knob of train_gpt.py or eval_sliding.py; what you set beats the profile
 #   SEEDS="1337 42 2025" RECORD_ARGS='--name MyIdea --author "A. Name"' bash run_8xh100.sh
 #                                         seeds one after another, an audit, the records folder and its check
 #   RUN_ID=two bash run_8xh100.sh --nnodes=2 --node_rank=0 --master_addr=HOST
@@ -26,7 +26,10 @@ setup() {
   "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || die "$PYTHON is older than Python 3.10"
   if "$PYTHON" -c "import $modules" 2>/dev/null; then return; fi
   # An installed torch, which may be the only one that fits the driver, is kept and completed.
-  if "$PYTHON" -c 'import torch' 2>/dev/null; then skip='^torch==' options+=(--system-site-packages); fi
+  if "$PYTHON" -c 'import torch' 2>/dev/null; then
+    skip='^torch=='
+    options+=(--system-site-packages)
+  fi
   stamp=.venv/installed-$(cat "$@" | cksum | cut -d ' ' -f 1)
   if [[ ! -f $stamp ]]; then
     say "setting up .venv from $*, once: minutes, if torch is among what is missing"
@@ -110,7 +113,7 @@ pick_profile() {
     esac
   done
   if ((NODES > 1)) && [[ -z $NODE_RANK ]]; then die "more than one node needs --node_rank=N"; fi
-  if ((NPROC * NODES == 8)); then default PROFILE record; elif ((gpus)); then default PROFILE 1gpu; else default PROFILE cpu; fi
+  if ((gpus && NPROC * NODES == 8)); then default PROFILE record; elif ((gpus)); then default PROFILE 1gpu; else default PROFILE cpu; fi
   set_profile "$PROFILE"
   if [[ $PROFILE == cpu || $PROFILE == smoke ]]; then NPROC=1; fi
 }
@@ -121,6 +124,8 @@ pick_data() {
     name=$(basename "$DATA_PATH")
     if [[ $name =~ $size ]]; then default VOCAB_SIZE "${BASH_REMATCH[1]}"; fi
   elif [[ ! -d data/datasets/fineweb10B_sp${VOCAB_SIZE:-8192} ]]; then
+    [[ -n ${VOCAB_SIZE:-} || ! -d data/datasets/fineweb10B_sp1024 ]] ||
+      die "no data/datasets/fineweb10B_sp8192; VOCAB_SIZE=1024 takes the fineweb10B_sp1024 that is there"
     [[ ${VOCAB_SIZE:-1024} == 1024 ]] || die "no data/datasets/fineweb10B_sp$VOCAB_SIZE, and the sample has VOCAB_SIZE=1024"
     say "making the sample, as there is no data/datasets/fineweb10B_sp${VOCAB_SIZE:-8192}"
     "$PYTHON" data/make_sample.py
@@ -211,7 +216,7 @@ main() {
   if [[ -n ${SEEDS:-} ]]; then plan_record; fi
   pick_data
   exec 9>&-
-  default RUN_ID "$(date +%Y%m%d_%H%M%S)_$PROFILE"
+  [[ -n ${RUN_ID:-} ]] || export RUN_ID="$(date +%Y%m%d_%H%M%S)_$PROFILE"
   if [[ -z ${SEEDS:-} ]]; then
     train_and_score
     return
