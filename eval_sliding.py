@@ -743,12 +743,13 @@ def main() -> None:
     if val.partial:
         log(f"warning: the validation split lacks {val.lacks}: scores are PARTIAL")
     train_gpt.warn_of_typos(log, os.environ, train_gpt.knob_fields(EvalConfig))
-    train_gpt.choose_attention(hp.attention, model, dist.device, log)
+    compiles = train_gpt.can_compile(hp, dist.device) and not args.audit
+    train_gpt.choose_attention(hp.attention, model, dist.device, log, compiles)
     if args.audit:
         sys.exit(0 if audit(model, hp, config, val, log) else 1)
 
     forward = model
-    if train_gpt.can_compile(hp, dist.device):
+    if compiles:
         forward = torch.compile(model, fullgraph=True, dynamic=False)
         windowing = compile_on_random_tokens(forward, model, config, windowing, dist)
         log(f"compiled on random tokens, {time.perf_counter() - started:.1f}s since the start")

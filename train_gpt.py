@@ -246,12 +246,12 @@ class Hyperparameters:
 
     def trains_rounded(self, bits: int) -> bool:
         """Tell whether tensors of so many bits end the training as the artifact will hold them."""
-        # From 5 bits on GPTQ after the training does better.
+        # With 5 bits or more, GPTQ after the training does better.
         return self.uses_qat and (bits in CLIP_OF_FEW_LEVELS or self.gptq_batches == 0)
 
     @property
     def uses_gptq(self) -> bool:
-        """Whether GPTQ rounds anything."""
+        """Tell whether GPTQ rounds any tensor."""
         bits = [self.matrix_bits, self.embed_bits]
         if self.model.is_routed:
             bits.append(self.expert_bits)
@@ -806,9 +806,10 @@ def zipf_assignment(token_counts: np.ndarray, num_experts: int, layer: int) -> n
 
 def build_expert_table(config: ModelConfig, token_counts: np.ndarray) -> Tensor:
     """Return the expert of every token id in every layer, (L, V) uint8, or (0, V) when dense."""
-    # It depends on counts of training tokens alone. Routers that read the stream start from it.
     if not config.is_routed:
         return torch.zeros(0, config.vocab_size, dtype=torch.uint8)
+
+    # From counts of training tokens alone. Routers that read the stream start from it.
     ids = np.arange(config.vocab_size, dtype=np.uint32)
     rows = []
     for layer in range(config.num_layers):
@@ -1325,7 +1326,9 @@ def role_of(name: str) -> str:
     return find_role(name).name
 
 
-def choose_attention(name: str, model: GPT, device: torch.device, log: Callable) -> str:
+def choose_attention(
+    name: str, model: GPT, device: torch.device, log: Callable, compiles: bool = False
+) -> str:
     """Give `model` the first kernel of ATTENTION that runs, and log which. Raises ConfigError."""
     config = model.config
     candidates = ["fa3", "cudnn", "flash", "math"] if name == "auto" else [name]
@@ -1335,15 +1338,20 @@ def choose_attention(name: str, model: GPT, device: torch.device, log: Callable)
     v = torch.zeros_like(k, requires_grad=True)
     failures = []
     for kernel in candidates:
+        # PyTorch's choice is narrowed to the kernel on trial. FA3 is none of its own: all are on.
         torch.backends.cuda.enable_cudnn_sdp(kernel in ("cudnn", "fa3"))
         torch.backends.cuda.enable_flash_sdp(kernel in ("flash", "fa3"))
         torch.backends.cuda.enable_mem_efficient_sdp(kernel == "fa3")
         torch.backends.cuda.enable_math_sdp(kernel in ("math", "fa3"))
         attend = flash_attention_3 if kernel == "fa3" else sdpa_attention
+        # Some builds of FA3 run, but cannot be part of a graph.
+        on_trial = attend
+        if compiles and kernel == "fa3":
+            on_trial = torch.compile(attend, fullgraph=True, backend="aot_eager")
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # PyTorch's reasons for not using a kernel
-                attend(q, k, v).sum().backward()
+                on_trial(q, k, v).sum().backward()
         except (Exception, SystemExit) as error:  # of an optional kernel, anything
             reason = (str(error) or type(error).__name__).splitlines()[0]
             failures.append(f"not {kernel}: {reason[:60]}")
@@ -1762,7 +1770,8 @@ def quantize(
 PREFIX = struct.Struct("<8sHI32s")  # magic, version, bytes of the header, SHA-256 of all else
 ARTIFACT_MAGIC = b"TRMOE\r\n\x1a"
 ARTIFACT_VERSION = 4
-ZSTD, BROTLI = 1, 2  # numbers of the codecs in the header
+ZSTD = 1  # numbers of the codecs in the header
+BROTLI = 2
 MAX_WEIGHTS = 1 << 27  # bounds what a stranger's file may cost: seconds, and 2 GiB
 MAX_HEADER_BYTES = 1 << 16
 STORED_DTYPES = {"q": torch.int8, "h": torch.float16, "t": torch.uint8}  # by a storage's letter
@@ -2283,6 +2292,8 @@ class Clock:
         self.caught = 0  # by this one
         self.handlers = [signal.signal(number, self.catch) for number in SIGNALS]
 
+        self.step_ends = collections.deque()  # events of a GPU that may be still to come
+
         # Steps that have to end inside the cap: the next, and two by which the host may be ahead
         # of a GPU; with recurrence each of them may be as much longer as there are layers more.
         order = hp.model.execution_order(True)
@@ -2300,6 +2311,13 @@ class Clock:
 
     def tick(self) -> None:
         """Agree with all ranks on time and signals. Raises ConfigError if the time went back."""
+        # What a GPU has still to do is no more than two steps.
+        if self.dist.device.type == "cuda":
+            self.step_ends.append(torch.cuda.Event())
+            self.step_ends[-1].record()
+            if len(self.step_ends) > 2:
+                self.step_ends.popleft().synchronize()
+
         before = self.now.elapsed
         here = time.perf_counter() - self.started
         self.now.elapsed, self.signalled = self.dist.all_max(here, self.caught)
@@ -2406,7 +2424,7 @@ class Checkpoints:
                 for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
                     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
                 torch._foreach_copy_(self.average, saved["average"])
-            except ConfigError:
+            except (ConfigError, MemoryError):
                 raise
             except Exception as error:  # a file can be damaged in many ways
                 reason = (str(error) or type(error).__name__).splitlines()[0]
@@ -2431,6 +2449,12 @@ def train(
     average = [p.clone() for p in weights]
     checkpoints = Checkpoints(log, model, optimizers, average, loader)
     now = checkpoints.resume()
+    # A rank that could not read the newest would go on from the one before.
+    newest, minus_oldest = dist.all_max(now.step, -now.step)
+    require(
+        newest == -minus_oldest,
+        f"the ranks read checkpoints of steps {-minus_oldest:.0f} and {newest:.0f}",
+    )
     accum_steps = hp.grad_accum_steps(dist.world_size)
     loader.position = now.step * hp.train_batch_tokens // hp.model.train_seq_len
 
@@ -2550,7 +2574,8 @@ def collect_hessians(
     batches = 0
     elapsed = 0.0
     # Stops after GPTQ_BATCHES training micro-batches or, under a cap, when their time is over.
-    reserve = hp.gptq_seconds if hp.max_wallclock_seconds else math.inf
+    # A tenth of it is kept for adding up what the ranks have.
+    reserve = 0.9 * hp.gptq_seconds if hp.max_wallclock_seconds else math.inf
     with Progress("collect Hessians", hp.gptq_batches, dist.rank) as progress:
         while batches * dist.world_size < hp.gptq_batches:
             if elapsed * (1 + 1 / max(batches, 1)) >= reserve:
@@ -2650,17 +2675,19 @@ def main() -> None:
     now = datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc)
     hp = replace(hp, run_id=hp.run_id or now.strftime("%Y-%m-%dT%H%M%S.%f")[:-3])
     log = Log(dist, LOG_FOLDER / f"{hp.run_id}.txt")
-    log_provenance(log, hp, dist, os.environ)
+    if dist.rank == 0:
+        log_provenance(log, hp, dist, os.environ)
 
     # All that can be refused is, before the training.
     loader = TokenLoader(hp, dist)
     val = ValData.load(hp, dist.device)
     model = GPT(hp.model, hp.torch_dtype)
     model.init_weights(hp.seed)
-    choose_attention(hp.attention, model, dist.device, log)
+    compiles = can_compile(hp, dist.device)
+    choose_attention(hp.attention, model, dist.device, log, compiles)
     counts = np.bincount(loader.sample(), minlength=hp.model.vocab_size)
     table = build_expert_table(hp.model, counts)
-    if dist.rank > 0:
+    if dist.rank > 0:  # all get that of rank 0, by a sum
         table.zero_()
     model.expert_table.copy_(dist.all_sum(table))
     params = sum(p.numel() for p in model.parameters())
@@ -2676,11 +2703,15 @@ def main() -> None:
 
     torch.set_float32_matmul_precision("high")
     done, checkpoints = train(hp, dist, log, model.to(dist.device), loader, val)
-    hessians, gptq_seconds = {}, 0.0
+    hessians = {}
+    gptq_seconds = 0.0
     if hp.uses_gptq:
         with rounded(hp, model, hp.uses_qat):
             hessians, gptq_seconds = collect_hessians(hp, dist, log, model, loader)
     seconds = done.elapsed + gptq_seconds
+    if 0 < hp.max_wallclock_seconds < seconds:
+        cap = f"MAX_WALLCLOCK_SECONDS={hp.max_wallclock_seconds:g}"
+        log(f"warning: the training took {seconds:.2f} s, more than {cap}")
     log(f"peak memory allocated: {torch.cuda.max_memory_allocated() >> 20} MiB")
 
     with rounded(hp, model, hp.uses_qat):

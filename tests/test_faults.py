@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import tiny_hp
 from helpers_cli import (
     Dataset,
     Result,
@@ -175,6 +176,29 @@ def test_what_ends_a_run_is_said_in_one_line(action, said, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_gpu_is_never_more_than_two_steps_behind_the_clock(monkeypatch):
+    happened = []
+
+    class Event:
+        def record(self) -> None:
+            happened.append(("recorded", self))
+
+        def synchronize(self) -> None:
+            happened.append(("awaited", self))
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    on_gpu = train_gpt.Dist(0, 1, torch.device("cuda"))
+    clock = train_gpt.Clock(tiny_hp(), on_gpu, train_gpt.Progression())
+    for _ in range(5):
+        clock.tick()
+    clock.release()
+    recorded = [event for what, event in happened if what == "recorded"]
+    awaited = [event for what, event in happened if what == "awaited"]
+    assert awaited == recorded[:3]
+    assert happened.index(("awaited", recorded[0])) == 3
+
+
 def test_a_broken_compiler_is_found_before_the_clock_starts(dataset, tmp_path):
     if not train_gpt.can_compile(train_gpt.Hyperparameters(), torch.device("cpu")):
         pytest.skip("no C++ compiler or no Python.h")

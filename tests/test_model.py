@@ -222,14 +222,14 @@ def test_attention_is_its_definition(parts):
     torch.testing.assert_close(attn(x, mu, (cos, sin)), expected, rtol=1e-4, atol=1e-5)
 
 
-def choose(kernel: str) -> tuple[str, str]:
+def choose(kernel: str, compiles: bool = False) -> tuple[str, str]:
     """Give a model a kernel: which one, and the line that says so."""
     hp = tiny_hp()
     ids = make_ids(hp, 2, 16)
     model = make_model(hp)
     lines = []
     try:
-        chosen = train_gpt.choose_attention(kernel, model, ALONE.device, lines.append)
+        chosen = train_gpt.choose_attention(kernel, model, ALONE.device, lines.append, compiles)
         torch.testing.assert_close(model(ids), make_model(hp)(ids), rtol=0, atol=1e-5)
     finally:
         allow_every_attention_kernel()
@@ -254,6 +254,14 @@ def test_attention_ladder_takes_the_first_kernel_that_runs_and_says_so(monkeypat
     monkeypatch.setitem(sys.modules, "flash_attn_interface", package)
     assert choose("auto") == ("fa3", "attention:fa3")
     assert calls == [True] * 7  # a trial, and the six layers that are run
+
+    def opaque(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+        torch._dynamo.graph_break()
+        return train_gpt.sdpa_attention(q, k, v)
+
+    package.flash_attn_func = opaque
+    assert choose("auto")[0] == "fa3"
+    assert choose("auto", compiles=True)[0] == "flash", "the step is one graph"
 
 
 # ---- Recurrence and smearing ---------------------------------------------------------------------
