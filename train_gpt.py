@@ -515,6 +515,9 @@ def run_entry_point(entry: Callable[[], None]) -> None:
         message = f"error: {str(error) or type(error).__name__}\n"
         if out_of_memory(error):
             message = message.replace("error: ", "error: out of memory: ", 1)
+        elif isinstance(error, torch._dynamo.exc.TorchDynamoException):
+            reason = str(error).splitlines()[0]
+            message = f"error: compiling failed; COMPILE=0 runs eager ({reason})\n"
         elif isinstance(error, RuntimeError):
             raise
 
@@ -2451,10 +2454,9 @@ def train(
     now = checkpoints.resume()
     # A rank that could not read the newest would go on from the one before.
     newest, minus_oldest = dist.all_max(now.step, -now.step)
-    require(
-        newest == -minus_oldest,
-        f"the ranks read checkpoints of steps {-minus_oldest:.0f} and {newest:.0f}",
-    )
+    others = f"the ranks read checkpoints of steps {-minus_oldest:.0f} and {newest:.0f}"
+    require(newest == -minus_oldest, others)
+
     accum_steps = hp.grad_accum_steps(dist.world_size)
     loader.position = now.step * hp.train_batch_tokens // hp.model.train_seq_len
 
@@ -2463,11 +2465,7 @@ def train(
     started = dist.synchronize()
     if warms_up:
         with Progress("compile and warm up", 1, dist.rank):
-            try:
-                warm_up(forward, model, optimizers, gradients, loader)
-            except torch._dynamo.exc.TorchDynamoException as error:
-                reason = str(error).splitlines()[0]
-                raise ConfigError(f"compiling failed; COMPILE=0 runs eager ({reason})") from error
+            warm_up(forward, model, optimizers, gradients, loader)
     warmup_steps = WARMUP_STEPS if warms_up else 0
     log(
         f"warmup_step:{warmup_steps}/{warmup_steps} random tokens, undone, "
@@ -2544,6 +2542,8 @@ def collect_hessians(
     hp: Hyperparameters, dist: Dist, log: Log, model: GPT, loader: TokenLoader
 ) -> tuple[dict[str, Tensor], float]:
     """Return second moments X^T X of each matrix's input, (C, C), or (E, C, C) by expert, and s."""
+    if not hp.uses_gptq:
+        return {}, 0.0
     sums: dict[str, Tensor] = {}
 
     def add(name: str, x: Tensor) -> None:
@@ -2703,15 +2703,11 @@ def main() -> None:
 
     torch.set_float32_matmul_precision("high")
     done, checkpoints = train(hp, dist, log, model.to(dist.device), loader, val)
-    hessians = {}
-    gptq_seconds = 0.0
-    if hp.uses_gptq:
-        with rounded(hp, model, hp.uses_qat):
-            hessians, gptq_seconds = collect_hessians(hp, dist, log, model, loader)
+    with rounded(hp, model, hp.uses_qat):
+        hessians, gptq_seconds = collect_hessians(hp, dist, log, model, loader)
     seconds = done.elapsed + gptq_seconds
     if 0 < hp.max_wallclock_seconds < seconds:
-        cap = f"MAX_WALLCLOCK_SECONDS={hp.max_wallclock_seconds:g}"
-        log(f"warning: the training took {seconds:.2f} s, more than {cap}")
+        log(f"warning: the training took {seconds:.2f} s, more than MAX_WALLCLOCK_SECONDS")
     log(f"peak memory allocated: {torch.cuda.max_memory_allocated() >> 20} MiB")
 
     with rounded(hp, model, hp.uses_qat):
