@@ -135,7 +135,7 @@ def read_grid(path: Path, solve: str) -> list[Cell]:
             require(own.get("SOLVE", "off") == "off", message)
             width = "off"
         unknown = " ".join(sorted(knobs.keys() - KNOBS))
-        require(not unknown, f"{where}: cell {name}: {unknown}: not a knob of train_gpt.py")
+        require(not unknown, f"{where}: cell {name}: {unknown}: not a knob of either script")
 
         for key in PATHS:
             missing = f"{where}: cell {name} has no {key}; set it in the grid or the environment"
@@ -218,7 +218,8 @@ def row_of(log: Path, score: str) -> dict:
     for name in ("train_summary", scored):
         require(name in events, f"{log.name} has no {name}")
         require(not events[name].get("partial"), f"{name} is PARTIAL")
-    row = events["train_summary"] | {"val_bpb": events[scored]["val_bpb"]}
+    exact = events[scored].get("ngram") or events[scored]
+    row = events["train_summary"] | {"val_bpb": exact["val_bpb"]}
     return row | {"tok_per_s": row["tokens"] / max(row["train_seconds"], 1e-9)}
 
 

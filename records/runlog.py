@@ -334,13 +334,14 @@ def summary(run: RunLog) -> str:
         require(event in run.json_events, f"{run.path}: no {event}: the stage has not ended")
     train = run.json_events["train_summary"]
     slide = run.json_events["eval_summary"]
-    scores = [train["val_bpb_float"], train["val_bpb"], slide["val_bpb"]]
+    exact = slide.get("ngram") or slide
+    scores = [train["val_bpb_float"], train["val_bpb"], slide["val_bpb"], exact["val_bpb"]]
     scores = ["PARTIAL, see the log" if bpb is None else f"{bpb:.4f}" for bpb in scores]
     scored = f"stride {slide['stride']}, {slide['target_tokens']:,} targets"
     if slide.get("ttt", "off") != "off":
         scored += ", test-time training"
     if slide.get("ngram"):
-        scored += f"; {run.score.bpb:.4f} with a memory of n-grams"
+        scored += f"; with a memory of n-grams {scores[3]}"
     total = f"{train['bytes_total']:,} of {MAX_SUBMISSION_BYTES:,} bytes"
     trained = f"{train['train_seconds']:.1f} s in {train['steps']:,} steps"
     return f"""
@@ -348,7 +349,7 @@ val_bpb before quantization   {scores[0]}
 val_bpb of the artifact       {scores[1]}
 val_bpb by sliding window     {scores[2]}  ({scored})
 code + model                  {train["bytes_code"]:,} + {train["bytes_model"]:,} = {total}
-training, evaluation          {trained}, {slide["eval_seconds"]:.1f} s
+training, evaluation          {trained}, {run.eval_seconds:.1f} s
 log, artifact                 {run.path}, {train["artifact_path"]}"""
 
 

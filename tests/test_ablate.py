@@ -44,12 +44,14 @@ Path("logs", run + ".ptz").write_bytes(bytes(size))
 Path("logs", run + ".txt").write_text("a log\\n" + json.dumps(summary) + "\\n")
 """
 EVALUATE = """
-import json, sys
+import json, os, sys
 from pathlib import Path
 log = Path(sys.argv[1]).with_suffix(".txt")
 bpb = json.loads(log.read_text().splitlines()[-1])["val_bpb"] - 0.25
+ngram = {"val_bpb": bpb - 0.5} if os.environ.get("NGRAM") == "on" else None
+summary = {"event": "eval_summary", "partial": False, "val_bpb": bpb, "ngram": ngram}
 with open(log, "a") as file:
-    file.write(json.dumps({"event": "eval_summary", "partial": False, "val_bpb": bpb}) + "\\n")
+    file.write(json.dumps(summary) + "\\n")
 """
 CELLS = ("one", "two MATRIX_LR=0.01", "three MATRIX_LR=0.02")
 
@@ -139,6 +141,12 @@ def test_the_score_of_the_artifact_is_that_without_a_sliding_window(study):
     assert_refused(study.run(seeds=[1]), "one_seed1.txt was made with score=artifact")
 
 
+def test_a_cell_with_a_memory_of_ngrams_is_compared_by_the_score_with_it(study):
+    study.write("one", "two NGRAM=on")
+    assert study.run().code == 0
+    assert study.rows()["two"]["delta"] == "-0.5000"
+
+
 # ---- Equal bytes
 
 
@@ -196,7 +204,7 @@ BAD_LINES = {
     "a/b MU=off": "'a/b': letters",
     "cell SEED=1": "SEED is not a cell's to set",
     "cell MU=off MU=pid": "MU is set twice",
-    "cell MUU=off": "cell cell: MUU: not a knob of train_gpt.py",
+    "cell MUU=off": "cell cell: MUU: not a knob of either script",
     "cell MU=much": "MU='much': expected one of",
     "cell EVAL_STRIDE=0": "EVAL_STRIDE=0: expected",
     "cell SOLVE=WIDTH": "SOLVE=WIDTH: expected SHARED_DIM or off",

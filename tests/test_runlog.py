@@ -7,7 +7,7 @@ import re
 import pytest
 from helpers_cli import assert_refused, run_in_process
 from helpers_logs import AUDIT, CODE, MODEL, NATS, SOURCE, new, old, ours, scores, short
-from runlog import RULE, Point, RunLog, main
+from runlog import RULE, Point, RunLog, main, summary
 
 LOGS = {"ours": ours, "old": old, "new": new}
 
@@ -119,9 +119,18 @@ def test_our_own_score_is_that_of_the_last_evaluation(read):
     assert (tuned.score.kind, tuned.score.loss, tuned.evaluation["ttt"]) == ("ttt", 3.15, "sgd")
     mixed = {"val_loss": 3.1, "val_bpb": 3.1 / NATS}
     text = ours().replace('"ttt": "off"}', f'"ttt": "off", "ngram": {json.dumps(mixed)}}}')
+    complete = '"bytes_total": 9, "bytes_code": 4, "bytes_model": 5, "artifact_path": "x", "steps"'
+    text = text.replace('"steps"', complete)
     remembered = read(text.replace("total_eval", f"final_ngram_exact {scores(3.1)}\ntotal_eval"))
     assert (remembered.score.kind, remembered.score.bpb) == ("ngram", 3.1 / NATS)
     assert remembered.final("sliding").loss == 3.15
+    # In the closing summary, too, which gives the seconds of the whole evaluation.
+    assert f"; with a memory of n-grams {3.1 / NATS:.4f})" in summary(remembered)
+    assert "in 400 steps, 11.0 s" in summary(remembered)
+    part = json.dumps(mixed | {"val_bpb": None})
+    text = ours(partial=True).replace('"ttt": "off"}', f'"ttt": "off", "ngram": {part}}}')
+    text = text.replace("total_eval", f"final_ngram_exact {scores(3.1, 'PARTIAL')}\ntotal_eval")
+    assert "; with a memory of n-grams PARTIAL" in summary(read(text.replace('"steps"', complete)))
 
 
 # ---- Whole files
