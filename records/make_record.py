@@ -1,7 +1,7 @@
 """Make a records folder out of the logs of several seeds: the paperwork of a submission.
 
-    python records/make_record.py --name TokenRouted --logs logs/seed*.txt
-    python records/make_record.py --name TokenRouted --logs logs/seed*.txt --track 10min_16mb \\
+    python records/make_record.py --name TokenRouted --logs logs/*_seed*.txt
+    python records/make_record.py --name TokenRouted --logs logs/*_seed*.txt --track 10min_16mb \\
         --previous 1394 --author "A. Name" --github-id aname --blurb "what is new, in a sentence"
 
 The folder records/track_<track>/<date>_<Name>/ gets README.md, submission.json, the logs,
@@ -207,6 +207,7 @@ def readme(
         window=first.evaluation.get("window"),
         stride=first.evaluation.get("stride"),
         ttt=first.evaluation.get("ttt"),
+        ngram=first.evaluation.get("ngram", "off"),
         audit=audit,
         versions=", ".join(f"{name} {value}" for name, value in first.versions.items()),
         settings=" \\\n    ".join(textwrap.wrap(" ".join(settings), 110)),

@@ -1,7 +1,7 @@
 """Training logs as one picture: curves and final scores.
 
     python records/plot.py logs/RUN_ID.txt                                # logs/RUN_ID.png
-    python records/plot.py logs/seed_*.txt --out seeds.png --title "Three seeds"
+    python records/plot.py logs/*_seed*.txt --out seeds.png --title "Three seeds"
     python records/plot.py a.txt b.log --out both.png --x seconds
 
 Reads the logs of this trainer and of both upstream dialects. The y axis shows the last two thirds
