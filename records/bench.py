@@ -335,7 +335,7 @@ def table_of_logs(paths: list[Path]) -> str:
         for score in (train["val_bpb_float"], train["val_bpb"], scored.get("val_bpb")):
             row.append("-" if score is None else f"{score:.4f}")
         rows.append([*row, f"{train['bytes_total']:,}"])
-    header = "run|steps|tok/s|MFU at the end|float|int6|sliding|bytes"
+    header = "run|steps|tok/s|MFU at the end|float|artifact|sliding|bytes"
     return markdown_table(header.split("|"), rows)
 
 
