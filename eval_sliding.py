@@ -718,22 +718,19 @@ def main() -> None:
     path = args.artifact
     hp = train_gpt.Hyperparameters.from_env(os.environ)
     config = EvalConfig.from_env(os.environ)
+    dist = Dist.from_torchrun()
     if args.audit:
         hp = replace(hp, dtype="float32", attention="math")
-    dist = Dist.from_torchrun()
-    alone = dist.world_size == 1
-    require(alone or not args.audit, "--audit is for one process; it plays two ranks itself")
-    is_plain = config.ttt == "off" or not args.self_check
-    require(is_plain, f"TTT={config.ttt}: --self-check is for TTT=off, --audit for both")
+        require(dist.world_size == 1, "--audit is for one process; it plays two ranks itself")
+    if args.self_check:
+        require(config.ttt == "off", "TTT=sgd: --self-check is for TTT=off, --audit for both")
 
     torch.set_float32_matmul_precision("highest" if hp.dtype == "float32" else "high")
     model, hp, digest = load_artifact(path, hp, dist.device, config.eval_seq_len)
     windowing = config.windowing(hp)
     val = ValData.load(hp, dist.device)
-    require(
-        val.tokenizer_sha256 == digest,
-        f"{path} was trained with another tokenizer (TOKENIZER_PATH)",
-    )
+    other = f"{path} was trained with another tokenizer (TOKENIZER_PATH)"
+    require(val.tokenizer_sha256 == digest, other)
     check_tokenizer_made(val.tokens, train_gpt.load_tokenizer(hp)[0], hp.dataset_dir)
 
     log = train_gpt.Log(dist, path.with_suffix(".txt"))

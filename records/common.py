@@ -23,11 +23,8 @@ class ArgumentParser(argparse.ArgumentParser):
     """A parser that shows a tool's docstring as its help, and whose errors are one line."""
 
     def __init__(self, description: str):
-        super().__init__(
-            description=description,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
+        as_written = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=as_written, allow_abbrev=False)
 
     def error(self, message: str) -> None:
         """Raise ConfigError, where argparse would print its usage and exit."""
