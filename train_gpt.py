@@ -128,12 +128,11 @@ class ModelConfig:
     @property
     def is_grouped(self) -> bool:
         """Tell whether a token is multiplied with its own expert alone; auto: from GROUPED_FROM."""
-        if not self.is_routed or self.dispatch != "auto":
-            return self.is_routed and self.dispatch == "grouped"
-        if self.has_router or self.expert_dim % 8 or self.model_dim % 8:
-            return False
+        can = not self.has_router and self.expert_dim % 8 == 0 and self.model_dim % 8 == 0
         skipped = (self.num_experts - 1) * self.expert_dim
-        return skipped >= GROUPED_FROM * (skipped + self.expert_dim + self.shared_dim)
+        pays = skipped >= GROUPED_FROM * (skipped + self.expert_dim + self.shared_dim)
+        is_asked = self.dispatch == "grouped" or (self.dispatch == "auto" and can and pays)
+        return self.is_routed and is_asked
 
     def execution_order(self, looped: bool) -> list[int]:
         """Layers in the order in which they run, with the depth recurrence or without."""
@@ -265,10 +264,9 @@ class Hyperparameters:
         """Return the fewest equal micro-batches within MICRO_BATCH_TOKENS. Raises ConfigError."""
         seq_len = self.model.train_seq_len
         sequences, rest = divmod(self.train_batch_tokens, world_size * seq_len)
-        knobs = f"TRAIN_BATCH_TOKENS={self.train_batch_tokens} TRAIN_SEQ_LEN={seq_len}"
-        require(
-            rest == 0, f"{knobs}: not a whole number of sequences on each of {world_size} ranks"
-        )
+        batch = f"TRAIN_BATCH_TOKENS={self.train_batch_tokens} TRAIN_SEQ_LEN={seq_len}"
+        uneven = f"{batch}: not a whole number of sequences on each of {world_size} ranks"
+        require(rest == 0, uneven)
         fewest = min(math.ceil(sequences * seq_len / self.micro_batch_tokens), sequences)
         return next(n for n in range(fewest, sequences + 1) if sequences % n == 0)
 
@@ -512,14 +510,14 @@ def run_entry_point(entry: Callable[[], None]) -> None:
         message = f"error: interrupted by signal {number}\n"
     except (ConfigError, OSError, ImportError, MemoryError, RuntimeError) as error:
         code = 2
-        message = f"error: {str(error) or type(error).__name__}\n"
+        reason = str(error) or type(error).__name__
         if out_of_memory(error):
-            message = message.replace("error: ", "error: out of memory: ", 1)
-        elif isinstance(error, torch._dynamo.exc.TorchDynamoException):
-            reason = str(error).splitlines()[0]
-            message = f"error: compiling failed; COMPILE=0 runs eager ({reason})\n"
+            reason = f"out of memory: {reason}"
         elif isinstance(error, RuntimeError):
-            raise
+            if not isinstance(error, torch._dynamo.exc.TorchDynamoException):
+                raise
+            reason = f"compiling failed; COMPILE=0 runs eager ({reason.splitlines()[0]})"
+        message = f"error: {reason}\n"
 
     print(end=message, file=sys.stderr, flush=True)
     if torch.distributed.is_initialized():
@@ -1276,7 +1274,11 @@ class GPT(nn.Module):
         looped: bool = True,
         scored: Tensor | None = None,
     ) -> Tensor:
-        """Return logits (B, T, V) or, given targets, nats; of `scored` positions (B, S) alone."""
+        """Return logits (B, T, V) or, given targets, cross-entropy in nats.
+
+        `looped` is off until the recurrence begins. With `scored` positions (B, S) int64 the
+        result is theirs alone. In training the mean includes the Switch losses.
+        """
         x, switch_loss = self.features(input_ids, looped)
         if scored is not None:
             x = x[torch.arange(len(x), device=x.device)[:, None], scored]
@@ -1287,7 +1289,6 @@ class GPT(nn.Module):
         loss = F.cross_entropy(logits.flatten(0, 1), target_ids.flatten(), reduction=reduction)
         if reduction == "none":
             return loss.view_as(target_ids)
-        # The mean; that of training includes the Switch losses.
         return loss + SWITCH_LOSS * switch_loss if self.training else loss
 
 
@@ -1482,8 +1483,12 @@ def lr_scale(hp: Hyperparameters, frac: float) -> float:
 
     # Cosine cycles with warm restarts (SGDR, arXiv 1608.03983), the second 0.7 times as high.
     restart = sgdr_restart(hp)
-    begin, end, peak = (0.0, restart, 1.0) if frac < restart else (restart, 1.0, 0.7)
-    position = min((frac - begin) / (end - begin), 1.0)
+    if frac < restart:
+        peak = 1.0
+        position = frac / restart
+    else:
+        peak = 0.7
+        position = min((frac - restart) / (1 - restart), 1.0)
     height = max(peak - hp.min_lr, 0.0)
     return hp.min_lr + height * 0.5 * (1 + math.cos(math.pi * position))
 
@@ -1934,7 +1939,10 @@ def unpack(data: bytes, dtype: torch.dtype, context: int) -> tuple[GPT, str]:
 def load_artifact(
     path: Path, hp: Hyperparameters, device: torch.device, context: int = 0
 ) -> tuple[GPT, Hyperparameters, str]:
-    """Read its model, `hp` with that, and the SHA-256 of its tokenizer. Raises ConfigError."""
+    """Return an artifact's model, `hp` with its config, its tokenizer's SHA-256.
+
+    Raises ConfigError.
+    """
     require(path.is_file(), f"{path}: no such artifact")
     fits = PREFIX.size <= path.stat().st_size < MAX_SUBMISSION_BYTES
     require(fits, f"{path}: too short or too long for an artifact")
@@ -2289,7 +2297,7 @@ class Clock:
         self.hp = hp
         self.dist = dist
         self.now = now
-        self.cap = hp.max_wallclock_seconds - hp.gptq_seconds  # 0 = none
+        self.cap = hp.max_wallclock_seconds - hp.gptq_seconds or math.inf
         self.started = dist.synchronize() - now.elapsed
         self.signalled = 0  # number of a signal that any rank has received
         self.caught = 0  # by this one
@@ -2330,12 +2338,11 @@ class Clock:
     def is_over(self) -> bool:
         """Tell whether another step might not end inside the cap."""
         step = self.now.step
-        return self.cap > 0 and step > 0 and self.now.elapsed * (1 + self.ahead / step) > self.cap
+        return step > 0 and self.now.elapsed * (1 + self.ahead / step) > self.cap
 
     def frac(self) -> float:
         """Return the fraction of the budget that is used."""
-        of_time = self.now.elapsed / self.cap if self.cap else 0.0
-        return max(of_time, self.now.step / self.hp.iterations)
+        return max(self.now.elapsed / self.cap, self.now.step / self.hp.iterations)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -2461,12 +2468,11 @@ def train(
     loader.position = now.step * hp.train_batch_tokens // hp.model.train_seq_len
 
     # What is compiled, or first used on a GPU, is so before the clock starts.
-    warms_up = compiles or dist.device.type == "cuda"
+    warmup_steps = WARMUP_STEPS if compiles or dist.device.type == "cuda" else 0
     started = dist.synchronize()
-    if warms_up:
+    if warmup_steps:
         with Progress("compile and warm up", 1, dist.rank):
             warm_up(forward, model, optimizers, gradients, loader)
-    warmup_steps = WARMUP_STEPS if warms_up else 0
     log(
         f"warmup_step:{warmup_steps}/{warmup_steps} random tokens, undone, "
         f"{dist.synchronize() - started:.1f}s compile:{'fullgraph' if compiles else 'off'} "

@@ -75,19 +75,14 @@ def shingles(text: str) -> set[int]:
     return {hash(tuple(words[start : start + SHINGLE_WORDS])) for start in starts}
 
 
-def share_within(text: str, seen: set[int]) -> float:
-    """Return the share of a text's shingles that are in `seen`, 0 to 1."""
-    found = shingles(text)
-    return len(found & seen) / len(found)
-
-
 def new_text(docstrings: list[str], seen: set[int]) -> str:
     """Join the docstrings that are new to `seen`, which learns their shingles."""
     kept = []
     for text in docstrings:
-        if share_within(text, seen) <= NEAR_DUPLICATE_SHARE:
+        found = shingles(text)
+        if len(found & seen) / len(found) <= NEAR_DUPLICATE_SHARE:
             kept.append(text)
-            seen |= shingles(text)
+            seen |= found
     return "\n\n".join(kept)
 
 
@@ -102,9 +97,13 @@ def split_documents(modules: dict[str, list[str]]) -> tuple[list[str], list[str]
     seen: set[int] = set()
     training = [new_text(modules[name], seen) for name in names if name not in held_out]
     in_training = frozenset(seen)
-    validation = [new_text(modules[name], seen) for name in held_out]
-    validation = [t for t in validation if share_within(t, in_training) <= MAX_SHARED_SHARE]
-    return list(filter(None, training)), list(filter(None, validation))
+    validation = []
+    for name in held_out:
+        text = new_text(modules[name], seen)
+        found = shingles(text)
+        if text and len(found & in_training) / len(found) <= MAX_SHARED_SHARE:
+            validation.append(text)
+    return list(filter(None, training)), validation
 
 
 def make_sample(output: Path, packages: Iterable[str] = PACKAGES) -> None:

@@ -389,7 +389,8 @@ def verify(folder: Path, model_path: Path | None) -> None:
             text = tokenizer.decode(document.tolist())
             text = lossless_case.decode(text) if transformed else text
             true = len(text.encode())
-            start, end = end, end + len(document)
+            start = end
+            end += len(document)
             counted = int(sizes[start:end].sum(dtype=np.int64))
             what = f"{folder}: validation document {number:,} has {true:,} bytes of text"
             require(true == counted, f"{what}, {counted:,} by its {by}")
