@@ -2550,23 +2550,26 @@ def collect_hessians(
     """Return second moments X^T X of each matrix's input, (C, C), or (E, C, C) by expert, and s."""
     if not hp.uses_gptq:
         return {}, 0.0
-    sums: dict[str, Tensor] = {}
+    hessians: dict[str, Tensor] = {}
 
-    def add(name: str, x: Tensor) -> None:
+    def moments(x: Tensor) -> Tensor:
         x = x.flatten(0, -2).float()
-        sums[name] = sums.get(name, 0) + x.mT @ x
+        return x.mT @ x
+
+    def add(name: str, new: Tensor) -> None:
+        hessians[name] = hessians.get(name, 0) + new
 
     def observe(name: str, module: nn.Module, args: tuple) -> None:
         """Add what reaches a module before its forward pass."""
         if isinstance(module, CastedLinear):
-            add(f"{name}.weight", args[0])
+            add(f"{name}.weight", moments(args[0]))
         elif isinstance(module, TokenRoutedMLP) and module.config.is_routed:
             x, route = args
             share_BTE, _ = module.choose(x, route)
-            add(f"{name}.up.weight", x)
-            add(f"{name}.down.weight", module.hidden(x, share_BTE))
-            for expert, share_BT in enumerate(share_BTE.unbind(-1)):
-                add(f"{name}.expert_up.{expert}", x[share_BT > 0])
+            add(f"{name}.up.weight", moments(x))
+            add(f"{name}.down.weight", moments(module.hidden(x, share_BTE)))
+            by_expert = [moments(x[share_BT > 0]) for share_BT in share_BTE.unbind(-1)]
+            add(f"{name}.expert_up", torch.stack(by_expert))
 
     # The masked dispatch, as only that has all hidden units side by side.
     with torch.device("meta"):
@@ -2587,16 +2590,11 @@ def collect_hessians(
             if elapsed * (1 + 1 / max(batches, 1)) >= reserve:
                 break
             input_ids, _ = loader.next_batch()
-            add("tok_emb.weight", observed.features(input_ids)[0])
+            add("tok_emb.weight", moments(observed.features(input_ids)[0]))
             batches += 1
             (elapsed,) = dist.all_max(dist.synchronize() - started)
             progress.update(batches * dist.world_size)
 
-    hessians = {name: hessian for name, hessian in sums.items() if "expert_up." not in name}
-    for name in model.state_dict():
-        if name.endswith("expert_up"):
-            each = [sums[f"{name}.{expert}"] for expert in range(hp.model.num_experts)]
-            hessians[name] = torch.stack(each)
     tokens = batches * dist.world_size * loader.num_sequences * hp.model.train_seq_len
     log(f"gptq: {len(hessians)} Hessians over {tokens} training tokens in {elapsed:.1f}s")
     for name in sorted(hessians):
