@@ -1939,10 +1939,7 @@ def unpack(data: bytes, dtype: torch.dtype, context: int) -> tuple[GPT, str]:
 def load_artifact(
     path: Path, hp: Hyperparameters, device: torch.device, context: int = 0
 ) -> tuple[GPT, Hyperparameters, str]:
-    """Return an artifact's model, `hp` with its config, its tokenizer's SHA-256.
-
-    Raises ConfigError.
-    """
+    """Read an artifact: its model, `hp` with that, its tokenizer's SHA-256. Raises ConfigError."""
     require(path.is_file(), f"{path}: no such artifact")
     fits = PREFIX.size <= path.stat().st_size < MAX_SUBMISSION_BYTES
     require(fits, f"{path}: too short or too long for an artifact")
@@ -2709,13 +2706,11 @@ def main() -> None:
     done, checkpoints = train(hp, dist, log, model.to(dist.device), loader, val)
     with rounded(hp, model, hp.uses_qat):
         hessians, gptq_seconds = collect_hessians(hp, dist, log, model, loader)
+        log(f"peak memory allocated: {torch.cuda.max_memory_allocated() >> 20} MiB")
+        before = evaluate(model, val, hp, dist, "validate")
     seconds = done.elapsed + gptq_seconds
     if 0 < hp.max_wallclock_seconds < seconds:
         log(f"warning: the training took {seconds:.2f} s, more than MAX_WALLCLOCK_SECONDS")
-    log(f"peak memory allocated: {torch.cuda.max_memory_allocated() >> 20} MiB")
-
-    with rounded(hp, model, hp.uses_qat):
-        before = evaluate(model, val, hp, dist, "validate")
     log(f"step:{done.step}/{hp.iterations} {before} {timing(seconds, done.step)}")
     log(f"pre-quantization post-{hp.average} {before} eval_time:{1000 * before.seconds:.0f}ms")
     try:

@@ -162,7 +162,7 @@ def test_the_packed_script_alone_repeated_a_log_of_its_folder():
 
 
 LIMITS = {  # lines as the formatter writes them; what is new has to find its room
-    "train_gpt.py": 2751,
+    "train_gpt.py": 2750,
     "eval_sliding.py": 797,
     "README.md": 170,
     "records/README.md": 97,
